@@ -1,0 +1,1 @@
+"""Datasets: media, captions, buckets and cache files."""

@@ -1,0 +1,1 @@
+"""Kandinsky 5: the model, its conditioning, training and sampling."""

@@ -1,0 +1,1 @@
+"""Frozen settings, one dataclass per command."""

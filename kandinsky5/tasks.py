@@ -1,0 +1,250 @@
+"""The published checkpoints as presets: what each one is, needs and was sampled with."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modules.errors import ConfigError
+
+WEIGHTS_FOLDER = Path("weights")
+"""Where the default paths of all tasks start, relative to the working directory."""
+
+FPS = 24
+MAX_LATENT_FRAMES = 128
+MAX_LATENT_SIDE = 256
+"""The rotary tables have 128 positions per axis: one latent frame, or two latent rows or columns, each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DitParams:
+    """Constructor arguments of the DiT, under the names the official code uses."""
+
+    in_visual_dim: int = 16
+    out_visual_dim: int = 16
+    in_text_dim: int = 3584
+    in_text_dim2: int = 768
+    time_dim: int
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    model_dim: int
+    ff_dim: int
+    num_text_blocks: int
+    num_visual_blocks: int
+    axes_dims: tuple[int, int, int]
+    visual_cond: bool = True
+    instruct_type: str | None = None
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """The fields as a dict for `DiffusionTransformer3D(**...)`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NablaParams:
+    """NABLA block selection: a cumulative-mass threshold per head, joined with a sliding tile window."""
+
+    P: float = 0.9
+    wT: int = 11
+    wH: int = 3
+    wW: int = 3
+    """Full window widths in blocks: latent frames, rows and columns of 8x8 token squares."""
+    add_sta: bool = True
+    method: str = "topcdf"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One `--task`: a checkpoint with the settings it was trained and is sampled with."""
+
+    name: str
+    checkpoint: str
+    """File name under `weights/model/`."""
+    dit_params: DitParams
+    resolution: int
+    """512 ("SD") or 1024 ("HD"); sets the default size and the image-to-video area."""
+    scale_factor: tuple[float, float, float]
+    """Divisors of the rotary angles for time, height and width."""
+    seconds: int
+    steps: int = 50
+    guidance: float = 5.0
+    scheduler_scale: float = 10.0
+    nabla: NablaParams | None = None
+    qwen_max_length: int = 256
+    clip_max_length: int = 77
+    is_tiny: bool = False
+    """A random model for trying things out: its token counts are not checked against the real tokenizers."""
+
+    @property
+    def is_i2v(self) -> bool:
+        return "i2v" in self.name
+
+    @property
+    def default_num_frames(self) -> int:
+        """Pixel frames, 4k + 1."""
+        return self.seconds * FPS + 1
+
+    @property
+    def size_divisor(self) -> int:
+        """What pixel sides must be a multiple of."""
+        return 128 if self.nabla is not None else 16
+
+    @property
+    def image_size_divisor(self) -> int:
+        """What the sides of an image-to-video clip are rounded to."""
+        return 128 if self.resolution >= 1024 or self.nabla is not None else 16
+
+    @property
+    def image_max_area(self) -> int:
+        """Pixels that a conditioning image is scaled to."""
+        return {512: 512 * 768, 1024: 1024 * 1024}.get(self.resolution, self.resolution**2)
+
+    @property
+    def dit_path(self) -> Path:
+        return WEIGHTS_FOLDER / "model" / self.checkpoint
+
+    @property
+    def vae_path(self) -> Path:
+        return WEIGHTS_FOLDER / "vae"
+
+    @property
+    def text_encoder_qwen_path(self) -> Path:
+        return WEIGHTS_FOLDER / "text_encoder"
+
+    @property
+    def text_encoder_clip_path(self) -> Path:
+        return WEIGHTS_FOLDER / "text_encoder2"
+
+
+PRO_PARAMS = DitParams(
+    time_dim=1024,
+    model_dim=4096,
+    ff_dim=16384,
+    num_text_blocks=4,
+    num_visual_blocks=60,
+    axes_dims=(32, 48, 48),
+)
+LITE_PARAMS = DitParams(
+    time_dim=512, model_dim=1792, ff_dim=7168, num_text_blocks=2, num_visual_blocks=32, axes_dims=(16, 24, 24)
+)
+IMAGE_LITE_PARAMS = DitParams(
+    time_dim=512,
+    model_dim=2560,
+    ff_dim=10240,
+    num_text_blocks=2,
+    num_visual_blocks=50,
+    axes_dims=(32, 48, 48),
+    visual_cond=False,
+)
+IMAGE_EDIT_LITE_PARAMS = replace(IMAGE_LITE_PARAMS, instruct_type="channel")
+TINY_PARAMS = DitParams(
+    in_text_dim=64,
+    in_text_dim2=32,
+    time_dim=64,
+    model_dim=128,
+    ff_dim=256,
+    num_text_blocks=2,
+    num_visual_blocks=4,
+    axes_dims=(16, 24, 24),
+)
+
+_SD_SCALE = (1.0, 2.0, 2.0)
+_HD_SCALE = (1.0, 3.16, 3.16)
+_IMAGE_TASKS = ("k5-lite-t2i-hd", "k5-lite-i2i-hd")
+
+
+def _video_task(name: str, checkpoint: str, params: DitParams, **settings: Any) -> Task:
+    is_hd = name.endswith("-hd")
+    return Task(
+        name=name,
+        checkpoint=f"{checkpoint}.safetensors",
+        dit_params=params,
+        resolution=1024 if is_hd else 512,
+        scale_factor=_HD_SCALE if is_hd else _SD_SCALE,
+        seconds=10 if "-10s-" in name else 5,
+        **settings,
+    )
+
+
+def _tiny_task(name: str, **settings: Any) -> Task:
+    return Task(
+        name=name,
+        checkpoint="tiny.safetensors",
+        dit_params=TINY_PARAMS,
+        resolution=128,
+        scale_factor=_SD_SCALE,
+        seconds=1,
+        steps=8,
+        is_tiny=True,
+        **settings,
+    )
+
+
+_NABLA = NablaParams()
+# Source: kandinskylab/kandinsky-5 configs/*.yaml; a scheduler scale that the yaml leaves out is the pipeline's.
+_TASKS = (
+    _video_task("k5-pro-t2v-5s-sd", "kandinsky5pro_t2v_sft_5s", PRO_PARAMS),
+    _video_task("k5-pro-t2v-5s-hd", "kandinsky5pro_t2v_sft_5s", PRO_PARAMS, nabla=NablaParams(P=0.8)),
+    _video_task("k5-pro-t2v-10s-sd", "kandinsky5pro_t2v_sft_10s", PRO_PARAMS, nabla=_NABLA),
+    _video_task("k5-pro-t2v-10s-hd", "kandinsky5pro_t2v_sft_10s", PRO_PARAMS, nabla=NablaParams(P=0.7)),
+    _video_task("k5-pro-i2v-5s-sd", "kandinsky5pro_i2v_sft_5s", PRO_PARAMS),
+    _video_task(
+        "k5-pro-i2v-5s-hd",
+        "kandinsky5pro_i2v_sft_5s",
+        PRO_PARAMS,
+        nabla=NablaParams(P=0.8),
+        scheduler_scale=5.0,
+    ),
+    _video_task("k5-lite-t2v-5s-sd", "kandinsky5lite_t2v_sft_5s", LITE_PARAMS),
+    _video_task("k5-lite-t2v-10s-sd", "kandinsky5lite_t2v_sft_10s", LITE_PARAMS, nabla=_NABLA),
+    _video_task("k5-lite-i2v-5s-sd", "kandinsky5lite_i2v_5s", LITE_PARAMS),
+    _video_task(
+        "k5-lite-t2v-5s-distil-sd",
+        "kandinsky5lite_t2v_distilled16steps_5s",
+        LITE_PARAMS,
+        steps=16,
+        guidance=1.0,
+        scheduler_scale=5.0,
+    ),
+    _video_task(
+        "k5-lite-t2v-10s-distil-sd",
+        "kandinsky5lite_t2v_distilled16steps_10s",
+        LITE_PARAMS,
+        steps=16,
+        guidance=1.0,
+        nabla=_NABLA,
+    ),
+    _video_task("k5-lite-t2v-5s-nocfg-sd", "kandinsky5lite_t2v_nocfg_5s", LITE_PARAMS, guidance=1.0),
+    # The official 10 s "nocfg" configuration names the SFT file as well.
+    _video_task(
+        "k5-lite-t2v-10s-nocfg-sd",
+        "kandinsky5lite_t2v_sft_10s",
+        LITE_PARAMS,
+        guidance=1.0,
+        nabla=_NABLA,
+    ),
+    _video_task("k5-lite-t2v-5s-pretrain-sd", "kandinsky5lite_t2v_pretrain_5s", LITE_PARAMS),
+    _video_task("k5-lite-t2v-10s-pretrain-sd", "kandinsky5lite_t2v_pretrain_10s", LITE_PARAMS, nabla=_NABLA),
+    _tiny_task("k5-tiny-t2v"),
+    _tiny_task("k5-tiny-i2v"),
+    _tiny_task("k5-tiny-nabla", nabla=NablaParams(wT=3, wH=1, wW=1)),
+)
+TASKS = {task.name: task for task in _TASKS}
+
+
+def get_task(name: str) -> Task:
+    """The preset called `name`.
+
+    Raises:
+        ConfigError: the name is unknown (the message gives the nearest) or an image task, which is refused.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    if name in _IMAGE_TASKS:
+        raise ConfigError(
+            f"--task {name}: the Image Lite models are not supported; video tasks: {', '.join(TASKS)}"
+        )
+    nearest = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known tasks: {', '.join(TASKS)}"
+    raise ConfigError(f"--task {name}: unknown task; {hint}")

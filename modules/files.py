@@ -1,0 +1,83 @@
+"""Files that are whole whenever they carry their final name."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_STRAY_PREFIX = ".k5tmp-"
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file that takes the name `path`, whole and on disk, when the block ends well.
+
+    The file is written under a temporary name in the same folder, flushed, fsync'ed and renamed; its
+    permissions follow the umask. On an error nothing is left behind and an older file of that name stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A short random name: the final name may already be as long as the file system allows.
+    temporary = path.parent / f"{_STRAY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        with temporary.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text with LF line ends as one whole file."""
+    with atomic_writer(path) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whose bytes depend on the value alone."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def remove_strays(folder: Path) -> int:
+    """Delete what killed processes left half-written in `folder`; returns how many files went.
+
+    A file whose writing process still lives is left alone.
+    """
+    removed = 0
+    for stray in folder.glob(f"{_STRAY_PREFIX}*"):
+        owner = stray.name.removeprefix(_STRAY_PREFIX).split("-")[0]
+        if owner.isdigit() and int(owner) != os.getpid() and _is_running(int(owner)):
+            continue
+        stray.unlink(missing_ok=True)
+        removed += 1
+    return removed
+
+
+def _is_running(pid: int) -> bool:
+    if os.name == "nt":  # os.kill(pid, 0) would end the process there
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened for fsync there; the rename itself is journalled
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

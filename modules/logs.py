@@ -1,0 +1,42 @@
+"""What the scripts say: log lines on any console encoding, and tables."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from collections.abc import Sequence
+
+_LOG = logging.getLogger("k5")
+
+
+def setup_logging() -> None:
+    """Send log lines to standard error; a console that lacks a character shows its escape, never an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if not _LOG.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        _LOG.addHandler(handler)
+        _LOG.propagate = False
+    _LOG.setLevel(logging.INFO)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of one of our modules: `log = get_logger(__name__)`."""
+    return _LOG.getChild(name)
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Plain text columns: numbers to the right, everything else to the left."""
+    cells = [[str(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
+    is_number = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(headers))]
+
+    def line(values: Sequence[str]) -> str:
+        parts = (v.rjust(w) if n else v.ljust(w) for v, w, n in zip(values, widths, is_number, strict=True))
+        return "  ".join(parts).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(headers), rule, *(line(row) for row in cells)])

@@ -1,0 +1,200 @@
+"""safetensors files: checked headers, tensors read one by one, bytes that depend on the content alone.
+
+The format is written here rather than by the safetensors package because that package orders the metadata
+at random (so equal content gives unequal files), gives the file mode 0600 and does not fsync.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from modules.errors import ModelFileError
+from modules.files import atomic_writer
+
+MAX_HEADER_BYTES = 100 * 2**20
+
+_DTYPE_BY_CODE = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODE_BY_DTYPE = {dtype: code for code, dtype in _DTYPE_BY_CODE.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies in its file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Absolute byte offsets in the file."""
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFileHeader:
+    """Everything a safetensors file says before its data."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> TensorFileHeader:
+    """Read and check the header of a safetensors file; no tensor data is touched.
+
+    Raises:
+        ModelFileError: the file is missing, not safetensors, cut short, or claims an unreasonable header.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                raise ModelFileError(f"{path}: {size} bytes is too short for a safetensors file")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > MAX_HEADER_BYTES or 8 + length > size:
+                raise ModelFileError(
+                    f"{path}: not a whole safetensors file: its header claims {length} bytes, "
+                    f"the file has {size}"
+                )
+            raw = stream.read(length)
+    except FileNotFoundError as error:
+        raise ModelFileError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from error
+    return _parse_header(path, raw, data_start=8 + length, size=size)
+
+
+def _parse_header(path: Path, raw: bytes, *, data_start: int, size: int) -> TensorFileHeader:
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        tensors = {name: _tensor_info(entry, data_start) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelFileError(
+            f"{path}: not a safetensors file: its header cannot be read ({error})"
+        ) from error
+    end = max((info.end for info in tensors.values()), default=data_start)
+    if end != size:
+        raise ModelFileError(
+            f"{path}: the file is damaged: its header describes {end} bytes, found {size}. "
+            "Copy or download it again."
+        )
+    for name, info in tensors.items():
+        if info.end - info.start != info.dtype.itemsize * _count(info.shape) or info.start < data_start:
+            raise ModelFileError(
+                f"{path}: the file is damaged: the extent of tensor {name} does not fit its shape"
+            )
+    return TensorFileHeader(tensors, metadata)
+
+
+def _tensor_info(entry: dict, data_start: int) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    if entry["dtype"] not in _DTYPE_BY_CODE:
+        raise ValueError(f"unknown dtype {entry['dtype']}")
+    return TensorInfo(_DTYPE_BY_CODE[entry["dtype"]], shape, data_start + start, data_start + end)
+
+
+def _count(shape: Iterable[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+class TensorFile:
+    """An open safetensors file whose tensors are read one at a time.
+
+    `read` returns a private copy, so the file may be closed or replaced afterwards. With `use_mmap` false the
+    file is read with plain reads (some network drives dislike mapping).
+    """
+
+    def __init__(self, path: Path, *, use_mmap: bool = True) -> None:
+        self.path = path
+        self.header = read_header(path)
+        self._stream = path.open("rb")
+        self._map = mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_READ) if use_mmap else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._map is not None:
+            self._map.close()
+        self._stream.close()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU, in the file's dtype."""
+        info = self.header.tensors[name]
+        storage = torch.empty(info.end - info.start, dtype=torch.uint8)
+        if storage.numel():
+            view = storage.numpy().data
+            if self._map is not None:
+                view[:] = memoryview(self._map)[info.start : info.end]
+            else:
+                self._stream.seek(info.start)
+                if self._stream.readinto(view) != len(view):
+                    raise ModelFileError(f"{self.path}: ended early while reading tensor {name}")
+        return storage.view(info.dtype).reshape(info.shape)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a (small) safetensors file."""
+    with TensorFile(path) as file:
+        return {name: file.read(name) for name in file.header.tensors}, dict(file.header.metadata)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file as one whole file; equal content gives equal bytes."""
+    # Widest dtype first keeps every tensor aligned to its element size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {}
+    if metadata:
+        header["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": _CODE_BY_DTYPE[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    encoded += b" " * (-len(encoded) % 8)
+    with atomic_writer(path) as stream:
+        stream.write(struct.pack("<Q", len(encoded)))
+        stream.write(encoded)
+        for name in names:
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            stream.write(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
