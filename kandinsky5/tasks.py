@@ -36,6 +36,12 @@ class DitParams:
     visual_cond: bool = True
     instruct_type: str | None = None
 
+    @property
+    def in_channels(self) -> int:
+        """Channels entering the patch embedding: latents, and for conditioned models condition and mask."""
+        has_condition = self.visual_cond or self.instruct_type == "channel"
+        return 2 * self.in_visual_dim + 1 if has_condition else self.in_visual_dim
+
     def as_kwargs(self) -> dict[str, Any]:
         """The fields as a dict for `DiffusionTransformer3D(**...)`."""
         return asdict(self)
@@ -182,7 +188,7 @@ def _tiny_task(name: str, **settings: Any) -> Task:
 
 
 _NABLA = NablaParams()
-# Source: kandinskylab/kandinsky-5 configs/*.yaml; a scheduler scale that the yaml leaves out is the pipeline's.
+# Source: kandinskylab/kandinsky-5 configs/*.yaml; a scheduler scale left out there is the pipeline's.
 _TASKS = (
     _video_task("k5-pro-t2v-5s-sd", "kandinsky5pro_t2v_sft_5s", PRO_PARAMS),
     _video_task("k5-pro-t2v-5s-hd", "kandinsky5pro_t2v_sft_5s", PRO_PARAMS, nabla=NablaParams(P=0.8)),

@@ -1,0 +1,319 @@
+"""The parts of the DiT: embeddings, modulation, rotary positions, attention and feed-forward blocks.
+
+Source of all formulas: kandinskylab/kandinsky-5:kandinsky/models/{nn,dit}.py. Where that code rounds to bfloat16 these
+parts round to the dtype of the activations, so that a float32 run is float32 throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from kandinsky5.nabla import NablaPlan, nabla_attention
+from modules.attention import attention
+
+RMS_NORM_EPS = torch.finfo(torch.float32).eps
+"""What nn.RMSNorm's default eps is for float32 input; 1e-6 is wrong for small activations."""
+
+MAX_TEXT_POSITIONS = 1024
+MAX_VISUAL_POSITIONS = 128
+"""Lengths of the rotary tables of the official model, text and each visual axis."""
+
+
+def rotary_frequencies(count: int) -> Tensor:
+    """exp(-ln(10000) * i / count) for i below count, float32 on the CPU whatever the default device is."""
+    return torch.exp(-math.log(10000) * torch.arange(count, dtype=torch.float32, device="cpu") / count)
+
+
+class Modulation(NamedTuple):
+    """How the noise level acts on one branch of a block; each [B, D], float32."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(tokens) * (1 + scale) + shift, computed in float32; [B, N, D] -> [B, N, D] in the same dtype."""
+    width = tokens.shape[-1:]
+    normed = F.layer_norm(tokens.float(), width)
+    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None]).to(tokens.dtype)
+
+
+def gated_sum(tokens: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """tokens + gate * branch, computed in float32; [B, N, D] -> [B, N, D] in the dtype of the tokens."""
+    return torch.addcmul(tokens.float(), branch.float(), gate[:, None]).to(tokens.dtype)
+
+
+def layer_norm_float32(hidden: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """An affine LayerNorm in float32 whatever the dtypes of input and weights; the result has the input's."""
+    normed = F.layer_norm(
+        hidden.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
+    )
+    return normed.to(hidden.dtype)
+
+
+class TimeEmbeddings(nn.Module):
+    """Sinusoid and MLP of the timestep, in float32."""
+
+    frequencies: Tensor
+
+    def __init__(self, model_dim: int, time_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(model_dim, time_dim)
+        self.out_layer = nn.Linear(time_dim, time_dim)
+        self.register_buffer("frequencies", rotary_frequencies(model_dim // 2), persistent=False)
+
+    def sinusoid(self, timestep: Tensor) -> Tensor:
+        """timestep [B] -> [B, D], cosines first."""
+        angles = torch.outer(timestep.float(), self.frequencies)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """timestep [B], 1000 * sigma -> [B, E] float32."""
+        hidden = F.silu(linear_float32(self.sinusoid(timestep), self.in_layer))
+        return linear_float32(hidden, self.out_layer)
+
+
+def linear_float32(hidden: Tensor, linear: nn.Linear) -> Tensor:
+    """A Linear computed in float32 from weights stored in any dtype."""
+    return F.linear(hidden, linear.weight.float(), None if linear.bias is None else linear.bias.float())
+
+
+class TextEmbeddings(nn.Module):
+    """Linear and LayerNorm from an encoder's width to the model's."""
+
+    def __init__(self, text_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(text_dim, out_dim)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, text_embed: Tensor) -> Tensor:
+        """[..., text_dim] -> [..., out_dim]."""
+        return layer_norm_float32(self.in_layer(text_embed), self.norm)
+
+
+class VisualEmbeddings(nn.Module):
+    """Cuts latents into patches and projects each to a token."""
+
+    def __init__(self, channels: int, model_dim: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.in_layer = nn.Linear(math.prod(patch_size) * channels, model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, F, H, W, channels] -> [B, f, h, w, D]; inside a patch the channel runs fastest."""
+        pt, ph, pw = self.patch_size
+        patches = rearrange(x, "b (f pt) (h ph) (w pw) c -> b f h w (pt ph pw c)", pt=pt, ph=ph, pw=pw)
+        return self.in_layer(patches)
+
+
+class ModulationLayer(nn.Module):
+    """The noise level's shifts, scales and gates; computed in float32, stored in the file's dtype."""
+
+    def __init__(self, time_dim: int, model_dim: int, num_params: int) -> None:
+        super().__init__()
+        self.num_params = num_params
+        self.out_layer = nn.Linear(time_dim, num_params * model_dim)
+
+    def forward(self, time_embed: Tensor) -> tuple[Tensor, ...]:
+        """time_embed [B, E] float32 -> num_params tensors [B, D] float32."""
+        return linear_float32(F.silu(time_embed), self.out_layer).chunk(self.num_params, dim=-1)
+
+
+class RotaryAngles(nn.Module):
+    """The rotation of each channel pair at each position, as unit complex numbers."""
+
+    frequencies: Tensor
+
+    def __init__(self, axes_dims: tuple[int, ...], max_positions: int) -> None:
+        super().__init__()
+        self.axes_dims = axes_dims
+        self.max_positions = max_positions
+        self.register_buffer("frequencies", self._frequencies(), persistent=False)
+
+    def _frequencies(self) -> Tensor:
+        return torch.cat([rotary_frequencies(dim // 2) for dim in self.axes_dims])
+
+    def forward(self, shape: tuple[int, ...], scale_factor: tuple[float, ...]) -> Tensor:
+        """Grid sizes and divisors, one per axis -> [*shape, 1, d/2] complex64, to broadcast over heads.
+
+        Raises:
+            ValueError: a side is longer than the model's tables.
+        """
+        if max(shape) > self.max_positions:
+            raise ValueError(
+                f"grid {shape} is longer than the model's {self.max_positions} positions per axis"
+            )
+        per_axis = self.frequencies.split([dim // 2 for dim in self.axes_dims])
+        angles = []
+        for axis, (size, divisor, frequencies) in enumerate(zip(shape, scale_factor, per_axis, strict=True)):
+            positions = torch.arange(size, dtype=torch.float32, device=frequencies.device)
+            axis_angles = torch.outer(positions, frequencies) / divisor
+            grid = [1] * len(shape)
+            grid[axis] = size
+            angles.append(axis_angles.view(*grid, -1).expand(*shape, -1))
+        joined = torch.cat(angles, dim=-1)[..., None, :]
+        return torch.polar(torch.ones_like(joined), joined)
+
+
+def norm_and_rotate(heads: Tensor, norm: nn.RMSNorm, rotary: Tensor | None) -> Tensor:
+    """RMS-normalise each head and rotate its channel pairs (2i, 2i+1), in float32.
+
+    heads [B, N, heads, d], rotary [N, 1, d/2] complex or None -> the shape and dtype of heads.
+    """
+    normed = F.rms_norm(heads.float(), norm.normalized_shape, norm.weight.float(), RMS_NORM_EPS)
+    if rotary is None:
+        return normed.to(heads.dtype)
+    pairs = torch.view_as_complex(normed.to(heads.dtype).float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary).flatten(-2).to(heads.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normalised queries and keys."""
+
+    def __init__(self, model_dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_query = nn.Linear(model_dim, model_dim)
+        self.to_key = nn.Linear(model_dim, model_dim)
+        self.to_value = nn.Linear(model_dim, model_dim)
+        self.query_norm = nn.RMSNorm(head_dim)
+        self.key_norm = nn.RMSNorm(head_dim)
+        self.out_layer = nn.Linear(model_dim, model_dim)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        source: Tensor,
+        *,
+        rotary: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        nabla: NablaPlan | None = None,
+    ) -> Tensor:
+        """Attend from tokens [B, N, D] to source [B, L, D] (the tokens themselves in self-attention).
+
+        Args:
+            rotary: [N, 1, d/2] complex, for queries and keys; None rotates nothing.
+            key_mask: [B, L] bool, true where a key may be seen.
+            nabla: block-sparse attention; tokens are then in fractal order.
+        Returns:
+            [B, N, D].
+        """
+        query = norm_and_rotate(self._split(self.to_query(tokens)), self.query_norm, rotary)
+        key = norm_and_rotate(self._split(self.to_key(source)), self.key_norm, rotary)
+        value = self._split(self.to_value(source))
+        if nabla is None:
+            mixed = attention(query, key, value, key_mask=key_mask)
+        else:
+            mixed = nabla_attention(query, key, value, nabla)
+        return self.out_layer(mixed.flatten(-2))
+
+    def _split(self, hidden: Tensor) -> Tensor:
+        return hidden.unflatten(-1, (-1, self.head_dim))  # [B, N, heads, d]
+
+
+class FeedForward(nn.Module):
+    """Linear, exact GELU, Linear; no biases."""
+
+    def __init__(self, model_dim: int, ff_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(model_dim, ff_dim, bias=False)
+        self.out_layer = nn.Linear(ff_dim, model_dim, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.out_layer(F.gelu(self.in_layer(tokens)))
+
+
+class TextBlock(nn.Module):
+    """Refines the text tokens: self-attention and feed-forward."""
+
+    def __init__(self, model_dim: int, ff_dim: int, time_dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.text_modulation = ModulationLayer(time_dim, model_dim, 6)
+        self.self_attention = Attention(model_dim, head_dim)
+        self.feed_forward = FeedForward(model_dim, ff_dim)
+
+    def modulations(self, time_embed: Tensor) -> tuple[Modulation, ...]:
+        """time_embed [B, E] -> the modulation of self-attention and of the feed-forward branch."""
+        params = self.text_modulation(time_embed)
+        return Modulation(*params[:3]), Modulation(*params[3:])
+
+    def forward(
+        self, text: Tensor, modulations: tuple[Modulation, ...], rotary: Tensor, text_mask: Tensor | None
+    ) -> Tensor:
+        """text [B, L, D], text_mask [B, L] bool or None -> [B, L, D]."""
+        self_mod, ff_mod = modulations
+        normed = modulate(text, self_mod.shift, self_mod.scale)
+        attended = self.self_attention(normed, normed, rotary=rotary, key_mask=text_mask)
+        text = gated_sum(text, attended, self_mod.gate)
+        normed = modulate(text, ff_mod.shift, ff_mod.scale)
+        return gated_sum(text, self.feed_forward(normed), ff_mod.gate)
+
+
+class VisualBlock(nn.Module):
+    """Refines the video tokens: self-attention, attention to the text, feed-forward."""
+
+    def __init__(self, model_dim: int, ff_dim: int, time_dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.visual_modulation = ModulationLayer(time_dim, model_dim, 9)
+        self.self_attention = Attention(model_dim, head_dim)
+        self.cross_attention = Attention(model_dim, head_dim)
+        self.feed_forward = FeedForward(model_dim, ff_dim)
+
+    def modulations(self, time_embed: Tensor) -> tuple[Modulation, ...]:
+        """time_embed [B, E] -> the modulation of self-attention, cross-attention and feed-forward."""
+        params = self.visual_modulation(time_embed)
+        return Modulation(*params[:3]), Modulation(*params[3:6]), Modulation(*params[6:])
+
+    def forward(
+        self,
+        visual: Tensor,
+        text: Tensor,
+        modulations: tuple[Modulation, ...],
+        rotary: Tensor,
+        text_mask: Tensor | None,
+        nabla: NablaPlan | None,
+    ) -> Tensor:
+        """visual [B, N, D], text [B, L, D], text_mask [B, L] bool or None -> [B, N, D]."""
+        self_mod, cross_mod, ff_mod = modulations
+        normed = modulate(visual, self_mod.shift, self_mod.scale)
+        attended = self.self_attention(normed, normed, rotary=rotary, nabla=nabla)
+        visual = gated_sum(visual, attended, self_mod.gate)
+        normed = modulate(visual, cross_mod.shift, cross_mod.scale)
+        visual = gated_sum(visual, self.cross_attention(normed, text, key_mask=text_mask), cross_mod.gate)
+        normed = modulate(visual, ff_mod.shift, ff_mod.scale)
+        return gated_sum(visual, self.feed_forward(normed), ff_mod.gate)
+
+
+class OutLayer(nn.Module):
+    """Turns tokens back into velocity patches."""
+
+    def __init__(
+        self, model_dim: int, time_dim: int, out_channels: int, patch_size: tuple[int, int, int]
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.modulation = ModulationLayer(time_dim, model_dim, 2)
+        self.out_layer = nn.Linear(model_dim, math.prod(patch_size) * out_channels)
+
+    def forward(self, visual: Tensor, time_embed: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """visual [B, N, D] in row-major order of grid (f, h, w) -> [B, F, H, W, out_channels].
+
+        Inside a patch the channel runs slowest, unlike in the input.
+        """
+        shift, scale = self.modulation(time_embed)
+        patches = self.out_layer(modulate(visual, shift, scale))
+        f, h, w = grid
+        pt, ph, pw = self.patch_size
+        return rearrange(
+            patches,
+            "b (f h w) (c pt ph pw) -> b (f pt) (h ph) (w pw) c",
+            f=f, h=h, w=w, pt=pt, ph=ph, pw=pw,
+        )  # fmt: skip

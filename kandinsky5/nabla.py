@@ -1,0 +1,144 @@
+"""NABLA: which 64-token blocks attend to which, chosen per head from block means, and attention over them.
+
+Source: kandinskylab/kandinsky-5:kandinsky/models/utils.py (fractal order, STA mask, block selection).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from kandinsky5.tasks import NablaParams
+
+SQUARE = 8
+"""Side of the token squares; 64 consecutive tokens in fractal order are one square of one frame."""
+BLOCK = SQUARE * SQUARE
+
+MaskObserver = Callable[[Tensor], None]
+"""Called with the block mask [B, heads, nb, nb] of every visual block, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class NablaPlan:
+    """What all visual blocks of one forward pass share."""
+
+    params: NablaParams
+    sta_mask: Tensor
+    """[nb, nb] bool, the sliding window."""
+    observer: MaskObserver | None = None
+
+
+def to_fractal(grid_tokens: Tensor) -> Tensor:
+    """[..., f, h, w, D] row-major -> [..., f*h*w, D] in fractal order; h and w must be multiples of 8."""
+    return rearrange(grid_tokens, "... f (Y y) (X x) d -> ... (f Y X y x) d", y=SQUARE, x=SQUARE)
+
+
+def from_fractal(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """[..., f*h*w, D] in fractal order -> the same in row-major order of grid (f, h, w)."""
+    f, h, w = grid
+    return rearrange(
+        tokens,
+        "... (f Y X y x) d -> ... (f Y y X x) d",
+        f=f,
+        Y=h // SQUARE,
+        X=w // SQUARE,
+        y=SQUARE,
+        x=SQUARE,
+    )
+
+
+def check_geometry(grid: tuple[int, int, int]) -> None:
+    """Raise ValueError unless the token grid (f, h, w) can be cut into 8x8 squares."""
+    _, h, w = grid
+    if h % SQUARE or w % SQUARE:
+        raise ValueError(
+            f"NABLA needs a token grid of whole {SQUARE}x{SQUARE} squares, got {h}x{w} tokens: "
+            "the clip's width and height must be multiples of 128 pixels"
+        )
+
+
+def sta_mask(blocks: tuple[int, int, int], params: NablaParams, device: torch.device | str) -> Tensor:
+    """The sliding window over blocks (frames, square rows, square columns) -> [nb, nb] bool.
+
+    A pair is kept when it is no further apart than half the window width along every axis.
+    """
+    near = []
+    for size, window in zip(blocks, (params.wT, params.wH, params.wW), strict=True):
+        index = torch.arange(size, device=device)
+        near.append((index[:, None] - index).abs() <= window // 2)
+    near_t, near_h, near_w = near
+    mask = near_t[:, None, None, :, None, None] & near_h[:, None, None, :, None] & near_w[:, None, None, :]
+    count = math.prod(blocks)
+    return mask.reshape(count, count)
+
+
+def make_plan(
+    grid: tuple[int, int, int],
+    params: NablaParams,
+    device: torch.device | str,
+    observer: MaskObserver | None = None,
+) -> NablaPlan:
+    """Prepare a forward pass over the token grid (f, h, w); ValueError when it has no whole squares."""
+    check_geometry(grid)
+    f, h, w = grid
+    return NablaPlan(params, sta_mask((f, h // SQUARE, w // SQUARE), params, device), observer)
+
+
+@torch.no_grad()
+def select_blocks(query: Tensor, key: Tensor, plan: NablaPlan) -> Tensor:
+    """Choose the key blocks of every query block: the fewest that carry the mass P, and the window.
+
+    Args:
+        query, key: [B, N, heads, d] after normalisation and rotation, in fractal order.
+    Returns:
+        [B, heads, nb, nb] bool.
+    """
+    params = plan.params
+    query_means = _block_means(query)
+    key_means = _block_means(key)
+    scores = query_means @ key_means.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    weights = scores.float().softmax(dim=-1)  # [B, heads, nb, nb]
+    ascending, order = weights.sort(dim=-1)
+    if params.method == "topcdf":
+        # The smallest entries whose sum stays below 1 - P are left out.
+        keep_sorted = ascending.cumsum(dim=-1) >= 1 - params.P
+    else:
+        count = weights.shape[-1]
+        kept = math.ceil(params.P * count) if params.P < 1 else int(params.P)
+        keep_sorted = torch.zeros_like(ascending, dtype=torch.bool)
+        keep_sorted[..., max(count - kept, 0) :] = True
+    mask = torch.zeros_like(keep_sorted).scatter_(-1, order, keep_sorted)
+    if params.add_sta:
+        mask |= plan.sta_mask
+    return mask
+
+
+def _block_means(heads: Tensor) -> Tensor:
+    """[B, N, heads, d] -> [B, heads, N / 64, d]."""
+    return rearrange(heads, "b (n k) h d -> b h n k d", k=BLOCK).mean(dim=-2)
+
+
+def dense_masked_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor) -> Tensor:
+    """The reference: dense attention under the block mask repeated 64x64; memory grows with N squared.
+
+    query, key, value [B, N, heads, d], block_mask [B, heads, nb, nb] -> [B, N, heads, d].
+    """
+    element_mask = block_mask.repeat_interleave(BLOCK, dim=-1).repeat_interleave(BLOCK, dim=-2)
+    mixed = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=element_mask
+    )
+    return mixed.transpose(1, 2)
+
+
+def nabla_attention(query: Tensor, key: Tensor, value: Tensor, plan: NablaPlan) -> Tensor:
+    """Attention over the selected blocks; [B, N, heads, d] in fractal order -> [B, N, heads, d]."""
+    block_mask = select_blocks(query, key, plan)
+    if plan.observer is not None:
+        plan.observer(block_mask)
+    return dense_masked_attention(query, key, value, block_mask)
