@@ -42,8 +42,8 @@ class BlockResidual:
 class DiffusionTransformer3D(nn.Module):
     """Predicts the velocity of noisy latents, given a timestep and a caption.
 
-    The arguments carry the official names (see `DitParams`). Parameters that are not float32 islands are expected in
-    `compute_dtype` (or quantised), the dtype of all activations between layers.
+    The arguments carry the official names (see `DitParams`). Parameters that are not float32 islands are
+    expected in `compute_dtype` (or quantised), the dtype of all activations between layers.
     """
 
     def __init__(
@@ -99,6 +99,14 @@ class DiffusionTransformer3D(nn.Module):
         )
         self.out_layer = OutLayer(model_dim, time_dim, out_visual_dim, patch)
 
+    def text_blocks(self) -> list[TextBlock]:
+        """The text blocks in order."""
+        return [block for block in self.text_transformer_blocks if isinstance(block, TextBlock)]
+
+    def visual_blocks(self) -> list[VisualBlock]:
+        """The visual blocks in order."""
+        return [block for block in self.visual_transformer_blocks if isinstance(block, VisualBlock)]
+
     def reset_buffers(self, device: torch.device | str) -> None:
         """Put the float32 tables, which no checkpoint holds, onto `device`."""
         for module in self.modules():
@@ -111,10 +119,10 @@ class DiffusionTransformer3D(nn.Module):
         return self.time_embeddings(timestep) + pooled.float()
 
     def refine_text(self, text_embed: Tensor, time_embed: Tensor, text_mask: Tensor | None) -> Tensor:
-        """text_embed [B, L, dim], text_mask [B, L] bool or None -> [B, L, D], what all visual blocks attend to."""
+        """text_embed [B, L, dim], text_mask [B, L] bool or None -> what the video attends to, [B, L, D]."""
         text = self.text_embeddings(text_embed.to(self.compute_dtype))
         rotary = self.text_rotary((text.shape[1],), (1.0,))
-        for block in self.text_transformer_blocks:
+        for block in self.text_blocks():
             text = self._run(block, text, block.modulations(time_embed), rotary, text_mask)
         return text
 
@@ -158,11 +166,11 @@ class DiffusionTransformer3D(nn.Module):
             plan = make_plan(grid, nabla, x.device, self.nabla_observer)
             visual, rotary = to_fractal(patches), to_fractal(rotary.squeeze(-2))[:, None]
 
-        if residual is not None and residual.skip:
+        if residual is not None and residual.skip and residual.residual is not None:
             visual = visual + residual.residual
         else:
             before = visual
-            for block in self.visual_transformer_blocks:
+            for block in self.visual_blocks():
                 visual = self._run(
                     block, visual, text, block.modulations(time_embed), rotary, text_mask, plan
                 )

@@ -1,7 +1,7 @@
 """The parts of the DiT: embeddings, modulation, rotary positions, attention and feed-forward blocks.
 
-Source of all formulas: kandinskylab/kandinsky-5:kandinsky/models/{nn,dit}.py. Where that code rounds to bfloat16 these
-parts round to the dtype of the activations, so that a float32 run is float32 throughout.
+Source of all formulas: kandinskylab/kandinsky-5:kandinsky/models/{nn,dit}.py. Where that code rounds to
+bfloat16 these parts round to the dtype of the activations, so that a float32 run is float32 throughout.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Modulation(NamedTuple):
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm(tokens) * (1 + scale) + shift, computed in float32; [B, N, D] -> [B, N, D] in the same dtype."""
+    """LayerNorm(tokens) * (1 + scale) + shift in float32; [B, N, D] -> [B, N, D] in the same dtype."""
     width = tokens.shape[-1:]
     normed = F.layer_norm(tokens.float(), width)
     return torch.addcmul(shift[:, None], normed, 1 + scale[:, None]).to(tokens.dtype)
