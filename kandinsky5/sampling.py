@@ -69,18 +69,20 @@ def euler_sample(
     Args:
         noise: [B, 16, F, H, W] float32.
         schedule: [steps + 1] falling noise levels.
-        frames: clean frames that are put back after the last step.
+        frames: clean frames, put back before every step; `finish_image_to_video` does it after the last.
     Returns:
         [B, 16, F, H, W] float32.
     """
     latents = noise
     sigmas = schedule.to(noise.device)
     for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
+        if frames is not None:
+            latents = frames.restore(latents)
         velocity = predict_velocity(latents, sigma.expand(len(latents)))
         latents = latents + (next_sigma - sigma) * velocity.float()
         if on_step is not None:
             on_step(step, latents)
-    return latents if frames is None else frames.restore(latents)
+    return latents
 
 
 @dataclass(frozen=True, slots=True)
