@@ -27,3 +27,13 @@ def root() -> Path:
 def media() -> Path:
     """Real clips and photos; see tests/media/README.md for their licences."""
     return ROOT / "tests" / "media"
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the small random models: model/, vae/, text_encoder/, text_encoder2/. Read only."""
+    from kandinsky5.tiny_models import build_tiny_models
+
+    folder = tmp_path_factory.mktemp("tiny_models")
+    build_tiny_models(folder)
+    return folder
