@@ -1,0 +1,92 @@
+"""Cache file names: made from an item, and taken apart again.
+
+The names are musubi-tuner's, so that its caches and ours can lie in one folder. For an image the size in the name
+is that of the source; for a video it is the bucket's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Content = Literal["video", "image"]
+
+LATENT_SUFFIX = "_k5.safetensors"
+TEXT_SUFFIX = "_k5_te.safetensors"
+
+MAX_NAME_BYTES = 255
+"""What common file systems allow."""
+_MAX_BASE_BYTES = 200
+"""Leaves room for the longest suffix, `_SSSSSSSS-FFFFFF_WWWWWxHHHHH_k5.safetensors`, and some."""
+
+_LATENT_NAME = re.compile(
+    r"(?P<base>.+?)(?:_(?P<start>\d{5,})-(?P<frames>\d{3,})(?:-\d+)?)?_(?P<width>\d{4,})x(?P<height>\d{4,})"
+    + re.escape(LATENT_SUFFIX),
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentName:
+    """What the name of a latent cache says."""
+
+    base_name: str
+    """As in the name: shortened when the media's own name is very long."""
+    start: int | None
+    num_frames: int | None
+    """First frame and number of pixel frames; None for an image."""
+    width: int
+    height: int
+
+
+def cache_base_name(base_name: str) -> str:
+    """The item's part of its cache names: the base name, or for a very long one its start and a hash."""
+    raw = base_name.encode("utf-8", "surrogatepass")
+    if len(raw) <= _MAX_BASE_BYTES:
+        return base_name
+    digest = hashlib.sha256(raw).hexdigest()[:16]
+    return raw[: _MAX_BASE_BYTES - 17].decode("utf-8", "ignore") + "~" + digest
+
+
+def image_cache_name(base_name: str, width: int, height: int) -> str:
+    """The latent cache of an image; width and height are the source's, upright."""
+    return f"{cache_base_name(base_name)}_{width:04d}x{height:04d}{LATENT_SUFFIX}"
+
+
+def video_cache_name(base_name: str, start: int, num_frames: int, width: int, height: int) -> str:
+    """The latent cache of a cut; width and height are the bucket's."""
+    cut = f"{start:05d}-{num_frames:03d}"
+    return f"{cache_base_name(base_name)}_{cut}_{width:04d}x{height:04d}{LATENT_SUFFIX}"
+
+
+def text_cache_name(base_name: str) -> str:
+    """The text cache of an item: one for all cuts of a video."""
+    return f"{cache_base_name(base_name)}{TEXT_SUFFIX}"
+
+
+def empty_text_cache_name(content: Content) -> str:
+    """The text cache of the empty caption, which caption dropout swaps in."""
+    return f"k5_empty_{content}.safetensors"
+
+
+def parse_latent_name(name: str, content: Content) -> LatentName | None:
+    """Take the name of a latent cache apart; None when it is not one of a dataset of this content."""
+    match = _LATENT_NAME.fullmatch(name)
+    if match is None:
+        return None
+    base, start, frames = match["base"], match["start"], match["frames"]
+    if content == "video" and start is None:
+        return None
+    if content == "image" and start is not None:
+        # An image may be called `a_00000-001`: for an image dataset all of it is the base name.
+        base = name.removesuffix(LATENT_SUFFIX).rpartition("_")[0]
+        start = frames = None
+    return LatentName(
+        base_name=base,
+        start=None if start is None else int(start),
+        num_frames=None if frames is None else int(frames),
+        width=int(match["width"]),
+        height=int(match["height"]),
+    )

@@ -1,0 +1,131 @@
+"""Which frames of a video are trained on: the five ways to cut it, and the way to 24 frames a second.
+
+Pure arithmetic. Source of the rules: kohya-ss/musubi-tuner, with its drifting float sums replaced by exact
+fractions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+MODEL_FPS = Fraction(24)
+"""What Kandinsky 5 was trained at."""
+
+FrameExtraction = Literal["head", "chunk", "slide", "uniform", "full"]
+FRAME_EXTRACTIONS: tuple[FrameExtraction, ...] = ("head", "chunk", "slide", "uniform", "full")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Cut:
+    """A run of frames: the number of the first one, and how many; counted after the change of frame rate."""
+
+    num_frames: int
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CutRule:
+    """How a dataset cuts its videos."""
+
+    frame_extraction: FrameExtraction = "head"
+    target_frames: tuple[int, ...] = (1,)
+    """Lengths to cut, each 4k+1, ascending; unused by `full`."""
+    frame_stride: int = 1
+    """`slide`: distance between starts."""
+    frame_sample: int = 1
+    """`uniform`: how many cuts per length."""
+    max_frames: int = 129
+    """`full`: upper limit."""
+
+
+def round_frames(num_frames: int) -> int:
+    """Round down to 4k+1, the lengths the VAE packs without a rest."""
+    return (num_frames - 1) // 4 * 4 + 1
+
+
+def latent_frame_count(num_frames: int) -> int:
+    """Latent frames for 4k+1 pixel frames."""
+    return (num_frames - 1) // 4 + 1
+
+
+def cut_frames(total: int, rule: CutRule) -> tuple[Cut, ...]:
+    """The cuts of a video with `total` frames, each once, by length and then by start."""
+    if rule.frame_extraction == "full":
+        length = round_frames(min(total, rule.max_frames))
+        return (Cut(length, 0),) if length >= 1 else ()
+    cuts = {
+        Cut(length, start)
+        for length in rule.target_frames
+        if length <= total
+        for start in _starts(total, length, rule)
+    }
+    return tuple(sorted(cuts))
+
+
+def _starts(total: int, length: int, rule: CutRule) -> Sequence[int]:
+    last = total - length
+    match rule.frame_extraction:
+        case "chunk":
+            return range(0, last + 1, length)
+        case "slide":
+            return range(0, last + 1, rule.frame_stride)
+        case "uniform" if rule.frame_sample > 1:
+            # Fractions become whole by cutting off, as in upstream's cache names; // is exact.
+            return [i * last // (rule.frame_sample - 1) for i in range(rule.frame_sample)]
+        case _:
+            return (0,)
+
+
+def frames_needed(rule: CutRule) -> int | None:
+    """How many frames from the start a rule can ever ask for; None when it needs to know the video's length."""
+    if rule.frame_extraction == "full":
+        return rule.max_frames
+    if rule.frame_extraction == "head" or (rule.frame_extraction == "uniform" and rule.frame_sample == 1):
+        return max(rule.target_frames)
+    return None
+
+
+def resample_even(total: int, source_fps: Fraction, target_fps: Fraction = MODEL_FPS) -> list[int]:
+    """The numbers of the frames kept from an evenly spaced video: the first of each slot of 1/target_fps.
+
+    Frames are only ever dropped. A source slower than the target keeps all of its frames.
+    """
+    kept: list[int] = []
+    last_slot = -1
+    for number in range(total):
+        slot = int(number * target_fps / source_fps)
+        if slot > last_slot:
+            kept.append(number)
+            last_slot = slot
+    return kept
+
+
+def resample_by_time(times: Sequence[Fraction], target_fps: Fraction = MODEL_FPS) -> list[int]:
+    """The numbers of the frames kept from an unevenly spaced video, by their times in seconds.
+
+    The first frame of each slot of 1/target_fps since the first frame is kept; slots without one are skipped.
+    """
+    kept: list[int] = []
+    last_slot = -1
+    for number, time in enumerate(times):
+        slot = int((time - times[0]) * target_fps)
+        if slot > last_slot:
+            kept.append(number)
+            last_slot = slot
+    return kept
+
+
+def are_even(times: Sequence[Fraction]) -> bool:
+    """Whether frame times are evenly spaced, to within what rounding to the file's clock explains.
+
+    Containers round times (Matroska to whole milliseconds), so each time may lie up to 1 ms, or a tenth of a
+    frame if that is more, from its place on the straight line from the first to the last frame.
+    """
+    if len(times) < 3:
+        return True
+    spacing = (times[-1] - times[0]) / (len(times) - 1)
+    slack = max(Fraction(1, 1000), spacing / 10)
+    return all(abs(time - (times[0] + i * spacing)) <= slack for i, time in enumerate(times))
