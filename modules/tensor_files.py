@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -175,26 +175,56 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file as one whole file; equal content gives equal bytes."""
-    # Widest dtype first keeps every tensor aligned to its element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_tensor_stream(path, layout, tensors.__getitem__, metadata)
+
+
+def write_tensor_stream(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """`write_tensors` for more than fits in memory: `read(name)` is called once per tensor, in file order."""
+    with atomic_writer(path) as stream:
+        stream.write(encode_header(layout, metadata))
+        for name in file_order(layout):
+            tensor = read(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == layout[name], name
+            for piece in tensor_bytes(tensor):
+                stream.write(piece)
+
+
+def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor as a file holds them; nothing for an empty one."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        yield flat.view(torch.uint8).numpy().data
+
+
+def encode_header(
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Everything that comes before the tensor data in a file with these tensors."""
     header: dict[str, object] = {}
     if metadata:
         header["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
     offset = 0
-    for name in names:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.dtype.itemsize
+    for name in file_order(layout):
+        dtype, shape = layout[name]
+        end = offset + _count(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _CODE_BY_DTYPE[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _CODE_BY_DTYPE[dtype],
+            "shape": list(shape),
             "data_offsets": [offset, end],
         }
         offset = end
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)
-    with atomic_writer(path) as stream:
-        stream.write(struct.pack("<Q", len(encoded)))
-        stream.write(encoded)
-        for name in names:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            stream.write(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def file_order(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
+    """The order in which a file with these tensors holds them."""
+    # Widest dtype first keeps every tensor aligned to its element size.
+    return sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))

@@ -1,0 +1,335 @@
+"""Low-rank adapters on the linear layers of any frozen model: the layer, and the network that holds them.
+
+Two objects share the work. `Adapter` modules own the trainable factors and belong to the `LoRANetwork`; the
+`LoRALinear` that takes the place of a linear layer inside the model only refers to its adapter. So the model
+still holds nothing but frozen weights (they can be swapped or moved by themselves), and the parameters of the
+network are exactly what the optimizer, distributed training and the saved file need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.seeding import derive_seed, generator_for
+from networks.factors import LayerFactors, LoraFactors
+
+
+@dataclass(slots=True)
+class _Switch:
+    """What a network's layers read at every call; one object per network."""
+
+    multiplier: float = 1.0
+    is_enabled: bool = True
+    step_seed: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DropoutRates:
+    """Chances in [0, 1), used in training mode only."""
+
+    network_dropout: float = 0.0
+    """Of each element of the rank-sized activations."""
+    rank_dropout: float = 0.0
+    """Of each rank, one draw per sample."""
+    module_dropout: float = 0.0
+    """Of the whole adapter of a layer, one draw per step."""
+
+
+NO_DROPOUT = DropoutRates()
+
+
+class Adapter(nn.Module):
+    """The trainable change of one linear layer. Subclasses hold float32 factors and say how they act.
+
+    Args:
+        path: dotted name of the layer in its model; part of every seed.
+        alpha: the change is multiplied by alpha / rank.
+    """
+
+    def __init__(self, path: str, in_features: int, out_features: int, *, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.path = path
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.alpha = rank, alpha
+        self.dropout = NO_DROPOUT
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product of the raw factors, without the network's multiplier."""
+        return self.alpha / self.rank
+
+    def add_delta(
+        self, base_output: Tensor, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
+    ) -> Tensor:
+        """base_output [..., out] + multiplier * delta(x [..., in]), in the dtype of the activations."""
+        raise NotImplementedError
+
+    def factors(self) -> LayerFactors:
+        """What a file holds of this layer: views of the parameters, the one that starts at zero last."""
+        raise NotImplementedError
+
+    def is_skipped(self, step_seed: tuple[int, ...]) -> bool:
+        """Whether module dropout leaves this layer out of the present step (no device is asked)."""
+        chance = self.dropout.module_dropout
+        if not self.training or chance == 0.0:
+            return False
+        return derive_seed(*step_seed, "module_dropout", self.path) < chance * 2**63
+
+    def keep_mask(
+        self, shape: Sequence[int], chance: float, kind: str, like: Tensor, seed: Sequence[int]
+    ) -> Tensor:
+        """Mask of 0 and 1 / (1 - chance): equal whenever it is drawn again for the same step, as a
+        checkpointed block does in its backward pass.
+        """
+        generator = generator_for(*seed, kind, self.path, device=like.device)
+        drawn = torch.rand(tuple(shape), generator=generator, device=like.device)
+        return (drawn >= chance).to(like.dtype).div_(1.0 - chance)
+
+
+class LoRAAdapter(Adapter):
+    """delta(x) = alpha / rank * up(down(x)); `lora_up` starts at zero, so the first step changes nothing.
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
+    """
+
+    def __init__(
+        self, path: str, in_features: int, out_features: int, *, rank: int, alpha: float, seed: int
+    ) -> None:
+        super().__init__(path, in_features, out_features, rank=rank, alpha=alpha)
+        down = torch.empty(rank, in_features, dtype=torch.float32)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator_for(seed, "lora", path))
+        self.lora_down = nn.Parameter(down)
+        self.lora_up = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32))
+
+    def add_delta(
+        self, base_output: Tensor, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
+    ) -> Tensor:
+        hidden = F.linear(x, self.lora_down.to(x.dtype))  # [..., rank]
+        if self.training:
+            hidden = self._drop(hidden, step_seed)
+        # A skipped layer still takes part, times zero: distributed training waits for every gradient.
+        scale = 0.0 if self.is_skipped(step_seed) else multiplier * self.scale
+        summed = torch.addmm(
+            base_output.reshape(-1, self.out_features),
+            hidden.reshape(-1, self.rank),
+            self.lora_up.to(x.dtype).t(),
+            alpha=scale,
+        )
+        return summed.view(base_output.shape)
+
+    def _drop(self, hidden: Tensor, step_seed: tuple[int, ...]) -> Tensor:
+        rates = self.dropout
+        if rates.network_dropout > 0.0:
+            hidden = hidden * self.keep_mask(
+                hidden.shape, rates.network_dropout, "network_dropout", hidden, step_seed
+            )
+        if rates.rank_dropout > 0.0:
+            # The first axis counts samples if there is one beside tokens and features.
+            samples = hidden.shape[0] if hidden.ndim > 2 else 1
+            shape = (samples, *[1] * (max(hidden.ndim, 2) - 2), self.rank)
+            hidden = hidden * self.keep_mask(shape, rates.rank_dropout, "rank_dropout", hidden, step_seed)
+        return hidden
+
+    def factors(self) -> LoraFactors:
+        return LoraFactors(
+            {"lora_down": self.lora_down.detach(), "lora_up": self.lora_up.detach()}, self.scale
+        )
+
+    @torch.no_grad()
+    def limit_norm(self, max_norm: float) -> Tensor:
+        """Shrink both factors alike until ||scale * up @ down||_F <= max_norm; returns the norm before, [].
+
+        The norm is taken from rank x rank products: ||U D||_F^2 = trace((U^T U)(D D^T)).
+        """
+        gram = (self.lora_up.t() @ self.lora_up) * (self.lora_down @ self.lora_down.t())
+        norm = self.scale * gram.sum().clamp(min=0.0).sqrt()
+        factor = (max_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0).sqrt()
+        self.lora_up.mul_(factor)
+        self.lora_down.mul_(factor)
+        return norm
+
+
+class LoRALinear(nn.Module):
+    """Takes the place of a linear layer: its output plus the adapter's, from the same input.
+
+    Args:
+        base: any module with `in_features` and `out_features`, mapping [..., in] to [..., out]; another
+            `LoRALinear` too, so that adapters stack.
+    """
+
+    def __init__(self, base: nn.Module, adapter: Adapter, switch: _Switch) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = adapter.in_features, adapter.out_features
+        # In a tuple, so that the adapter is no submodule of the model (see the top of this file).
+        self._adapter = (adapter,)
+        self._switch = switch
+
+    @property
+    def adapter(self) -> Adapter:
+        return self._adapter[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        output = self.base(x)
+        switch = self._switch
+        if not switch.is_enabled or switch.multiplier == 0.0:
+            return output
+        return self.adapter.add_delta(output, x, switch.multiplier, switch.step_seed)
+
+
+class LoRANetwork(nn.Module):
+    """The adapters of one model. Its parameters are the trainable ones, under the model's own layer names.
+
+    Calling the network calls the model, so that a wrapper for distributed training around the network sees
+    every forward pass and synchronises the adapters' gradients alone. Build it with `inject`.
+    """
+
+    def __init__(
+        self, host: nn.Module, adapters: Sequence[Adapter], *, loraplus_lr_ratio: float | None
+    ) -> None:
+        super().__init__()
+        self._host = (host,)  # in a tuple: the frozen model is no submodule of the network
+        self._switch = _Switch()
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.adapters: Mapping[str, Adapter] = {adapter.path: adapter for adapter in adapters}
+        for adapter in adapters:
+            _register(self, adapter)
+            _replace(host, adapter.path, LoRALinear(host.get_submodule(adapter.path), adapter, self._switch))
+
+    @property
+    def host(self) -> nn.Module:
+        """The model the adapters act in."""
+        return self._host[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with its adapters."""
+        return self.host(*args, **kwargs)
+
+    @property
+    def multiplier(self) -> float:
+        return self._switch.multiplier
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """Strength of all adapters; at 0 the model's output is bit for bit its own."""
+        self._switch.multiplier = multiplier
+
+    def set_step_seed(self, seed: int, *position: int) -> None:
+        """Fix the dropout masks until the next call: a function of `seed`, `position` and the layer alone.
+
+        Args:
+            position: what tells this forward and backward pass from all others (step, micro-step, process).
+        """
+        self._switch.step_seed = (seed, *position)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block the model computes exactly what it does without adapters."""
+        before = self._switch.is_enabled
+        self._switch.is_enabled = False
+        try:
+            yield
+        finally:
+            self._switch.is_enabled = before
+
+    def remove(self) -> None:
+        """Give the model its own layers back; the network keeps its factors."""
+        for path in self.adapters:
+            holder_path, _, name = path.rpartition(".")
+            holder = self.host.get_submodule(holder_path)
+            layer = getattr(holder, name)
+            while layer._switch is not self._switch:  # an adapter of another network lies on top
+                holder, name, layer = layer, "base", layer.base
+            setattr(holder, name, layer.base)
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Groups for an optimizer: one, or with LoRA+ a second one whose `lora_up` learn faster.
+
+        Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models".
+        """
+        if self.loraplus_lr_ratio is None:
+            return [{"name": "unet", "params": list(self.parameters()), "lr": lr}]
+        named = list(self.named_parameters())
+        return [
+            {"name": "unet", "params": [p for n, p in named if "lora_up" not in n], "lr": lr},
+            {
+                "name": "unet plus",
+                "params": [p for n, p in named if "lora_up" in n],
+                "lr": lr * self.loraplus_lr_ratio,
+            },
+        ]
+
+    def scale_weight_norms(self, max_norm: float) -> Tensor:
+        """After an optimizer step: limit the Frobenius norm of every adapter's change.
+
+        Returns:
+            [number of LoRA adapters], float32, on their device: the norms before the cut.
+        """
+        norms = [a.limit_norm(max_norm) for a in self.adapters.values() if isinstance(a, LoRAAdapter)]
+        return torch.stack(norms) if norms else torch.empty(0)
+
+
+def inject(
+    model: nn.Module,
+    target_names: Sequence[str],
+    *,
+    rank: int | Mapping[str, int],
+    alpha: float | Mapping[str, float],
+    seed: int,
+    dropout: DropoutRates = NO_DROPOUT,
+    loraplus_lr_ratio: float | None = None,
+    make_adapter: Callable[..., Adapter] = LoRAAdapter,
+) -> LoRANetwork:
+    """Put adapters on the named layers of `model`, freeze the model, and return the trainable network.
+
+    Args:
+        target_names: dotted paths of modules with `in_features` and `out_features`.
+        rank, alpha: one value for all layers, or one per path. An alpha of 0 means alpha = rank.
+        seed: the factors are a function of (seed, path) alone; no global generator is read or moved.
+        make_adapter: called as make_adapter(path, in_features, out_features, rank=, alpha=, seed=).
+    Returns:
+        The network, its factors in float32 on the CPU; move it with `.to(device)`.
+    """
+    model.requires_grad_(False)
+    adapters = []
+    for path in target_names:
+        layer = model.get_submodule(path)
+        layer_rank = rank if isinstance(rank, int) else rank[path]
+        layer_alpha = alpha[path] if isinstance(alpha, Mapping) else alpha
+        adapter = make_adapter(
+            path,
+            layer.in_features,
+            layer.out_features,
+            rank=layer_rank,
+            alpha=layer_alpha or float(layer_rank),
+            seed=seed,
+        )
+        adapter.dropout = dropout
+        adapters.append(adapter)
+    return LoRANetwork(model, adapters, loraplus_lr_ratio=loraplus_lr_ratio)
+
+
+def _register(root: nn.Module, adapter: Adapter) -> None:
+    """Add the adapter below plain containers, so that parameter names spell the layer's path."""
+    *folders, name = adapter.path.split(".")
+    holder = root
+    for folder in folders:
+        child = holder._modules.get(folder)
+        if child is None:
+            child = nn.Module()
+            holder.add_module(folder, child)
+        holder = child
+    holder.add_module(name, adapter)
+
+
+def _replace(root: nn.Module, path: str, layer: nn.Module) -> None:
+    holder, _, name = path.rpartition(".")
+    setattr(root.get_submodule(holder), name, layer)

@@ -1,0 +1,361 @@
+"""LoRA files: every layout in use is read, and what is written here loads in the other programs.
+
+Layouts (told apart by their keys, see `lora_keys`):
+
+    transformer.<layer>.lora_A.weight                diffusers, SimpleTuner; our default
+    diffusion_model.<layer>.lora_A.weight            ComfyUI, diffusion-pipe
+    base_model.model.<layer>.lora_A[.default].weight PEFT, the official adapters; also without the prefix
+    lora_unet_<layer_with_underscores>.lora_down.weight   kohya, musubi-tuner, with `.alpha`
+    lycoris_<layer_with_underscores>.hada_w1_a, ...       LyCORIS, with `.alpha`
+
+lora_A is lora_down [rank, in], lora_B is lora_up [out, rank].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from modules.errors import ConfigError, ModelFileError
+from modules.files import write_json
+from modules.logs import get_logger
+from modules.tensor_files import encode_header, file_order, read_tensors, tensor_bytes, write_tensors
+from networks.factors import LayerFactors, LoraFactors, factors_from_roles
+from networks.lora import LoRANetwork
+from networks.lora_keys import LayerNames, group_keys, is_dora_key, parse_key, underscored
+from networks.lora_scales import FOLDED_MARK, PeftScale, find_scale
+
+log = get_logger(__name__)
+
+LoraFormat = Literal["diffusers", "kohya"]
+LayerSizes = tuple[int, int]
+"""(out_features, in_features)."""
+
+_SHOWN_NAMES = 5
+_PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
+_MAX_TRIGGER_LENGTH = 500
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedLora:
+    """A LoRA file, ready to be merged, applied or trained on."""
+
+    path: Path
+    layers: Mapping[str, LayerFactors]
+    """By dotted layer name."""
+    metadata: Mapping[str, str]
+    trigger: str | None = None
+    """Words that its author wants put before the prompt."""
+    multiplier: float = 1.0
+
+    def with_multiplier(self, multiplier: float) -> LoadedLora:
+        """The same LoRA at another strength."""
+        return replace(self, multiplier=multiplier)
+
+    def plain_layers(self) -> dict[str, LoraFactors]:
+        """The layers, if all are plain LoRA.
+
+        Raises:
+            ConfigError: the file holds LoHa or LoKr layers.
+        """
+        plain = {name: layer for name, layer in self.layers.items() if isinstance(layer, LoraFactors)}
+        if len(plain) != len(self.layers):
+            raise ConfigError(f"{self.path}: holds LoHa or LoKr layers; a plain LoRA is needed here")
+        return plain
+
+
+def read_lora(
+    path: Path,
+    layers: Mapping[str, LayerSizes] | Collection[str],
+    *,
+    allow_partial: bool = False,
+    include_patterns: Sequence[str] = (),
+    exclude_patterns: Sequence[str] = (),
+) -> LoadedLora:
+    """Read a LoRA, LoHa or LoKr file of any layout for a model with the given linear layers.
+
+    Args:
+        layers: the model's linear layers by dotted name, with (out_features, in_features) if they are known.
+        allow_partial: keys without a layer are only warned about, as long as some have one.
+        include_patterns, exclude_patterns: regular expressions searched in the keys; others are left out.
+    Raises:
+        ModelFileError: missing, damaged, not a LoRA, made for another model, or not wholly usable.
+        ConfigError: a pattern is no regular expression.
+    """
+    tensors, metadata = read_adapter_tensors(path)
+    dora = [key for key in tensors if is_dora_key(key)]
+    if dora:
+        raise ModelFileError(f"{path}: is a DoRA (key {dora[0]}), which cannot be applied here")
+    if not any(parse_key(key) for key in tensors):
+        raise ModelFileError(f"{path}: not a LoRA file: no key like lora_A, lora_down, hada_w1_a or lokr_w1; "
+                             f"its first keys are {_some(list(tensors))}")  # fmt: skip
+    chosen = _filter_keys(tensors, include_patterns, exclude_patterns)
+    groups = group_keys(chosen, LayerNames(layers))
+    _check_matches(path, groups.layers, groups.unmatched, groups.repeated, allow_partial)
+    without_alpha = any("lora_down" in roles and "alpha" not in roles for roles in groups.layers.values())
+    peft = find_scale(path, metadata) if without_alpha else PeftScale()
+    loaded = {
+        layer: _build_layer(path, layer, {role: tensors[key] for role, key in roles.items()}, peft)
+        for layer, roles in groups.layers.items()
+    }
+    if isinstance(layers, Mapping):
+        _check_sizes(path, loaded, layers)
+    return LoadedLora(path, loaded, metadata, _clean_trigger(metadata.get("trigger")))
+
+
+def read_adapter_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, or of a torch file that holds nothing but tensors.
+
+    Raises:
+        ModelFileError: missing, damaged, not finite, or a pickle with anything else in it.
+    """
+    if path.is_dir():
+        inside = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))) or "no .safetensors file"
+        raise ModelFileError(f"{path}: is a folder; name a LoRA file (inside: {inside})")
+    if path.suffix.lower() in _PICKLE_SUFFIXES:
+        tensors, metadata = _read_torch_file(path), {}
+    else:
+        tensors, metadata = read_tensors(path)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise ModelFileError(f"{path}: tensor {key} holds NaN or infinite values")
+    return tensors, {str(key): str(value) for key, value in metadata.items()}
+
+
+def _read_torch_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ModelFileError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ModelFileError(
+            f"{path}: refused: it is damaged or holds more than tensors (a pickle can run programs). "
+            "Use a .safetensors file."
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ModelFileError(f"{path}: not a LoRA file: it does not hold tensors by name")
+    return {str(key): value for key, value in content.items()}
+
+
+def _filter_keys(keys: Collection[str], includes: Sequence[str], excludes: Sequence[str]) -> list[str]:
+    try:
+        wanted = [re.compile(pattern) for pattern in includes]
+        unwanted = [re.compile(pattern) for pattern in excludes]
+    except re.error as error:
+        raise ConfigError(f"--include_patterns / --exclude_patterns: {error.pattern!r}: {error}") from error
+    return [
+        key
+        for key in keys
+        if (not wanted or any(p.search(key) for p in wanted)) and not any(p.search(key) for p in unwanted)
+    ]
+
+
+def _check_matches(
+    path: Path,
+    layers: Mapping[str, object],
+    unmatched: Sequence[str],
+    repeated: Sequence[str],
+    allow_partial: bool,
+) -> None:
+    total = len(unmatched) + sum(len(roles) for roles in layers.values() if isinstance(roles, dict))
+    if not layers:
+        raise ModelFileError(f"{path}: 0 of {total} keys match a layer of this model; first keys: "
+                             f"{_some(unmatched)}")  # fmt: skip
+    if repeated:
+        raise ModelFileError(f"{path}: a layer occurs under two names: {_some(repeated)}")
+    if unmatched:
+        text = f"{path}: {len(unmatched)} of {total} keys match no layer of this model: {_some(unmatched)}"
+        if not allow_partial:
+            raise ModelFileError(f"{text}\nUse --lora_allow_partial to go on without them.")
+        log.warning("%s", text)
+
+
+def _build_layer(path: Path, layer: str, roles: dict[str, Tensor], peft: PeftScale) -> LayerFactors:
+    alpha = roles.pop("alpha", None)
+    odd = [role for role, tensor in roles.items() if tensor.ndim != 2]
+    factors = None if odd else factors_from_roles(roles, 1.0)
+    if factors is None:
+        raise ModelFileError(f"{path}: the weights of layer {layer} are incomplete: found {sorted(roles)}")
+    if isinstance(factors, LoraFactors) and factors.up.shape[1] != factors.rank:
+        raise ModelFileError(
+            f"{path}: layer {layer}: lora_down has rank {factors.rank}, lora_up {factors.up.shape[1]}"
+        )
+    if alpha is None:
+        # LyCORIS files without alpha mean scale 1; plain ones may have PEFT settings.
+        scale = peft.factor(layer, factors.rank) if isinstance(factors, LoraFactors) else 1.0
+    elif getattr(factors, "is_full", False):
+        scale = 1.0
+    else:
+        scale = (float(alpha) or factors.rank) / factors.rank  # alpha 0 stands for alpha = rank
+    return replace(factors, scale=scale)
+
+
+def _check_sizes(path: Path, loaded: Mapping[str, LayerFactors], sizes: Mapping[str, LayerSizes]) -> None:
+    wrong = [name for name, factors in loaded.items() if factors.shape != tuple(sizes[name])]
+    if wrong:
+        name = wrong[0]
+        raise ModelFileError(
+            f"{path}: made for a model of another size: {len(wrong)} of {len(loaded)} layers do not fit; "
+            f"{name} (out, in) is {list(sizes[name])} in this model, {list(loaded[name].shape)} in the file"
+        )
+
+
+def _clean_trigger(text: str | None) -> str | None:
+    """Printable and of bounded length: the words come from a stranger's file and go into logs and prompts."""
+    cleaned = "".join(char for char in text or "" if char.isprintable())[:_MAX_TRIGGER_LENGTH].strip()
+    return cleaned or None
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", ... ({len(names) - _SHOWN_NAMES} more)" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more
+
+
+@torch.no_grad()
+def load_weights(network: LoRANetwork, lora: LoadedLora) -> None:
+    """Start training from a file (`--network_weights`): the network then changes the model as the file does.
+
+    The ranks must agree; alphas need not, since lora_up is rescaled to the network's alpha.
+
+    Raises:
+        ConfigError: another kind or rank, or layers that the network does not train; all problems at once.
+    """
+    problems = []
+    for name, factors in lora.layers.items():
+        adapter = network.adapters.get(name)
+        if adapter is None:
+            problems.append(f"{name}: in the file, but not among the layers to be trained")
+            continue
+        mine = adapter.factors()
+        if {r: t.shape for r, t in mine.tensors.items()} != {r: t.shape for r, t in factors.tensors.items()}:
+            problems.append(
+                f"{name}: rank {factors.rank} in the file, {mine.rank} in this run (or another network type)"
+            )
+    if problems:
+        hint = "Give the same --network_dim and --network_module, or --dim_from_weights."
+        raise ConfigError(f"--network_weights {lora.path}: does not fit: {_some(problems)}\n{hint}")
+    for name, factors in lora.layers.items():
+        mine = network.adapters[name].factors()
+        for role, tensor in mine.tensors.items():
+            # The last role is the one that starts at zero and carries the scale.
+            ratio = factors.scale / mine.scale if role == list(mine.tensors)[-1] else 1.0
+            tensor.copy_(factors.tensors[role].float() * ratio)
+    fresh = len(network.adapters) - len(lora.layers)
+    if fresh:
+        log.info("%s: %d layers are not in the file and start from nothing", lora.path.name, fresh)
+
+
+def save_lora(
+    network: LoRANetwork,
+    path: Path,
+    *,
+    lora_format: LoraFormat = "diffusers",
+    save_precision: torch.dtype = torch.bfloat16,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the network's factors as one whole file.
+
+    Args:
+        lora_format: "diffusers" folds alpha / rank into lora_B, so that no reader needs more than the file,
+            and writes `<stem>_config_lora.json` for the official loader beside it; "kohya" keeps `.alpha`.
+            LoHa and LoKr are written in kohya's layout, the one other programs read.
+        metadata: kept as it is; two hashes of the tensors are added.
+    """
+    factors = {name: adapter.factors() for name, adapter in network.adapters.items()}
+    plain = {name: layer for name, layer in factors.items() if isinstance(layer, LoraFactors)}
+    if lora_format == "diffusers" and len(plain) == len(factors):
+        save_folded(plain, path, save_precision=save_precision, metadata=metadata)
+        return
+    tensors = {}
+    for name, layer in factors.items():
+        prefix = f"lora_unet_{underscored(name)}"
+        for role, tensor in layer.tensors.items():
+            tensors[f"{prefix}.{kohya_suffix(role)}"] = tensor.to(save_precision)
+        alpha = torch.tensor(network.adapters[name].alpha)
+        tensors[f"{prefix}.alpha"] = alpha.to(save_precision)
+    write_tensors(path, tensors, with_hashes(tensors, metadata or {}))
+
+
+def kohya_suffix(role: str) -> str:
+    """The end of a key in kohya's layout: only plain factors carry `.weight`."""
+    return f"{role}.weight" if role.startswith("lora_") else role
+
+
+def save_folded(
+    layers: Mapping[str, LoraFactors],
+    path: Path,
+    *,
+    save_precision: torch.dtype | None,
+    metadata: Mapping[str, str] | None,
+    prefix: str = "transformer.",
+    suffix: str = "",
+) -> None:
+    """Write lora_A / lora_B with the whole scale inside lora_B, and the official loader's JSON beside it.
+
+    Args:
+        save_precision: None keeps the dtype of the factors.
+        prefix, suffix: what stands before the layer's name and after lora_A / lora_B.
+    """
+    rank = max(layer.rank for layer in layers.values())
+    tensors = {}
+    for name, layer in layers.items():
+        dtype = save_precision or layer.up.dtype
+        down, up = layer.down, layer.up.float() * layer.scale
+        if layer.rank < rank:
+            # PEFT would divide a common alpha by each layer's own rank; with zero rows added all ranks agree.
+            missing = rank - layer.rank
+            down = torch.nn.functional.pad(down, (0, 0, 0, missing))
+            up = torch.nn.functional.pad(up, (0, missing))
+        tensors[f"{prefix}{name}.lora_A{suffix}.weight"] = down.to(dtype)
+        tensors[f"{prefix}{name}.lora_B{suffix}.weight"] = up.to(dtype)
+    marked = {**(metadata or {}), FOLDED_MARK[0]: FOLDED_MARK[1]}
+    write_tensors(path, tensors, with_hashes(tensors, marked))
+    write_json(path.with_name(f"{path.stem}_config_lora.json"), _peft_config(layers, rank))
+
+
+def _peft_config(layers: Collection[str], rank: int) -> dict[str, object]:
+    """PEFT's LoraConfig for a file whose scale is 1."""
+    inside_block = {re.sub(r"^.*\.\d+\.", "", name) for name in layers}
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(inside_block),
+    }
+
+
+def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata with kohya's two model hashes, by which user interfaces recognise a LoRA.
+
+    `sshs_model_hash` is SHA-256 over the tensor bytes; `sshs_legacy_hash` the first 8 digits of SHA-256 over
+    64 KiB at 1 MiB of a file that has only the `ss_*` metadata.
+    """
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    header = encode_header(layout, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    whole, legacy = hashlib.sha256(), hashlib.sha256()
+    start, end = 0x100000, 0x110000
+    position = 0
+
+    def feed(piece: bytes | memoryview) -> None:
+        nonlocal position
+        legacy.update(piece[max(start - position, 0) : max(end - position, 0)])
+        position += len(piece)
+
+    feed(header)
+    for name in file_order(layout):
+        for piece in tensor_bytes(tensors[name]):
+            whole.update(piece)
+            feed(piece)
+    return {**metadata, "sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}

@@ -1,0 +1,69 @@
+"""Our LoRA files in diffusers' Kandinsky 5 pipeline: same weights, same output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import Kandinsky5Transformer3DModel
+from diffusers.loaders import KandinskyLoraLoaderMixin
+
+from kandinsky5.tasks import TINY_PARAMS
+from networks.lora_files import save_lora
+from networks.lora_kandinsky import create_network
+from tests.tiny import tiny_dit
+
+
+def reference_transformer(weights: dict[str, torch.Tensor]) -> Kandinsky5Transformer3DModel:
+    params = TINY_PARAMS.as_kwargs()
+    params.pop("instruct_type")
+    model = Kandinsky5Transformer3DModel(**params)
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+@pytest.mark.parametrize("alpha", [4.0, 1.0])
+def test_diffusers_loads_the_default_layout_with_the_same_change(tmp_path: Path, alpha: float) -> None:
+    dit = tiny_dit()
+    weights = {key: value.clone() for key, value in dit.state_dict().items()}
+    network = create_network(
+        dit, network_dim=4, network_alpha=alpha, network_dropout=None, network_args={}, seed=0
+    )
+    generator = torch.Generator().manual_seed(3)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    save_lora(network, tmp_path / "lora.safetensors", save_precision=torch.float32)
+
+    reference = reference_transformer(weights)
+    state, metadata = KandinskyLoraLoaderMixin.lora_state_dict(
+        tmp_path, weight_name="lora.safetensors", return_lora_metadata=True
+    )
+    KandinskyLoraLoaderMixin.load_lora_into_transformer(
+        state, transformer=reference, adapter_name="ours", metadata=metadata
+    )
+    named = dict(reference.named_modules())
+    for name, adapter in network.adapters.items():
+        layer = named[name]
+        assert layer.scaling["ours"] == 1.0
+        change = layer.get_delta_weight("ours")
+        torch.testing.assert_close(change, adapter.factors().delta(), rtol=1e-5, atol=1e-6)
+
+    x = torch.randn(1, 2, 8, 8, 33, generator=generator)
+    text, pooled = torch.randn(1, 5, 64, generator=generator), torch.randn(1, 32, generator=generator)
+    timestep = torch.tensor([500.0])
+    ours = network(x, text, pooled, timestep)
+    with torch.no_grad():
+        theirs = reference(
+            hidden_states=x,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=timestep,
+            visual_rope_pos=[torch.arange(2), torch.arange(4), torch.arange(4)],
+            text_rope_pos=torch.arange(5),
+            return_dict=False,
+        )[0]
+    with network.disabled():
+        assert (network(x, text, pooled, timestep) - ours).norm() > 0.05 * ours.norm()
+    # diffusers rounds rotated queries and keys to bfloat16 even in float32.
+    assert (ours - theirs.view_as(ours)).norm() < 2e-3 * ours.norm()
