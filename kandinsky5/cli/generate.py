@@ -1,0 +1,494 @@
+"""The options of `kandinsky5_generate_video.py`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kandinsky5.cli.common import (
+    DTYPE_CHOICES,
+    Parser,
+    existing_file,
+    float_between,
+    non_negative_int,
+    positive_int,
+)
+from kandinsky5.configs.generate import (
+    OUTPUT_SUFFIXES,
+    OUTPUT_TYPES,
+    DitConfig,
+    GenerateConfig,
+    LoraConfig,
+    ModelPaths,
+    OutputConfig,
+    TextEncoderConfig,
+    VaeConfig,
+)
+from kandinsky5.prompts import PromptSpec
+from kandinsky5.tasks import NablaParams, Task, get_task
+from modules.errors import ConfigError
+from modules.logs import get_logger
+
+log = get_logger(__name__)
+
+DEFAULT_TASK = "k5-pro-t2v-5s-sd"
+DEFAULT_TILE_PX = 256
+_EPILOG = (
+    "Spellings of the sibling scripts are understood too: --video_size H W, --video_length, --infer_steps, "
+    "--guidance_scale, --flow_shift, --save_path, --image_path, --end_image_path, --fp8. "
+    "--frames counts pixel frames."
+)
+_UNAVAILABLE = {
+    "blocks_to_swap": "--blocks_to_swap",
+    "fp8_fast": "--fp8_fast",
+    "compile": "--compile",
+    "compile_args": "--compile_args",
+    "flash_attn": "--flash_attn",
+    "flash3": "--flash3",
+    "sage_attn": "--sage_attn",
+    "xformers": "--xformers",
+    "fp8_llm": "--fp8_llm",
+    "quantized_qwen": "--quantized_qwen",
+}
+"""Options whose machinery this version does not have: destination -> spelling. A set one is refused."""
+_WITHOUT_EFFECT = {
+    "lycoris": "--lycoris: LoHa and LoKr files are recognised by themselves",
+    "img_in_txt_in_offloading": "--img_in_txt_in_offloading belongs to another model",
+    "use_pinned_memory_for_block_swap": "--use_pinned_memory_for_block_swap acts with --blocks_to_swap only",
+    "vae_chunk_size": "--vae_chunk_size: the VAE always works in windows of 17 frames, as the official one",
+    "split_attn": "--split_attn: guidance passes are never batched, so attention sees one clip at a time",
+    "compile_backend": "--compile_backend acts with --compile only",
+    "compile_mode": "--compile_mode acts with --compile only",
+    "compile_dynamic": "--compile_dynamic acts with --compile only",
+    "compile_fullgraph": "--compile_fullgraph acts with --compile only",
+    "compile_cache_size_limit": "--compile_cache_size_limit acts with --compile only",
+}
+"""Accepted options that change nothing here: destination -> what the log says when one is given."""
+_ATTENTION_FLAGS = ("sdpa", "flash_attn", "flash3", "sage_attn", "xformers")
+_ATTENTION_WORDS = {
+    "torch": "sdpa",
+    "sdpa": "sdpa",
+    "flash": "flash_attn",
+    "flash2": "flash_attn",
+    "flash3": "flash3",
+    "sageattn": "sage_attn",
+    "xformers": "xformers",
+}
+
+
+def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
+    """Turn the command line into a checked config.
+
+    Raises:
+        ConfigError: options that contradict each other, are missing or name files that do not exist.
+    """
+    args = _parser().parse_args(argv)
+    task = get_task(args.task)
+    given = vars(args) | ({_ATTENTION_WORDS[args.attn_mode]: True} if args.attn_mode else {})
+    problems = _attention_problems(given)
+    problems += [
+        f"{flag} is not available in this version" for dest, flag in _UNAVAILABLE.items() if given[dest]
+    ]
+    problems += _nabla_problems(args, task)
+    problems += _file_problems(args)
+    problems += _pattern_problems(args)
+    if problems:
+        raise ConfigError(problems)
+    for destination, remark in _WITHOUT_EFFECT.items():
+        if given[destination]:
+            log.info("no effect: %s", remark)
+    return GenerateConfig(
+        task=task,
+        models=ModelPaths(
+            dit=args.dit or task.dit_path,
+            vae=args.vae or task.vae_path,
+            text_encoder_qwen=args.text_encoder_qwen or str(task.text_encoder_qwen_path),
+            text_encoder_clip=args.text_encoder_clip or str(task.text_encoder_clip_path),
+        ),
+        spec=_spec(args),
+        from_file=args.from_file,
+        interactive=args.interactive,
+        latent_path=args.latent_path,
+        device=args.device,
+        dit=DitConfig(
+            dtype=args.dtype,
+            fp8_base=args.fp8_base or args.fp8_scaled,
+            offload_dit_during_sampling=args.offload_dit_during_sampling,
+            disable_numpy_memmap=args.disable_numpy_memmap,
+            no_weight_check=args.no_weight_check,
+            nabla=_nabla(args, task),
+            cpu_noise=args.cpu_noise,
+        ),
+        text=TextEncoderConfig(
+            text_encoder_cpu=args.text_encoder_cpu, prompt_templates=args.prompt_templates
+        ),
+        vae=VaeConfig(vae_dtype=args.vae_dtype, tile_px=_tile_px(args)),
+        lora=LoraConfig(
+            lora_weight=tuple(args.lora_weight),
+            lora_multiplier=tuple(args.lora_multiplier),
+            lora_mode=args.lora_mode,
+            include_patterns=tuple(args.include_patterns),
+            exclude_patterns=tuple(args.exclude_patterns),
+            lora_allow_partial=args.lora_allow_partial,
+            no_lora_trigger=args.no_lora_trigger,
+            save_merged_model=args.save_merged_model,
+        ),
+        output=_output(args),
+    )
+
+
+def _output(args: argparse.Namespace) -> OutputConfig:
+    is_folder = args.output is not None and args.output.endswith(("/", "\\"))
+    path = None if args.output is None else Path(args.output)
+    if path is not None and not is_folder and not path.is_dir():
+        suffix = path.suffix.lower()
+        makes_files = args.from_file is None and not args.interactive
+        if makes_files and suffix and suffix not in OUTPUT_SUFFIXES and not suffix[1:].isdigit():
+            raise ConfigError(
+                f"--output {path}: {suffix} is not one of {', '.join(OUTPUT_SUFFIXES)} or a folder"
+            )
+    return OutputConfig(
+        output=path,
+        output_is_folder=is_folder,
+        output_type=args.output_type,
+        fps=args.fps,
+        crf=args.crf,
+        trim_tail_frames=args.trim_tail_frames,
+        overwrite=args.overwrite,
+        no_metadata=args.no_metadata,
+    )
+
+
+def _spec(args: argparse.Namespace) -> PromptSpec:
+    height, width = args.video_size or (None, None)
+    return PromptSpec(
+        prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
+        width=args.width if args.width is not None else width,
+        height=args.height if args.height is not None else height,
+        frames=args.frames,
+        steps=args.steps,
+        guidance=args.guidance,
+        scheduler_scale=args.scheduler_scale,
+        seed=args.seed,
+        image=args.image,
+        image_last=args.image_last,
+    )
+
+
+def _nabla(args: argparse.Namespace, task: Task) -> NablaParams | None:
+    if task.nabla is None and not args.force_nabla_attention:
+        return None
+    values = {"P": args.nabla_P, "wT": args.nabla_wT, "wH": args.nabla_wH, "wW": args.nabla_wW}
+    values |= {"method": args.nabla_method, "add_sta": args.nabla_add_sta}
+    return replace(task.nabla or NablaParams(), **{k: v for k, v in values.items() if v is not None})
+
+
+def _nabla_problems(args: argparse.Namespace, task: Task) -> list[str]:
+    given = {
+        "--nabla_method": args.nabla_method,
+        "--nabla_P": args.nabla_P,
+        "--nabla_wT": args.nabla_wT,
+        "--nabla_wH": args.nabla_wH,
+        "--nabla_wW": args.nabla_wW,
+        "--nabla_add_sta": args.nabla_add_sta,
+    }
+    flags = [flag for flag, value in given.items() if value is not None]
+    if flags and task.nabla is None and not args.force_nabla_attention:
+        return [f"{flags[0]}: --task {task.name} has full attention; add --force_nabla_attention"]
+    if args.nabla_P is not None and args.nabla_method != "topk" and args.nabla_P > 1:
+        return [f"--nabla_P {args.nabla_P:g}: a share of at most 1 is wanted with topcdf"]
+    return []
+
+
+def _attention_problems(given: Mapping[str, object]) -> list[str]:
+    chosen = [name for name in _ATTENTION_FLAGS if given[name]]
+    if len(chosen) > 1:
+        return [f"one attention at a time: {' and '.join('--' + name for name in chosen)} were given"]
+    return []
+
+
+def _file_problems(args: argparse.Namespace) -> list[str]:
+    files = (
+        ("--from_file", args.from_file),
+        ("--latent_path", args.latent_path),
+        ("--prompt_templates", args.prompt_templates),
+    )
+    problems = [existing_file(path, flag) for flag, path in files if path is not None]
+    return [problem for problem in problems if problem is not None]
+
+
+def _pattern_problems(args: argparse.Namespace) -> list[str]:
+    problems = []
+    for flag, patterns in (
+        ("--include_patterns", args.include_patterns),
+        ("--exclude_patterns", args.exclude_patterns),
+    ):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(f"{flag} {pattern}: not a regular expression: {error}")
+    return problems
+
+
+def _tile_px(args: argparse.Namespace) -> int | None:
+    if args.vae_spatial_tile_sample_min_size is not None:
+        return args.vae_spatial_tile_sample_min_size
+    return DEFAULT_TILE_PX if args.vae_tiling else None
+
+
+def _tile_side(word: str) -> int:
+    side = int(word)
+    if side < 64 or side % 8:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 8 from 64 on, got {word}")
+    return side
+
+
+def _parser() -> Parser:
+    parser = Parser("kandinsky5_generate_video.py", "Make videos and images with Kandinsky 5 and LoRAs.")
+    parser.epilog = _EPILOG
+    _add_prompt_options(parser)
+    _add_sampling_options(parser)
+    _add_model_options(parser)
+    _add_dit_options(parser)
+    _add_lora_options(parser)
+    _add_encoder_options(parser)
+    _add_output_options(parser)
+    _add_compile_options(parser)
+    return parser
+
+
+def _add_prompt_options(parser: Parser) -> None:
+    group = parser.add_argument_group("what to make")
+    add = group.add_argument
+    add("--task", default=DEFAULT_TASK, help="which checkpoint and its settings (default: %(default)s)")
+    add("--prompt", help="what the video shows")
+    add("--negative_prompt", help='what it should not look like (default: the official list; "" for none)')
+    add(
+        "--i",
+        "--image",
+        dest="image",
+        type=Path,
+        metavar="PATH",
+        help="first frame, for image-to-video tasks",
+    )
+    add("--image_path", dest="image", type=Path, help=argparse.SUPPRESS)
+    add("--image_last", type=Path, metavar="PATH", help="last frame, beside --image (experimental)")
+    add("--end_image_path", dest="image_last", type=Path, help=argparse.SUPPRESS)
+    add(
+        "--from_file",
+        type=Path,
+        metavar="PATH",
+        help="a .txt, .json or .toml file of prompts; --output is a folder",
+    )
+    add("--interactive", action="store_true", help="read prompts from the console; models stay loaded")
+    add("--latent_path", type=Path, metavar="PATH", help="decode a saved latent instead of sampling")
+
+
+def _add_sampling_options(parser: Parser) -> None:
+    group = parser.add_argument_group("size and sampling")
+    add = group.add_argument
+    add(
+        "--width",
+        type=int,
+        help="pixels, a multiple of 16 (128 with NABLA); default: the task's, or the image's",
+    )
+    add("--height", type=int, help="pixels, as --width")
+    add("--video_size", type=int, nargs=2, metavar=("H", "W"), help=argparse.SUPPRESS)
+    add("--frames", type=int, help="pixel frames, 4k+1 (default: the task's; 1 when --output is a .png)")
+    add("--video_length", dest="frames", type=int, help=argparse.SUPPRESS)
+    add("--steps", type=positive_int, help="sampling steps (default: the task's)")
+    add("--infer_steps", dest="steps", type=positive_int, help=argparse.SUPPRESS)
+    guidance = float_between(0, 100)
+    add("--guidance", type=guidance, help="guidance weight (default: the task's); 1 means no second pass")
+    add("--guidance_scale", dest="guidance", type=guidance, help=argparse.SUPPRESS)
+    scale = float_between(1e-3, 1e3)
+    add("--scheduler_scale", type=scale, help="shift of the noise schedule (default: the task's)")
+    add("--flow_shift", dest="scheduler_scale", type=scale, help=argparse.SUPPRESS)
+    add("--seed", type=non_negative_int, help="seed of the starting noise (default: 42)")
+    add("--cpu_noise", action="store_true", help="draw the noise on the CPU: the same video on every GPU")
+
+
+def _add_model_options(parser: Parser) -> None:
+    group = parser.add_argument_group("models")
+    add = group.add_argument
+    add("--dit", type=Path, metavar="PATH", help="DiT: .safetensors, shards or a diffusers folder")
+    add("--vae", type=Path, metavar="PATH", help="HunyuanVideo VAE: a file or a folder")
+    add("--text_encoder_qwen", metavar="ID", help="Qwen2.5-VL: a folder or a hub id")
+    add("--text_encoder_clip", metavar="ID", help="CLIP ViT-L/14: a folder or a hub id")
+    add("--device", help="where to compute (default: cuda if there is one, else cpu)")
+
+
+def _add_dit_options(parser: Parser) -> None:
+    group = parser.add_argument_group("DiT")
+    add = group.add_argument
+    add("--dtype", choices=DTYPE_CHOICES, help="compute dtype (default: bfloat16, on a CPU float32)")
+    add("--fp8", dest="fp8_base", action="store_true", help=argparse.SUPPRESS)
+    add("--fp8_base", action="store_true", help="hold the large weights in fp8, one scale per row")
+    add("--fp8_scaled", action="store_true", help="the same as --fp8_base")
+    add("--fp8_fast", action="store_true", help="multiply in fp8")
+    add("--blocks_to_swap", type=non_negative_int, default=0, metavar="N", help="blocks kept in host memory")
+    add(
+        "--use_pinned_memory_for_block_swap",
+        action="store_true",
+        help="page-locked host memory for --blocks_to_swap",
+    )
+    add(
+        "--offload_dit_during_sampling",
+        action="store_true",
+        help="DiT in host memory while encoders and VAE work (matters with --interactive)",
+    )
+    add("--disable_numpy_memmap", action="store_true", help="read model files without memory mapping")
+    add("--no_weight_check", action="store_true", help="skip the search for non-finite weights while loading")
+    for name, what in (
+        ("sdpa", "torch's attention (default)"),
+        ("flash_attn", "FlashAttention 2"),
+        ("flash3", "FlashAttention 3"),
+        ("sage_attn", "SageAttention"),
+        ("xformers", "xformers' attention"),
+    ):
+        add(f"--{name}", action="store_true", help=what)
+    add("--attn_mode", choices=tuple(_ATTENTION_WORDS), help="another spelling of the attention options")
+    add("--split_attn", action="store_true", help="accepted; changes nothing")
+    add("--img_in_txt_in_offloading", action="store_true", help="accepted; changes nothing")
+    add("--force_nabla_attention", action="store_true", help="block-sparse attention whatever the task says")
+    add("--nabla_method", choices=("topcdf", "topk"), help="how blocks are chosen")
+    add("--nabla_P", type=float_between(1e-6, 1e6), metavar="P", help="kept share; with topk also a count")
+    for axis in ("wT", "wH", "wW"):
+        add(f"--nabla_{axis}", type=positive_int, metavar="N", help="window of always kept blocks")
+    add("--nabla_add_sta", action="store_true", default=None, help="always keep the window")
+    add("--no_nabla_add_sta", dest="nabla_add_sta", action="store_false", default=None, help="no window")
+
+
+def _add_lora_options(parser: Parser) -> None:
+    group = parser.add_argument_group("LoRA")
+    add = group.add_argument
+    add(
+        "--lora_weight",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="LoRA files of any known layout",
+    )
+    add(
+        "--lora_multiplier",
+        type=float_between(-1e3, 1e3),
+        nargs="+",
+        default=[],
+        metavar="X",
+        help="strengths in the same order (default: 1.0)",
+    )
+    add(
+        "--lora_mode",
+        choices=("merge", "runtime"),
+        default="merge",
+        help="merge into the weights, or keep beside them (default: %(default)s)",
+    )
+    add(
+        "--include_patterns",
+        nargs="+",
+        default=[],
+        metavar="RE",
+        help="use only LoRA keys where one is found",
+    )
+    add(
+        "--exclude_patterns",
+        nargs="+",
+        default=[],
+        metavar="RE",
+        help="leave out LoRA keys where one is found",
+    )
+    add("--lora_allow_partial", action="store_true", help="use a LoRA some of whose keys match nothing")
+    add("--no_lora_trigger", action="store_true", help="do not put a LoRA's trigger words before the prompt")
+    add(
+        "--save_merged_model", type=Path, metavar="PATH", help="write the DiT with the LoRAs merged, and stop"
+    )
+    add("--lycoris", action="store_true", help="accepted; such files are recognised by themselves")
+
+
+def _add_encoder_options(parser: Parser) -> None:
+    group = parser.add_argument_group("text encoders and VAE")
+    add = group.add_argument
+    add("--text_encoder_cpu", action="store_true", help="encode prompts on the CPU")
+    add("--fp8_llm", "--fp8_vlm", action="store_true", help="hold Qwen's weights in fp8")
+    add("--quantized_qwen", action="store_true", help="load Qwen in 4 bits")
+    add(
+        "--prompt_templates",
+        type=Path,
+        metavar="PATH",
+        help="read the official prompt templates from this file",
+    )
+    add("--vae_dtype", choices=DTYPE_CHOICES, help="dtype of the VAE (default: float16, on a CPU float32)")
+    add("--vae_tiling", action="store_true", help=f"decode in spatial tiles of {DEFAULT_TILE_PX} pixels")
+    add(
+        "--vae_spatial_tile_sample_min_size",
+        type=_tile_side,
+        metavar="PX",
+        help="side of the tiles, a multiple of 8; implies --vae_tiling",
+    )
+    add(
+        "--vae_chunk_size",
+        type=positive_int,
+        metavar="N",
+        help="accepted; windows are the official 17 frames",
+    )
+
+
+def _add_output_options(parser: Parser) -> None:
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--save_path", dest="output", help=argparse.SUPPRESS)
+    add("--output", metavar="PATH", help="a .mp4, a .png (one image) or a folder (named by time)")
+    add(
+        "--output_type",
+        choices=OUTPUT_TYPES,
+        default="video",
+        help="default: %(default)s; both: video and latent",
+    )
+    add("--fps", type=positive_int, default=24, help="frames per second (default: %(default)s)")
+    add(
+        "--crf",
+        type=_crf,
+        default=14,
+        metavar="N",
+        help="constant quality of the video: 0 lossless, 14 default, 51 worst",
+    )
+    add(
+        "--trim_tail_frames",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="leave out the last N frames",
+    )
+    add("--overwrite", action="store_true", help="replace existing files instead of choosing a new name")
+    add("--no_metadata", action="store_true", help="do not store prompt and settings in the files")
+
+
+def _crf(word: str) -> int:
+    value = int(word)
+    if not 0 <= value <= 51:
+        raise argparse.ArgumentTypeError(f"must lie within 0 .. 51, got {word}")
+    return value
+
+
+def _add_compile_options(parser: Parser) -> None:
+    group = parser.add_argument_group("compilation")
+    add = group.add_argument
+    add("--compile", action="store_true", help="compile the blocks as the --compile_* options say")
+    add("--compile_backend", metavar="WORD", help="default: inductor")
+    modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+    add("--compile_mode", choices=modes, help="default: default")
+    add("--compile_dynamic", choices=("true", "false", "auto"), help="default: auto")
+    add("--compile_fullgraph", action="store_true", help="refuse graph breaks")
+    add("--compile_cache_size_limit", type=positive_int, metavar="N", help="default: torch's")
+    add(
+        "--compile_args",
+        nargs=4,
+        metavar=("B", "M", "D", "F"),
+        help="backend, mode, dynamic, fullgraph in one option",
+    )

@@ -1,0 +1,253 @@
+"""Prompts with their own settings: the lines and files that generation and samples while training read.
+
+No torch here: the command line shares `PromptSpec`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from modules.errors import ConfigError
+
+PROMPT_FILE_SUFFIXES = (".txt", ".json", ".toml")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptSpec:
+    """What was asked for one video; None where nothing was said."""
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    """An empty string is an empty negative prompt; None means the default one."""
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    """Pixel sizes and pixel frames."""
+    steps: int | None = None
+    guidance: float | None = None
+    scheduler_scale: float | None = None
+    seed: int | None = None
+    image: Path | None = None
+    image_last: Path | None = None
+    lora_multiplier: tuple[float, ...] | None = None
+    where: str = ""
+    """File and line for messages; empty for the command line."""
+
+    def over(self, defaults: PromptSpec) -> PromptSpec:
+        """This spec with its gaps filled from `defaults`."""
+        names = [field.name for field in fields(self) if field.name != "where"]
+        gaps = {name: getattr(defaults, name) for name in names if getattr(self, name) is None}
+        return replace(self, **gaps)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptList:
+    """A prompt file as read: the usable prompts in file order, what is wrong with the others, and remarks."""
+
+    specs: tuple[PromptSpec, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def checked(self) -> tuple[PromptSpec, ...]:
+        """All prompts, for callers that take the file whole or not at all.
+
+        Raises:
+            ConfigError: with every problem of the file.
+        """
+        if self.problems:
+            raise ConfigError(self.problems)
+        return self.specs
+
+
+def _whole(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise ValueError(f"a whole number is wanted, got {word!r}") from None
+
+
+def _number(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"a number is wanted, got {word!r}")
+    return value
+
+
+def _numbers(word: str) -> tuple[float, ...]:
+    values = tuple(_number(part) for part in word.replace(",", " ").split())
+    if not values:
+        raise ValueError("at least one number is wanted")
+    return values
+
+
+def _path(word: str) -> Path:
+    if not word:
+        raise ValueError("a path is wanted")
+    return Path(word)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    """One setting: its spelling in a line, its key in .json and .toml, its field in PromptSpec."""
+
+    name: str
+    key: str
+    field: str
+    read: Callable[[str], Any]
+
+
+_FLAGS = (
+    _Flag("w", "width", "width", _whole),
+    _Flag("h", "height", "height", _whole),
+    _Flag("f", "frame_count", "frames", _whole),
+    _Flag("d", "seed", "seed", _whole),
+    _Flag("s", "sample_steps", "steps", _whole),
+    _Flag("g", "guidance_scale", "guidance", _number),
+    _Flag("l", "cfg_scale", "guidance", _number),  # after --g: it wins where both are given
+    _Flag("fs", "discrete_flow_shift", "scheduler_scale", _number),
+    _Flag("n", "negative_prompt", "negative_prompt", str),
+    _Flag("i", "image_path", "image", _path),
+    _Flag("ei", "end_image_path", "image_last", _path),
+    _Flag("m", "lora_multiplier", "lora_multiplier", _numbers),
+)
+_FLAG_BY_NAME = {flag.name: flag for flag in _FLAGS}
+_FLAG_BY_KEY = {flag.key: flag for flag in _FLAGS}
+_OTHER_MODELS = {"cn": "control_video_path", "ci": "control_image_path", "of": "one_frame"}
+"""Settings of other models that shared prompt files contain; they have no effect here."""
+
+
+class _Reader:
+    """Collects specs, problems and notes while a file is read."""
+
+    def __init__(self) -> None:
+        self.specs: list[PromptSpec] = []
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    def add(self, prompt: str, settings: Mapping[str, str], where: str, spell: Callable[[str], str]) -> None:
+        """Read `settings` (key -> word); `spell` writes a key the way the file does."""
+        values: dict[str, Any] = {}
+        problems = []
+        for key in sorted(settings, key=list(_FLAG_BY_KEY).index):
+            flag = _FLAG_BY_KEY[key]
+            try:
+                values[flag.field] = flag.read(settings[key])
+            except ValueError as error:
+                problems.append(f"{where}: {spell(key)}: {error}")
+        self.problems += problems
+        if not problems:
+            self.specs.append(PromptSpec(prompt=prompt, where=where, **values))
+
+    def add_line(self, line: str, where: str) -> None:
+        prompt, *options = line.split(" --")
+        settings: dict[str, str] = {}
+        problems = []
+        for option in options:
+            name, _, word = option.strip().partition(" ")
+            name = name.lower()
+            if name in _OTHER_MODELS:
+                self.notes.append(f"{where}: --{name} belongs to other models and has no effect here")
+            elif name not in _FLAG_BY_NAME:
+                known = " ".join(f"--{flag}" for flag in _FLAG_BY_NAME)
+                problems.append(f"{where}: --{name} is not a prompt setting; known: {known}")
+            else:
+                settings[_FLAG_BY_NAME[name].key] = word.strip()
+        if problems:
+            self.problems += problems
+            return
+        spelling = {flag.key: f"--{flag.name}" for flag in _FLAGS}
+        self.add(prompt.strip(), settings, where, spelling.__getitem__)
+
+    def add_entry(self, entry: object, where: str) -> None:
+        if isinstance(entry, str):
+            self.add_line(entry, where)
+            return
+        if not isinstance(entry, dict):
+            self.problems.append(f"{where}: a string or a table of settings is wanted")
+            return
+        settings: dict[str, str] = {}
+        problems = []
+        for key, value in entry.items():
+            if key == "prompt":
+                continue
+            if key in _OTHER_MODELS.values():
+                self.notes.append(f"{where}: {key} belongs to other models and has no effect here")
+            elif key not in _FLAG_BY_KEY:
+                problems.append(f"{where}: {key} is not a prompt setting; known: {' '.join(_FLAG_BY_KEY)}")
+            elif isinstance(value, bool) or not isinstance(value, (str, int, float, list)):
+                problems.append(f"{where}: {key}: unexpected value {value!r}")
+            else:
+                settings[key] = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        prompt = entry.get("prompt", "")
+        if not isinstance(prompt, str):
+            problems.append(f"{where}: prompt: text is wanted, got {prompt!r}")
+        self.problems += problems
+        if not problems:
+            self.add(prompt.strip(), settings, where, str)
+
+    def result(self) -> PromptList:
+        return PromptList(tuple(self.specs), tuple(self.problems), tuple(self.notes))
+
+
+def parse_prompt_line(line: str, where: str) -> PromptList:
+    """One line `text --w 512 --n what to avoid ...`, as in a .txt file: one spec, or its problems."""
+    reader = _Reader()
+    reader.add_line(" " + line.strip(), where)
+    return reader.result()
+
+
+def read_prompt_file(path: Path) -> PromptList:
+    """Read a .txt, .json or .toml file of prompts; problems of single prompts are collected, not raised.
+
+    .txt: one prompt per line, empty lines and lines that start with # are left out. .json: a list of tables
+    or of such lines. .toml: `[prompt]` with what all share and `[[prompt.subset]]` for each.
+
+    Raises:
+        ConfigError: the file is missing, of another kind, not readable as a whole or without prompts.
+    """
+    if path.suffix.lower() not in PROMPT_FILE_SUFFIXES:
+        raise ConfigError(f"{path}: prompt files end in {', '.join(PROMPT_FILE_SUFFIXES)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    reader = _Reader()
+    if path.suffix.lower() == ".txt":
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip() and not line.lstrip().startswith("#"):
+                # No strip at the left alone: a line may consist of settings only.
+                reader.add_line(" " + line.strip(), f"{path} line {number}")
+    else:
+        for number, entry in enumerate(_structured_entries(path, text)):
+            reader.add_entry(entry, f"{path} prompt {number}")
+    result = reader.result()
+    if not result.specs and not result.problems:
+        raise ConfigError(f"{path}: holds no prompts")
+    return result
+
+
+def _structured_entries(path: Path, text: str) -> list[object]:
+    try:
+        content = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if path.suffix.lower() == ".json":
+        if not isinstance(content, list):
+            raise ConfigError(f"{path}: a list of prompts is wanted")
+        return content
+    section = content.get("prompt")
+    subsets = section.pop("subset", None) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(subsets, list):
+        raise ConfigError(f"{path}: a [prompt] section with [[prompt.subset]] entries is wanted")
+    return [{**section, **subset} if isinstance(subset, dict) else subset for subset in subsets]

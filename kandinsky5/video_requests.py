@@ -1,0 +1,242 @@
+"""From what was asked to what is made: defaults of the task filled in, sizes and frames checked or rounded.
+
+No model and no torch here, so every problem is known before anything slow starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kandinsky5.image_conditions import image_clip_size, read_image_size
+from kandinsky5.prompts import PromptSpec
+from kandinsky5.tasks import MAX_LATENT_FRAMES, MAX_LATENT_SIDE, TASKS, Task
+from modules.errors import ConfigError
+from modules.logs import get_logger
+
+log = get_logger(__name__)
+
+LATENT_CHANNELS = 16
+PIXELS_PER_LATENT = 8
+FRAMES_PER_LATENT = 4
+MAX_SIDE = MAX_LATENT_SIDE * PIXELS_PER_LATENT
+MAX_FRAMES = (MAX_LATENT_FRAMES - 1) * FRAMES_PER_LATENT + 1
+DEFAULT_SEED = 42
+MAX_STEPS = 1000
+_SEED_LIMIT = 2**63
+_HD_LATENT_AREA = 14080
+"""Latent positions of the smallest HD size (640 x 1408): where the rotary scale of the HD tasks begins."""
+_OFFICIAL_SIZES = {
+    512: {(512, 512), (512, 768), (768, 512)},
+    1024: {(1024, 1024), (640, 1408), (1408, 640), (768, 1280), (1280, 768), (896, 1152), (1152, 896)},
+}
+"""(width, height) that the official text-to-video pipelines accept, by resolution of the task."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoRequest:
+    """One video or image to make, every setting decided."""
+
+    prompt: str
+    negative_prompt: str | None
+    """None: the official default."""
+    width: int
+    height: int
+    num_frames: int
+    """Pixels, multiples of 16, and pixel frames, 4k + 1."""
+    steps: int
+    guidance: float
+    scheduler_scale: float
+    seed: int
+    image: Path | None = None
+    image_last: Path | None = None
+    has_own_size: bool = True
+    """False: the size follows from the image, which is then scaled to it without a crop."""
+    lora_multiplier: tuple[float, ...] | None = None
+    where: str = ""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(16, F, H, W)."""
+        frames = (self.num_frames - 1) // FRAMES_PER_LATENT + 1
+        return LATENT_CHANNELS, frames, self.height // PIXELS_PER_LATENT, self.width // PIXELS_PER_LATENT
+
+    @property
+    def content(self) -> Literal["image", "video"]:
+        """Which prompt template applies."""
+        return "image" if self.num_frames == 1 else "video"
+
+
+def resolve_request(
+    spec: PromptSpec,
+    task: Task,
+    *,
+    size_divisor: int,
+    default_frames: int,
+    lora_count: int = 0,
+) -> VideoRequest:
+    """Fill in the task's defaults and check everything that needs no model.
+
+    Sizes from a prompt file are rounded down with a log line; sizes from the command line must fit, because
+    there the nearest ones can be named and typed at once. Frames are rounded down to 4k + 1 in both.
+
+    Args:
+        size_divisor: what width and height must be multiples of: 16, or 128 with NABLA attention.
+        default_frames: pixel frames where the spec names none.
+        lora_count: how many multipliers a spec may give at most.
+    Raises:
+        ConfigError: with all problems of this request.
+        DataError: the conditioning image is damaged.
+    """
+    problems: list[str] = []
+    prefix = f"{spec.where}: " if spec.where else ""
+    num_frames = _frames(spec.frames, default_frames, prefix, problems)
+    problems += [prefix + line for line in _image_problems(spec, task, num_frames)]
+    if problems:  # a size may have to be read from the image, so its problems come first
+        raise ConfigError(problems)
+    width, height = _size(spec, task, size_divisor, prefix, problems)
+    problems += [prefix + line for line in _number_problems(spec, lora_count)]
+    if problems:
+        raise ConfigError(problems)
+    return VideoRequest(
+        prompt=(spec.prompt or "").strip(),
+        negative_prompt=spec.negative_prompt,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        steps=task.steps if spec.steps is None else _clamped_steps(spec.steps, prefix),
+        guidance=task.guidance if spec.guidance is None else spec.guidance,
+        scheduler_scale=spec.scheduler_scale or task.scheduler_scale,
+        seed=DEFAULT_SEED if spec.seed is None else spec.seed,
+        image=spec.image,
+        image_last=spec.image_last,
+        has_own_size=spec.width is not None or spec.height is not None,
+        lora_multiplier=spec.lora_multiplier,
+        where=spec.where,
+    )
+
+
+def legal_frames(frames: int) -> int:
+    """The largest 4k + 1 not above `frames`."""
+    return (frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+
+
+def log_size_remarks(request: VideoRequest, task: Task) -> None:
+    """Say what is unusual about a size that is legal all the same."""
+    size = (request.width, request.height)
+    if task.is_tiny:
+        return
+    latent_area = request.latent_shape[2] * request.latent_shape[3]
+    is_hd_size, is_hd_task = latent_area >= _HD_LATENT_AREA, task.resolution >= 1024
+    if is_hd_size != is_hd_task:
+        twins = (task.name.removesuffix("-sd") + "-hd", task.name.removesuffix("-hd") + "-sd")
+        other = next((name for name in twins if name in TASKS and name != task.name), None)
+        hint = f"; {other} fits it" if other else ""
+        log.warning(
+            "%dx%d is %s size for --task %s%s", *size, "an HD" if is_hd_size else "an SD", task.name, hint
+        )
+    elif not task.is_i2v and size not in _OFFICIAL_SIZES[task.resolution]:
+        official = ", ".join(f"{w}x{h}" for w, h in sorted(_OFFICIAL_SIZES[task.resolution]))
+        log.info("%dx%d is not one of the sizes the model was made for: %s", *size, official)
+
+
+def _frames(frames: int | None, default: int, prefix: str, problems: list[str]) -> int:
+    if frames is None:
+        return default
+    if not 1 <= frames <= MAX_FRAMES:
+        problems.append(f"{prefix}--frames {frames}: 1 to {MAX_FRAMES} pixel frames are possible, as 4k+1")
+        return 1
+    legal = legal_frames(frames)
+    if legal != frames:
+        log.info(
+            "%s%d frames rounded down to %d (a clip has 4k+1 pixel frames; next: %d)",
+            prefix, frames, legal, legal + FRAMES_PER_LATENT,
+        )  # fmt: skip
+    return legal
+
+
+def _image_problems(spec: PromptSpec, task: Task, num_frames: int) -> list[str]:
+    problems = []
+    given = [("--image", spec.image), ("--image_last", spec.image_last)]
+    given = [(flag, path) for flag, path in given if path is not None]
+    if given and not task.is_i2v:
+        names = ", ".join(name for name, other in TASKS.items() if other.is_i2v)
+        problems.append(f"{given[0][0]} needs an image-to-video task, not {task.name}: {names}")
+    if task.is_i2v and spec.image is None and (spec.image_last is not None or num_frames > 1):
+        problems.append(f"--task {task.name} needs a first frame: --image PATH (--i PATH in a prompt line)")
+    # A given frame leaves at least one other to be made.
+    smallest = 1 + FRAMES_PER_LATENT * len(given)
+    if given and num_frames < smallest:
+        problems.append(f"--frames {num_frames}: at least {smallest} are needed with {given[-1][0]}")
+    problems += [f"{flag} {path}: no such file" for flag, path in given if not path.is_file()]
+    return problems
+
+
+def _size(spec: PromptSpec, task: Task, divisor: int, prefix: str, problems: list[str]) -> tuple[int, int]:
+    width = _side("width", spec.width, divisor, spec.where, prefix, problems)
+    height = _side("height", spec.height, divisor, spec.where, prefix, problems)
+    if spec.image is None:
+        return width or task.resolution, height or task.resolution
+    if width is None and height is None:
+        image_height, image_width = read_image_size(spec.image)
+        divisor = max(divisor, task.image_size_divisor)
+        height, width = image_clip_size(
+            image_height, image_width, max_area=task.image_max_area, divisor=divisor
+        )
+        if max(height, width) > MAX_SIDE or min(height, width) < divisor:
+            problems.append(
+                f"{prefix}--image {spec.image}: {image_width}x{image_height} is too narrow: "
+                "give --width and --height"
+            )
+    elif width is None or height is None:
+        problems.append(f"{prefix}--width and --height go together when an image is given")
+        return task.resolution, task.resolution
+    return width, height
+
+
+def _side(
+    name: str, side: int | None, divisor: int, where: str, prefix: str, problems: list[str]
+) -> int | None:
+    if side is None:
+        return None
+    lower = side // divisor * divisor
+    if side < 1 or side > MAX_SIDE or (lower == 0 and where):
+        problems.append(
+            f"{prefix}--{name} {side}: multiples of {divisor} from {divisor} to {MAX_SIDE} are possible"
+        )
+    elif lower != side and not where:
+        nearest = [str(size) for size in (lower, lower + divisor) if 0 < size <= MAX_SIDE]
+        problems.append(f"--{name} {side} is not a multiple of {divisor}; nearest: {' or '.join(nearest)}")
+    elif lower != side:
+        log.info("%s%s %d rounded down to %d, a multiple of %d", prefix, name, side, lower, divisor)
+    return lower or divisor
+
+
+def _number_problems(spec: PromptSpec, lora_count: int) -> list[str]:
+    problems = []
+    if spec.seed is not None and not 0 <= spec.seed < _SEED_LIMIT:
+        problems.append(f"--seed {spec.seed}: 0 to 2**63 - 1 is possible")
+    if spec.scheduler_scale is not None and spec.scheduler_scale <= 0:
+        problems.append(f"--scheduler_scale {spec.scheduler_scale:g}: must be above 0")
+    if spec.guidance is not None and spec.guidance < 0:
+        problems.append(f"--guidance {spec.guidance:g}: must be at least 0")
+    if spec.lora_multiplier is not None and len(spec.lora_multiplier) > lora_count:
+        problems.append(
+            f"{len(spec.lora_multiplier)} LoRA multipliers for {lora_count} --lora_weight: "
+            "at most one for each"
+        )
+    return problems
+
+
+def _clamped_steps(steps: int, prefix: str) -> int:
+    clamped = min(max(steps, 1), MAX_STEPS)
+    if clamped != steps:
+        log.info("%s%d steps: using %d", prefix, steps, clamped)
+    return clamped
+
+
+def full_multipliers(given: Sequence[float], count: int) -> tuple[float, ...]:
+    """One multiplier per LoRA: those given, then 1.0."""
+    return (*given, *[1.0] * (count - len(given)))

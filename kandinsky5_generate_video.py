@@ -1,0 +1,21 @@
+"""Make videos and images with Kandinsky 5: see --help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kandinsky5.cli.common import user_errors
+from kandinsky5.cli.generate import parse_generate
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; an error of the user's ends with its exit code and one message."""
+    with user_errors(argv):
+        config = parse_generate(argv)
+        from kandinsky5.generation import generate  # imported late: --help must not wait for torch
+
+        generate(config)
+
+
+if __name__ == "__main__":
+    main()
