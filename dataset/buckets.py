@@ -42,7 +42,9 @@ def bucket_sizes(resolution: Size, *, enable_bucket: bool) -> tuple[Size, ...]:
     return tuple(sorted(buckets))
 
 
-def choose_bucket(source: Size, resolution: Size, buckets: Sequence[Size], *, bucket_no_upscale: bool) -> Size:
+def choose_bucket(
+    source: Size, resolution: Size, buckets: Sequence[Size], *, bucket_no_upscale: bool
+) -> Size:
     """The bucket for a source of this size.
 
     With `bucket_no_upscale` a source no larger than the resolution's area keeps its own size, rounded down to

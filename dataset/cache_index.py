@@ -141,6 +141,6 @@ def _entry_from_json(value: Mapping[str, Any]) -> IndexEntry:
 def _file_names(values: Iterable[Any]) -> tuple[str, ...]:
     names = tuple(str(value) for value in values)
     for name in names:
-        if "/" in name or "\\" in name or name in {"", ".", ".."}:
+        if Path(name).name != name:
             raise ValueError(f"{name!r} is not a plain file name")
     return names

@@ -1,7 +1,7 @@
 """Cache file names: made from an item, and taken apart again.
 
-The names are musubi-tuner's, so that its caches and ours can lie in one folder. For an image the size in the name
-is that of the source; for a video it is the bucket's.
+The names are musubi-tuner's, so that its caches and ours can lie in one folder. For an image the size in
+the name is that of the source; for a video it is the bucket's.
 """
 
 from __future__ import annotations

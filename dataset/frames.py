@@ -80,7 +80,7 @@ def _starts(total: int, length: int, rule: CutRule) -> Sequence[int]:
 
 
 def frames_needed(rule: CutRule) -> int | None:
-    """How many frames from the start a rule can ever ask for; None when it needs to know the video's length."""
+    """How many frames from the start a rule can ever ask for; None when the video's length decides."""
     if rule.frame_extraction == "full":
         return rule.max_frames
     if rule.frame_extraction == "head" or (rule.frame_extraction == "uniform" and rule.frame_sample == 1):

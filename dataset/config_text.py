@@ -1,0 +1,83 @@
+"""Parses TOML and JSON dataset files, and remembers on which line a key stands."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modules.errors import ConfigError
+
+_TABLE = re.compile(r"\s*\[\[?\s*(?P<name>[^\]]+?)\s*\]\]?")
+_KEY = re.compile(r"\s*[\"']?(?P<key>[\w-]+)[\"']?\s*=")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfigText:
+    """A parsed dataset file."""
+
+    path: Path
+    value: dict[str, Any]
+    lines: dict[tuple[int | None, str | None], int] = field(default_factory=dict)
+    """(dataset number or None for [general], key or None for the table itself) -> line, from 1."""
+
+    def line_of(self, index: int | None, key: str | None) -> int | None:
+        """The line of a key, else of its table; None where it is not known (JSON, inline tables)."""
+        return self.lines.get((index, key)) or self.lines.get((index, None))
+
+
+def read_config_text(path: Path) -> ConfigText:
+    """Read and parse a dataset file.
+
+    Raises:
+        ConfigError: it is missing, has another extension, is not UTF-8 or has a syntax error (with its line).
+    """
+    extension = path.suffix.lower()
+    if extension not in {".toml", ".json"}:
+        raise ConfigError(f"--dataset_config {path}: must be a .toml or a .json file")
+    if not path.is_file():
+        raise ConfigError(
+            f"--dataset_config {path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}"
+        )
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    value = _parse(path, text, is_toml=extension == ".toml")
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must hold an object with the key datasets")
+    return ConfigText(path=path, value=value, lines=_key_lines(text) if extension == ".toml" else {})
+
+
+def _parse(path: Path, text: str, *, is_toml: bool) -> Any:
+    try:
+        return tomllib.loads(text.replace("\r\n", "\n")) if is_toml else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except tomllib.TOMLDecodeError as error:
+        # tomllib ends its message with "(at line 3, column 5)".
+        hint = " (write paths with / or in 'single quotes')" if "Unescaped" in str(error) else ""
+        raise ConfigError(f"{path}: {error}{hint}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply") from error
+
+
+def _key_lines(text: str) -> dict[tuple[int | None, str | None], int]:
+    lines: dict[tuple[int | None, str | None], int] = {}
+    index: int | None = None
+    count = 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        if table := _TABLE.match(line):
+            if table["name"] == "datasets":
+                index, count = count, count + 1
+            elif table["name"] == "general":
+                index = None
+            lines.setdefault((index, None), number)
+        elif key := _KEY.match(line):
+            lines.setdefault((index, key["key"]), number)
+    return lines

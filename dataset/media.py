@@ -1,0 +1,191 @@
+"""Reads images and resizes frames: upright, 8-bit RGB, at the size that is trained on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from dataset.buckets import Size, plan_crop
+from modules.errors import DataError
+
+with contextlib.suppress(ImportError):
+    import pillow_jxl  # noqa: F401  # pyright: ignore[reportMissingImports]  # registers JPEG XL where installed
+
+Frame = NDArray[np.uint8]
+"""[H, W, 3], RGB."""
+
+MAX_PIXELS = 2**27
+"""Larger pictures are refused before they are decoded (134 million pixels, 400 MB as RGB)."""
+
+UNREADABLE = "cannot be opened"
+DAMAGED = "damaged"
+TOO_LARGE = "too large"
+CHANGED = "changed while it was read"
+
+_ORIENTATION = 0x0112  # EXIF tag
+# Only these decoders are let near a file, whatever its name says: some of Pillow's others start programs.
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "GIF", "JXL")
+# What Pillow's decoders raise for broken files.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    MemoryError,
+)
+_FINGERPRINT_PART = 2**20
+
+
+class MediaError(DataError):
+    """One image or video that cannot be used, with its kind of reason apart from the detail."""
+
+    def __init__(self, path: Path, reason: str, detail: str) -> None:
+        super().__init__(f"{path}: {reason} ({detail})")
+        self.reason = reason
+        self.detail = detail
+
+
+def check_pixel_count(path: Path, size: Size) -> None:
+    """Refuse pictures whose decoding would fill the memory.
+
+    Raises:
+        MediaError: the picture has more than MAX_PIXELS pixels.
+    """
+    if size[0] * size[1] > MAX_PIXELS:
+        detail = f"{size[0]}x{size[1]}, the limit is {MAX_PIXELS / 1e6:.0f} million pixels"
+        raise MediaError(path, TOO_LARGE, detail)
+
+
+def probe_image(path: Path) -> Size:
+    """Width and height of an image when it stands upright, from its header.
+
+    Raises:
+        MediaError: the file cannot be opened, or is too large to be decoded safely.
+    """
+    with _open_image(path) as image:
+        try:
+            orientation = _orientation(path, image)
+        except _DECODE_ERRORS as error:
+            raise MediaError(path, DAMAGED, str(error)) from error
+        width, height = image.size
+    return (height, width) if orientation in {5, 6, 7, 8} else (width, height)
+
+
+def read_image(path: Path) -> Frame:
+    """Decode an image: upright by its EXIF orientation, alpha composited over white, 16 bits scaled to 8.
+
+    Raises:
+        MediaError: the file cannot be opened or decoded in full.
+    """
+    with _open_image(path) as image:
+        try:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+        except _DECODE_ERRORS as error:
+            raise MediaError(path, DAMAGED, str(error) or type(error).__name__) from error
+
+
+def _open_image(path: Path) -> Image.Image:
+    Image.init()  # fills Image.OPEN
+    try:
+        known = [name for name in _FORMATS if name in Image.OPEN]
+        image = Image.open(path, formats=known)
+    except Image.DecompressionBombError as error:
+        raise MediaError(path, TOO_LARGE, f"the limit is {MAX_PIXELS / 1e6:.0f} million pixels") from error
+    except FileNotFoundError as error:
+        raise MediaError(path, UNREADABLE, "no such file") from error
+    except _DECODE_ERRORS as error:
+        raise MediaError(path, UNREADABLE, _open_failure(path)) from error
+    try:
+        check_pixel_count(path, image.size)
+    except MediaError:
+        image.close()
+        raise
+    return image
+
+
+def _open_failure(path: Path) -> str:
+    if path.stat().st_size == 0:
+        return "the file is empty"
+    if path.suffix.lower() == ".jxl" and "JXL" not in Image.OPEN:
+        return "JPEG XL needs the package pillow-jxl-plugin"
+    return "not an image file, or damaged"
+
+
+def _orientation(path: Path, image: Image.Image) -> int:
+    if image.format == "PNG" and "exif" not in image.info:
+        # Pillow decodes the whole PNG to look for a late EXIF chunk; most have none, which is cheap to see.
+        content = path.read_bytes()
+        if b"eXIf" not in content and b"Orientation" not in content and b"Raw profile type" not in content:
+            return 1
+    return image.getexif().get(_ORIENTATION, 1)
+
+
+def _to_rgb(image: Image.Image) -> Frame:
+    if image.mode.startswith("I"):
+        return _grey_to_rgb(np.asarray(image).astype(np.int64))
+    if image.mode == "F":
+        raise ValueError("floating point images have no agreed range")
+    if image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, rgba)
+    return np.asarray(image.convert("RGB")).copy()
+
+
+def _grey_to_rgb(values: NDArray[np.int64]) -> Frame:
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("more than 16 bits per channel")
+    grey = ((values + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def resize_and_crop(frame: Frame, target: Size) -> Frame:
+    """Cover `target` (width, height) with the frame and cut out its centre; [H, W, 3] -> [height, width, 3].
+
+    Shrinking averages areas, enlarging uses Lanczos; a frame that has the size already is returned as it is.
+    """
+    source = (frame.shape[1], frame.shape[0])
+    if source == target:
+        return frame
+    plan = plan_crop(source, target)
+    if plan.resized != source:
+        frame = _resize(frame, plan.resized, enlarges=plan.enlarges)
+    x, y = plan.offset
+    return np.ascontiguousarray(frame[y : y + target[1], x : x + target[0]])
+
+
+def _resize(frame: Frame, size: Size, *, enlarges: bool) -> Frame:
+    if enlarges:
+        return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
+    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+
+
+def source_fingerprint(path: Path) -> str:
+    """What tells one source file from another: its size and a hash of its first and last MiB.
+
+    Raises:
+        MediaError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            digest.update(stream.read(_FINGERPRINT_PART))
+            if size > _FINGERPRINT_PART:
+                stream.seek(max(_FINGERPRINT_PART, size - _FINGERPRINT_PART))
+                digest.update(stream.read(_FINGERPRINT_PART))
+    except OSError as error:
+        raise MediaError(path, UNREADABLE, error.strerror or "read error") from error
+    return f"{size}-{digest.hexdigest()[:32]}"

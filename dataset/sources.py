@@ -1,0 +1,231 @@
+"""The media and captions of a dataset: which items there are, and which are left out and why."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataset.cache_names import Content
+from dataset.config import AnyDatasetConfig
+from modules.errors import ConfigError, DataError
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
+VIDEO_EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg")
+
+NO_CAPTION = "no caption"
+CAPTION_NOT_UTF8 = "caption is not UTF-8"
+MISSING_FILE = "no such file"
+
+_MAX_LISTED = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceItem:
+    """One image or video with its caption."""
+
+    path: Path
+    caption: str
+    """Stripped of white space at both ends; may be empty."""
+    base_name: str
+    """The name its caches start with: no folder, no last extension."""
+    is_frame_folder: bool = False
+    """A video given as a folder of images, one per frame."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SkippedItem:
+    """A media item that is left out, with the reason."""
+
+    name: str
+    """File name without its folder."""
+    reason: str
+    """The kind of reason, the same for all items it applies to, to count by."""
+    detail: str = ""
+    """What is particular to this item; holds no folder."""
+    is_failure: bool = False
+    """The file is broken, so the run ends with exit code 3 unless --skip_bad was given."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceListing:
+    """What a dataset holds, in a fixed order."""
+
+    items: tuple[SourceItem, ...]
+    skipped: tuple[SkippedItem, ...]
+
+    @property
+    def found(self) -> int:
+        """Media files seen, used or not."""
+        return len(self.items) + len(self.skipped)
+
+    @property
+    def empty_captions(self) -> int:
+        """Items used with an empty caption."""
+        return sum(not item.caption for item in self.items)
+
+
+def list_items(dataset: AnyDatasetConfig) -> SourceListing:
+    """List the media of a dataset with their captions; media are not opened.
+
+    Raises:
+        ConfigError: the folder or JSONL file does not exist, or a JSONL line is wrong.
+        DataError: there is nothing to use, or two media would share one cache file.
+    """
+    if dataset.jsonl_file is not None:
+        listing = _list_jsonl(dataset, dataset.jsonl_file)
+    else:
+        assert dataset.directory is not None  # the config has one of the two
+        listing = _list_directory(dataset, dataset.directory)
+    _refuse_shared_names(dataset, listing.items)
+    if not listing.items:
+        reasons = "\n".join(f"  {entry}" for entry in listing.skipped[:_MAX_LISTED])
+        raise DataError(
+            f"dataset {dataset.index} ({dataset.origin}): none of its {listing.found} media can be used, "
+            f"for example:\n{reasons}"
+        )
+    return listing
+
+
+def _list_directory(dataset: AnyDatasetConfig, directory: Path) -> SourceListing:
+    if not directory.is_dir():
+        kind = "is a file, not a folder" if directory.exists() else "no such folder"
+        raise ConfigError(f"dataset {dataset.index} ({dataset.origin}): {directory}: {kind}")
+    extensions = _extensions(dataset.content)
+    paths = sorted(
+        path for path in directory.iterdir() if path.suffix.lower() in extensions and path.is_file()
+    )
+    if not paths:
+        raise DataError(
+            f"dataset {dataset.index} ({dataset.origin}): no {dataset.content}s in {directory}; "
+            f"known extensions: {' '.join(extensions)}"
+        )
+    assert dataset.caption_extension is not None  # the config refuses a folder without it
+    items: list[SourceItem] = []
+    skipped: list[SkippedItem] = []
+    for path in paths:
+        caption = _read_caption(path, path.with_suffix(dataset.caption_extension))
+        if isinstance(caption, SkippedItem):
+            skipped.append(caption)
+        else:
+            items.append(SourceItem(path=path, caption=caption, base_name=path.stem))
+    return SourceListing(items=tuple(items), skipped=tuple(skipped))
+
+
+def _read_caption(media: Path, path: Path) -> str | SkippedItem:
+    try:
+        return path.read_bytes().decode("utf-8-sig").strip()
+    except FileNotFoundError:
+        return SkippedItem(name=media.name, reason=NO_CAPTION, detail=f"{path.name} does not exist")
+    except UnicodeDecodeError as error:
+        detail = f"{path.name}, byte {error.start}; save it as UTF-8"
+        return SkippedItem(name=media.name, reason=CAPTION_NOT_UTF8, detail=detail, is_failure=True)
+    except OSError as error:
+        detail = f"{path.name} cannot be read: {error.strerror}"
+        return SkippedItem(name=media.name, reason=NO_CAPTION, detail=detail, is_failure=True)
+
+
+def _extensions(content: Content) -> tuple[str, ...]:
+    return VIDEO_EXTENSIONS if content == "video" else IMAGE_EXTENSIONS
+
+
+def _list_jsonl(dataset: AnyDatasetConfig, path: Path) -> SourceListing:
+    if not path.is_file():
+        raise ConfigError(f"dataset {dataset.index} ({dataset.origin}): {path}: no such file")
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+    problems: list[str] = []
+    entries: list[SourceItem | SkippedItem] = []
+    first_line: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry, key = _jsonl_entry(line, path.parent, dataset.content)
+        except ValueError as error:
+            problems.append(f"{path} line {number}: {error}")
+            continue
+        if first_line.setdefault(key, number) != number:
+            problems.append(f"{path} line {number}: the same {dataset.content} as in line {first_line[key]}")
+        entries.append(entry)
+    if problems:
+        rest = [f"... and {len(problems) - 50} more"] if len(problems) > 50 else []
+        raise ConfigError([*problems[:50], *rest])
+    if not entries:
+        raise DataError(f"dataset {dataset.index} ({dataset.origin}): {path} lists no {dataset.content}s")
+    items = sorted((e for e in entries if isinstance(e, SourceItem)), key=lambda item: item.base_name)
+    skipped = tuple(e for e in entries if isinstance(e, SkippedItem))
+    return SourceListing(items=tuple(items), skipped=skipped)
+
+
+def _jsonl_entry(line: str, folder: Path, content: Content) -> tuple[SourceItem | SkippedItem, str]:
+    """The item of one line, and what tells whether it is listed twice."""
+    value = _json_object(line)
+    keys = ("video_path",) if content == "video" else ("image_path", "image_path_0")
+    written = next((value[key] for key in keys if key in value), None)
+    if written is None:
+        raise ValueError(f"has no {keys[0]}")
+    if not isinstance(written, str) or not written.strip() or "\0" in written:
+        raise ValueError(f"{keys[0]} must be a path in quotes")
+    if "://" in written or written.lower().startswith(("file:", "data:")):
+        raise ValueError(f"{keys[0]} is a URL; only files on this machine are read")
+    caption = value.get("caption")
+    if not isinstance(caption, str):
+        raise ValueError("caption must be a text in quotes" if "caption" in value else "has no caption")
+    path = _resolve(Path(written), folder)
+    key = os.path.normcase(path.resolve())
+    if not path.exists():
+        return SkippedItem(name=path.name, reason=MISSING_FILE, is_failure=True), key
+    is_folder = path.is_dir()
+    if is_folder and content == "image":
+        raise ValueError(f"{keys[0]} {written} is a folder")
+    if not is_folder and path.suffix.lower() not in _extensions(content):
+        raise ValueError(f"{keys[0]} {written} is no {content}; known: {' '.join(_extensions(content))}")
+    base_name = path.resolve().name if is_folder else path.stem
+    return SourceItem(path=path, caption=caption.strip(), base_name=base_name, is_frame_folder=is_folder), key
+
+
+def _json_object(line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError('must be an object like {"image_path": "...", "caption": "..."}')
+    return value
+
+
+def _resolve(path: Path, folder: Path) -> Path:
+    """Relative paths count from the working directory as in musubi-tuner, else from the JSONL's folder."""
+    if not path.is_absolute() and not path.exists() and (folder / path).exists():
+        return folder / path
+    return path
+
+
+def _refuse_shared_names(dataset: AnyDatasetConfig, items: Iterable[SourceItem]) -> None:
+    first: dict[str, SourceItem] = {}
+    problems = []
+    for item in items:
+        other = first.setdefault(os.path.normcase(item.base_name), item)
+        if other is not item:
+            problems.append(
+                f"dataset {dataset.index} ({dataset.origin}): {other.path} and {item.path} have the same "
+                "base name and would share their caches; rename one of them or put them into two datasets"
+            )
+    if problems:
+        raise DataError(problems)
+
+
+def frame_paths(folder: Path) -> list[Path]:
+    """The images of a frame folder in the order they are shown."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file())

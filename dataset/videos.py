@@ -1,0 +1,299 @@
+"""Reads videos with PyAV: what is in them, and chosen frames, upright and in presentation order.
+
+A damaged file is an error, never a shorter clip: cut files are found from their packets, before anything but the
+first frame is decoded, and frames that the decoder had to guess are refused.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from dataset.buckets import Size
+from dataset.media import DAMAGED, UNREADABLE, Frame, MediaError, check_pixel_count
+
+Turn = tuple[int, int, int, int]
+"""The display matrix (a, b, c, d), each -1, 0 or 1: a pixel at (x, y) is shown at (a*x + c*y, b*x + d*y)."""
+
+_UPRIGHT: Turn = (1, 0, 0, 1)
+_SEEK_WORTHWHILE = 32
+"""Frames before the first wanted one from which seeking beats decoding them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoInfo:
+    """A whole video, looked at without decoding more than its first frame."""
+
+    size: Size
+    """(width, height) when it stands upright."""
+    turn: Turn
+    times: tuple[Fraction, ...]
+    """Presentation time of every frame in seconds, ascending: its length is the number of frames."""
+    pts: tuple[int, ...] | None
+    """The same in the file's clock; None when the packets do not tell, and frames have to be counted."""
+    fps: Fraction | None
+    """Average frame rate."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that are shown."""
+        return len(self.times)
+
+
+def probe_video(path: Path) -> VideoInfo:
+    """Look at a video: size, frame times, orientation, and whether the file is all there.
+
+    Raises:
+        MediaError: it cannot be opened, holds no video, is cut short, or its first frame cannot be decoded.
+    """
+    try:
+        with av.open(str(path)) as container:
+            stream = _video_stream(path, container)
+            check_pixel_count(path, (stream.codec_context.width, stream.codec_context.height))
+            packets = _Packets.read(container, stream)
+        _refuse_cut_file(path, packets)
+        with av.open(str(path)) as container:
+            stream = _video_stream(path, container)
+            if packets.can_be_trusted:
+                first = next(container.decode(stream), None)
+                times = None
+            else:
+                first, times = _count_frames(container.decode(stream), packets)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(path, UNREADABLE, _reason(path, error)) from error
+    if first is None:
+        raise MediaError(path, DAMAGED, "no frame can be decoded")
+    return _describe(path, packets, first, times)
+
+
+def _describe(
+    path: Path, packets: _Packets, first: VideoFrame, times: tuple[Fraction, ...] | None
+) -> VideoInfo:
+    if first.is_corrupt:
+        raise MediaError(path, DAMAGED, "the first frame is corrupt")
+    turn = _turn(first)
+    pts = None
+    if times is None:
+        # Frames before the first that can be decoded (leading frames of an open group) are never shown.
+        pts = tuple(value for value in packets.pts if first.pts is None or value >= first.pts)
+        times = tuple(value * packets.time_base for value in pts)
+    elif packets.declared_frames > len(times) + 1:  # old AVI files may count one empty packet
+        raise MediaError(
+            path, DAMAGED, f"{len(times)} of {packets.declared_frames} declared frames can be decoded"
+        )
+    if len(times) > 1 and times[-1] > times[0]:
+        fps = (len(times) - 1) / (times[-1] - times[0])
+    else:
+        fps = packets.average_rate
+    size = (first.width, first.height) if turn[0] else (first.height, first.width)
+    return VideoInfo(size=size, turn=turn, times=times, pts=pts, fps=fps)
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if path.is_file() and path.stat().st_size == 0:
+        return "the file is empty"
+    # FFmpeg's text without the path, which would get into the index.
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.splitlines()[0][:120] if text else type(error).__name__
+
+
+def _video_stream(path: Path, container: InputContainer) -> VideoStream:
+    if not container.streams.video:
+        raise MediaError(path, UNREADABLE, "holds no video")
+    return container.streams.video[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Packets:
+    """What the packets and the header of a file say about its frames."""
+
+    pts: tuple[int, ...]
+    """Of all frames that are shown, ascending."""
+    time_base: Fraction
+    is_cut: bool
+    """A packet ends before its announced length."""
+    end: Fraction
+    """End of the last frame in seconds."""
+    declared_end: Fraction | None
+    declared_frames: int
+    average_rate: Fraction | None
+    can_be_trusted: bool
+    """One packet is one shown frame, and all have times of their own."""
+
+    @classmethod
+    def read(cls, container: InputContainer, stream: VideoStream) -> _Packets:
+        """Walk through the file without decoding."""
+        pts: list[int] = []
+        durations: dict[int, int] = {}
+        is_cut, without_time = False, 0
+        for packet in container.demux(stream):
+            if packet.size == 0:
+                continue
+            is_cut = is_cut or packet.is_corrupt
+            if packet.pts is None:
+                without_time += 1
+            elif not packet.is_discard:
+                pts.append(packet.pts)
+                durations[packet.pts] = packet.duration or 0
+        pts.sort()
+        time_base = stream.time_base or Fraction(1)
+        end = Fraction(0)
+        if pts:
+            end = (pts[-1] + (durations[pts[-1]] or _typical_step(pts))) * time_base
+        # VP8 and old AVI files hold packets that show nothing.
+        is_odd = stream.codec_context.name == "vp8" or "avi" in container.format.name.split(",")
+        return cls(
+            pts=tuple(pts),
+            time_base=time_base,
+            is_cut=is_cut or _lost_its_end(container, stream),
+            end=end,
+            declared_end=_declared_end(container, stream),
+            declared_frames=stream.frames,
+            average_rate=stream.average_rate,
+            can_be_trusted=not without_time and len(set(pts)) == len(pts) and not is_odd,
+        )
+
+
+def _typical_step(pts: Sequence[int]) -> int:
+    steps = [b - a for a, b in zip(pts, pts[1:], strict=False)]
+    return int(statistics.median(steps)) if steps else 0
+
+
+def _lost_its_end(container: InputContainer, stream: VideoStream) -> bool:
+    # A whole ASF file (wmv) declares its length; a cut one is opened without.
+    return container.format.name == "asf" and stream.duration is None and container.duration is None
+
+
+def _declared_end(container: InputContainer, stream: VideoStream) -> Fraction | None:
+    """When the last frame should end, in seconds, as far as the header tells."""
+    tag = stream.metadata.get("DURATION", "")  # Matroska: 00:00:01.960000000
+    if tag.count(":") == 2:
+        hours, minutes, seconds = tag.split(":")
+        return Fraction(int(hours) * 3600 + int(minutes) * 60) + Fraction(seconds)
+    if stream.duration is not None and stream.time_base is not None:
+        return (stream.duration + (stream.start_time or 0)) * stream.time_base
+    if container.duration is not None and len(container.streams) == 1:
+        return Fraction(container.duration + max(container.start_time or 0, 0), av.time_base)
+    return None
+
+
+def _refuse_cut_file(path: Path, packets: _Packets) -> None:
+    if packets.is_cut:
+        raise MediaError(path, DAMAGED, "the file ends early")
+    if packets.declared_end is None or not packets.pts:
+        return
+    two_frames = 2 * _typical_step(packets.pts) * packets.time_base
+    if packets.declared_end - packets.end > max(two_frames, Fraction(1, 10)):
+        detail = f"ends after {float(packets.end):.2f} of {float(packets.declared_end):.2f} declared seconds"
+        raise MediaError(path, DAMAGED, detail)
+
+
+def _count_frames(
+    frames: Iterator[VideoFrame], packets: _Packets
+) -> tuple[VideoFrame | None, tuple[Fraction, ...]]:
+    """Decode everything, where the packets do not tell how many frames there are."""
+    first: VideoFrame | None = None
+    stamps: list[int | None] = []
+    for frame in frames:
+        first = first or frame
+        stamps.append(frame.pts)
+    known = [stamp for stamp in stamps if stamp is not None]
+    if len(known) == len(stamps) and known == sorted(set(known)):
+        return first, tuple(stamp * packets.time_base for stamp in known)
+    rate = packets.average_rate or Fraction(24)
+    return first, tuple(Fraction(number) / rate for number in range(len(stamps)))
+
+
+def read_frames(path: Path, info: VideoInfo, numbers: Sequence[int]) -> Iterator[tuple[int, Frame]]:
+    """Decode chosen frames in one pass and yield them as (number, upright RGB).
+
+    Args:
+        numbers: ascending frame numbers in presentation order; nothing after the last one is decoded.
+    Raises:
+        MediaError: a wanted frame, or one decoded on the way to it, is missing or corrupt.
+    """
+    wanted = set(numbers)
+    missing = len(wanted)
+    try:
+        with av.open(str(path)) as container:
+            for number, frame in _numbered(container, _video_stream(path, container), info, numbers[0]):
+                if frame.is_corrupt:
+                    raise MediaError(path, DAMAGED, f"frame {number} is corrupt")
+                if number not in wanted:
+                    continue
+                missing -= 1
+                yield number, _upright(path, frame, info)
+                if number == numbers[-1]:
+                    break
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(path, DAMAGED, _reason(path, error)) from error
+    if missing:
+        raise MediaError(path, DAMAGED, f"{missing} of {len(wanted)} wanted frames cannot be decoded")
+
+
+def _numbered(
+    container: InputContainer, stream: VideoStream, info: VideoInfo, first: int
+) -> Iterator[tuple[int, VideoFrame]]:
+    if info.pts is None:
+        yield from enumerate(container.decode(stream))
+        return
+    number_by_pts = {pts: number for number, pts in enumerate(info.pts)}
+    if first >= _SEEK_WORTHWHILE:
+        target = info.pts[first]
+        container.seek(target, stream=stream, backward=True)
+        frames = container.decode(stream)
+        start = next(frames, None)
+        if start is not None and start.pts is not None and start.pts <= target:
+            yield from _by_pts(start, frames, number_by_pts)
+            return
+        container.seek(min(info.pts[0], 0), stream=stream, backward=True)  # the seek went too far
+    frames = container.decode(stream)
+    start = next(frames, None)
+    if start is not None:
+        yield from _by_pts(start, frames, number_by_pts)
+
+
+def _by_pts(
+    first: VideoFrame, rest: Iterator[VideoFrame], number_by_pts: dict[int, int]
+) -> Iterator[tuple[int, VideoFrame]]:
+    frame: VideoFrame | None = first
+    while frame is not None:
+        number = number_by_pts.get(frame.pts) if frame.pts is not None else None
+        if number is not None:
+            yield number, frame
+        frame = next(rest, None)
+
+
+def _upright(path: Path, frame: VideoFrame, info: VideoInfo) -> Frame:
+    pixels = frame.to_ndarray(format="rgb24")
+    a, b, c, d = info.turn
+    if a:
+        pixels = pixels[:: d or 1, ::a]
+    else:
+        pixels = pixels.transpose(1, 0, 2)[::b, ::c]
+    if (pixels.shape[1], pixels.shape[0]) != info.size:
+        found = f"{pixels.shape[1]}x{pixels.shape[0]}"
+        raise MediaError(path, DAMAGED, f"the frame size changes to {found}")
+    return np.ascontiguousarray(pixels)
+
+
+def _turn(frame: VideoFrame) -> Turn:
+    """The display matrix of a frame, where it turns by quarters or mirrors; anything else counts as upright."""
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return _UPRIGHT
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), dtype="<i4").tolist()
+    turn = tuple(round(value / 65536) for value in (a, b, c, d))
+    if sorted(map(abs, turn)) != [0, 0, 1, 1] or abs(turn[0]) != abs(turn[3]):
+        return _UPRIGHT
+    return turn[0], turn[1], turn[2], turn[3]
