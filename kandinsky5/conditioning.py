@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -148,6 +148,8 @@ class VelocityModel:
     dit: DiffusionTransformer3D
     scale_factor: tuple[float, float, float]
     nabla: NablaParams | None = None
+    runner: Callable[..., Tensor] | None = None
+    """Called in place of the DiT: a trainable network around it, wrapped for several processes."""
 
     def __call__(
         self,
@@ -165,7 +167,7 @@ class VelocityModel:
         Returns:
             [B, 16, F, H, W] in the DiT's compute dtype.
         """
-        velocity = self.dit(
+        velocity = (self.runner or self.dit)(
             build_model_input(noisy_latents, frames, self.dit.dit_params.visual_cond),
             text.text_embed,
             text.pooled_text_embed,

@@ -32,7 +32,7 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,14 +54,15 @@ def remove_strays(folder: Path) -> int:
     removed = 0
     for stray in folder.glob(f"{_STRAY_PREFIX}*"):
         owner = stray.name.removeprefix(_STRAY_PREFIX).split("-")[0]
-        if owner.isdigit() and int(owner) != os.getpid() and _is_running(int(owner)):
+        if owner.isdigit() and int(owner) != os.getpid() and process_is_running(int(owner)):
             continue
         stray.unlink(missing_ok=True)
         removed += 1
     return removed
 
 
-def _is_running(pid: int) -> bool:
+def process_is_running(pid: int) -> bool:
+    """Whether a process with this number lives; always true on Windows, where asking is not harmless."""
     if os.name == "nt":  # os.kill(pid, 0) would end the process there
         return True
     try:
@@ -73,7 +74,8 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder onto the disk, where the system can."""
     if os.name == "nt":  # folders cannot be opened for fsync there; the rename itself is journalled
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,0 +1,296 @@
+"""The training command line: argv -> one checked `TrainConfig`. The Namespace ends here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from kandinsky5.cli.config_file import with_config_file
+from kandinsky5.cli.train_options import ACCEPTED, UNAVAILABLE, UNAVAILABLE_VALUES, build_parser
+from kandinsky5.configs.train import (
+    ConditioningConfig,
+    DataConfig,
+    MetadataConfig,
+    ModelConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    RunConfig,
+    SavingConfig,
+    ShowTimestepsConfig,
+    TimestepConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from kandinsky5.tasks import DitParams, NablaParams, Task, get_task
+from modules.errors import ConfigError
+from modules.keyword_args import parse_keyword_args
+
+_SECRETS = ("wandb_api_key", "huggingface_token")
+_NEWCOMER_DEFAULTS = {
+    "discrete_flow_shift": 1.0,
+    "timestep_sampling": "sigma",
+    "learning_rate": 2e-6,
+    "network_dim": 4,
+    "network_alpha": 1.0,
+}
+_NEWCOMER_RECIPE = (
+    "--timestep_sampling shift --discrete_flow_shift 5.0 --learning_rate 1e-4 "
+    "--network_dim 32 --network_alpha 32"
+)
+
+
+def parse_train(argv: Sequence[str] | None = None) -> TrainConfig | ShowTimestepsConfig:
+    """Read the command line and its `--config_file`.
+
+    Raises:
+        ConfigError: everything that is wrong with the options, listed together.
+    """
+    parser = build_parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(with_config_file(parser, words))
+    if args.show_timesteps:
+        image = (args.output_dir or Path()) / f"{args.output_name or 'k5'}_timesteps.png"
+        return ShowTimestepsConfig(
+            show_timesteps=args.show_timesteps, timesteps=_timesteps(args), image_path=image
+        )
+    return _train_config(parser, args)
+
+
+def _train_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> TrainConfig:
+    problems = [*_missing(args), *_refused(parser, args), *_impossible_pairs(args)]
+    parts: dict[str, Any] = {}
+    builders: dict[str, Callable[[argparse.Namespace], Any]] = {
+        "model": _model,
+        "conditioning": lambda a: _fill(ConditioningConfig, a),
+        "data": lambda a: _fill(DataConfig, a),
+        "timesteps": _timesteps,
+        "optimizer": _optimizer,
+        "network": _network,
+        "run": lambda a: _fill(RunConfig, a),
+        "saving": _saving,
+        "metadata": lambda a: _fill(MetadataConfig, a),
+        "tracking": lambda a: _fill(TrackingConfig, a),
+    }
+    for name, build in builders.items():
+        try:
+            parts[name] = build(args)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    options = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in sorted(vars(args).items())
+        if key not in _SECRETS
+    }
+    return TrainConfig(**parts, options=options, notes=tuple(_notes(parser, args, parts["model"])))
+
+
+def _fill(kind: type, args: argparse.Namespace, **changed: Any) -> Any:
+    """A config from the options that have its fields' names."""
+    given = vars(args)
+    values = {field.name: given[field.name] for field in fields(kind) if field.name in given}
+    return kind(**{**values, **changed})
+
+
+def _missing(args: argparse.Namespace) -> list[str]:
+    required = ("task", "dataset_config", "output_dir", "output_name")
+    return [f"--{name} is required" for name in required if vars(args)[name] is None]
+
+
+def _refused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    given = vars(args)
+    problems = [
+        f"--{name} {why}" for name, why in UNAVAILABLE.items() if given[name] != parser.get_default(name)
+    ]
+    problems += [
+        f"--{name} {value} {why}" for (name, value), why in UNAVAILABLE_VALUES.items() if given[name] == value
+    ]
+    if args.mixed_precision == "fp16" or args.dit_dtype in ("fp16", "float16"):
+        problems.append(
+            "fp16 cannot hold this model's activations: use --mixed_precision bf16, or no for float32"
+        )
+    return problems
+
+
+def _impossible_pairs(args: argparse.Namespace) -> list[str]:
+    attention = [
+        name for name in ("sdpa", "flash_attn", "flash3", "sage_attn", "xformers") if vars(args)[name]
+    ]
+    checks = [
+        (len(attention) > 1, f"only one attention can be chosen, got --{' --'.join(attention)}"),
+        (args.fp8_scaled and not args.fp8_base, "--fp8_scaled needs --fp8_base"),
+        (
+            args.blocks_to_swap > 0 and not args.gradient_checkpointing,
+            "--blocks_to_swap needs --gradient_checkpointing: the backward pass would read weights that left",
+        ),
+        (
+            args.gradient_checkpointing_cpu_offload and not args.gradient_checkpointing,
+            "--gradient_checkpointing_cpu_offload needs --gradient_checkpointing",
+        ),
+        (
+            args.dim_from_weights and args.network_weights is None,
+            "--dim_from_weights needs --network_weights",
+        ),
+        (
+            len(args.base_weights_multiplier) > len(args.base_weights),
+            f"--base_weights_multiplier: {len(args.base_weights_multiplier)} values for "
+            f"{len(args.base_weights)} files of --base_weights",
+        ),
+        (
+            (args.validate_every_n_steps or args.validate_every_n_epochs)
+            and not args.validation_dataset_config,
+            "--validate_every_n_* needs --validation_dataset_config",
+        ),
+        (args.log_with == "tensorboard" and args.logging_dir is None, "--log_with needs --logging_dir"),
+    ]
+    return [message for is_wrong, message in checks if is_wrong]
+
+
+def _model(args: argparse.Namespace) -> ModelConfig:
+    if args.task is None:
+        raise ConfigError("--task is required")
+    task = get_task(args.task)
+    multipliers = tuple(args.base_weights_multiplier)
+    return _fill(
+        ModelConfig,
+        args,
+        task=task,
+        dit=args.dit or task.dit_path,
+        dit_params=_dit_params(task, args.override_dit),
+        nabla=_nabla(task, args),
+        scheduler_scale=args.scheduler_scale or task.scheduler_scale,
+        base_weights=tuple(args.base_weights),
+        base_weights_multiplier=multipliers + (1.0,) * (len(args.base_weights) - len(multipliers)),
+    )
+
+
+def _dit_params(task: Task, override: str | None) -> DitParams:
+    if override is None:
+        return task.dit_params
+    try:
+        changes = json.loads(override)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--override_dit: no JSON object: {error}") from error
+    known = {field.name for field in fields(DitParams)}
+    if not isinstance(changes, Mapping) or not set(changes) <= known:
+        raise ConfigError(f"--override_dit: expected a JSON object with some of {', '.join(sorted(known))}")
+    sequences = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
+    return replace(task.dit_params, **sequences)
+
+
+def _nabla(task: Task, args: argparse.Namespace) -> NablaParams | None:
+    """The task's block-sparse attention, or what `--force_nabla_attention` asks for; given options win."""
+    base = task.nabla or (NablaParams() if args.force_nabla_attention else None)
+    if base is None:
+        return None
+    given = {
+        "method": args.nabla_method,
+        "P": args.nabla_P,
+        "wT": args.nabla_wT,
+        "wH": args.nabla_wH,
+        "wW": args.nabla_wW,
+        "add_sta": args.nabla_add_sta,
+    }
+    chosen = replace(base, **{key: value for key, value in given.items() if value is not None})
+    if chosen.method == "topcdf" and chosen.P > 1:
+        raise ConfigError(f"--nabla_P {chosen.P:g}: topcdf takes a share of at most 1")
+    return chosen
+
+
+def _timesteps(args: argparse.Namespace) -> TimestepConfig:
+    return _fill(TimestepConfig, args)
+
+
+def _optimizer(args: argparse.Namespace) -> OptimizerConfig:
+    problems = []
+    named = {}
+    for flag in ("optimizer_args", "lr_scheduler_args"):
+        try:
+            named[flag] = parse_keyword_args(vars(args)[flag], f"--{flag}")
+        except ConfigError as error:
+            problems += error.problems
+    if args.lr_scheduler == "reduce_lr_on_plateau":
+        problems.append(
+            "--lr_scheduler reduce_lr_on_plateau follows a validation loss and cannot be resumed; use cosine"
+        )
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps and not args.lr_scheduler_type:
+        problems.append(
+            "--lr_scheduler constant has no warm-up; use constant_with_warmup with --lr_warmup_steps"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return _fill(OptimizerConfig, args, **named)
+
+
+def _network(args: argparse.Namespace) -> NetworkConfig:
+    module = args.network_module.removeprefix("musubi_tuner.")
+    known = [
+        "networks.lora_kandinsky",
+        *(value for name, value in UNAVAILABLE_VALUES if name == "network_module"),
+    ]
+    if module not in known:
+        raise ConfigError(f"--network_module {args.network_module}: use networks.lora_kandinsky")
+    return _fill(
+        NetworkConfig,
+        args,
+        network_module=module,
+        network_args=parse_keyword_args(args.network_args, "--network_args", allow_plain_text=True),
+    )
+
+
+def _saving(args: argparse.Namespace) -> SavingConfig:
+    if args.output_dir is None or args.output_name is None:
+        raise ConfigError([])  # reported as missing
+    name = args.output_name
+    if not name.strip() or any(character in name for character in '/\\:*?"<>|'):
+        raise ConfigError(
+            f"--output_name {name!r}: must be a plain file name without folders; use --output_dir"
+        )
+    return _fill(
+        SavingConfig,
+        args,
+        save_last_n_epochs_state=args.save_last_n_epochs_state or args.save_last_n_epochs,
+        save_last_n_steps_state=args.save_last_n_steps_state or args.save_last_n_steps,
+    )
+
+
+def _notes(parser: argparse.ArgumentParser, args: argparse.Namespace, model: ModelConfig) -> list[str]:
+    given = vars(args)
+    notes = [
+        f"--{name} has no effect: {why}"
+        for name, why in ACCEPTED.items()
+        if given[name] != parser.get_default(name)
+    ]
+    no_samples = [
+        name
+        for name in (
+            "vae",
+            "text_encoder_qwen",
+            "text_encoder_clip",
+            "vae_dtype",
+            "offload_dit_during_sampling",
+        )
+        if given[name]
+    ]
+    if no_samples:
+        notes.append(f"--{', --'.join(no_samples)}: only used for samples, and none are asked for")
+    nabla_options = [name for name in given if name.startswith("nabla_") and given[name] is not None]
+    if model.nabla is None and nabla_options:
+        notes.append(
+            f"--{', --'.join(nabla_options)} without effect: {model.task.name} attends densely; "
+            "add --force_nabla_attention"
+        )
+    if (args.i2v_mode != "first" or args.i2v_conditioning != "inference") and not model.task.is_i2v:
+        notes.append(f"--i2v_* without effect: {model.task.name} is no image-to-video task")
+    if all(given[name] == value for name, value in _NEWCOMER_DEFAULTS.items()):
+        notes.append(
+            "timestep shift (none), learning rate (2e-6), rank (4) and alpha (1) are all at their defaults, "
+            f"which teach very little. A tested start: {_NEWCOMER_RECIPE}"
+        )
+    return notes

@@ -1,0 +1,239 @@
+"""Everything a training run is told, as frozen dataclasses. Field names are those of the options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kandinsky5.tasks import DitParams, NablaParams, Task
+from modules.errors import ConfigError
+
+TIMESTEP_SAMPLINGS = (
+    "sigma",
+    "uniform",
+    "sigmoid",
+    "shift",
+    "flux_shift",
+    "qwen_shift",
+    "krea2_shift",
+    "flux2_shift",
+    "logsnr",
+    "qinglong_flux",
+    "qinglong_qwen",
+)
+WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimestepConfig:
+    """How a training step draws its noise level and weights its loss."""
+
+    timestep_sampling: str = "sigma"
+    discrete_flow_shift: float = 1.0
+    """s in sigma' = s*sigma / (1 + (s-1)*sigma); above 1 favours high noise."""
+    sigmoid_scale: float = 1.0
+    min_timestep: float = 0.0
+    max_timestep: float = 1000.0
+    """Both in units of 1000 * sigma."""
+    preserve_distribution_shape: bool = False
+    """Redraw what falls outside min..max instead of squeezing the whole distribution into it."""
+    num_timestep_buckets: int | None = None
+    weighting_scheme: str = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.discrete_flow_shift <= 0:
+            problems.append(f"--discrete_flow_shift must be above 0, got {self.discrete_flow_shift:g}")
+        if not 0.0 <= self.min_timestep < self.max_timestep <= 1000.0:
+            problems.append("--min_timestep must lie below --max_timestep, both within 0..1000")
+        if self.logit_std <= 0:
+            problems.append(f"--logit_std must be above 0, got {self.logit_std:g}")
+        if self.num_timestep_buckets is not None and self.num_timestep_buckets < 2:
+            problems.append(f"--num_timestep_buckets must be at least 2, got {self.num_timestep_buckets}")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The frozen model and how it computes."""
+
+    task: Task
+    dit: Path
+    dit_params: DitParams
+    """The task's, with `--override_dit` merged in."""
+    nabla: NablaParams | None = None
+    scheduler_scale: float = 10.0
+    """Sampling schedule of the task; goes into the metadata."""
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """None: what accelerate was started with, else bf16 on CUDA and float32 on the CPU."""
+    dit_dtype: str | None = None
+    """A dtype word; wins over mixed_precision."""
+    fp8_base: bool = False
+    gradient_checkpointing: bool = False
+    base_weights: tuple[Path, ...] = ()
+    base_weights_multiplier: tuple[float, ...] = ()
+    disable_numpy_memmap: bool = False
+    no_weight_check: bool = False
+    lora_allow_partial: bool = False
+    cuda_allow_tf32: bool = False
+    cuda_cudnn_benchmark: bool = False
+    vae: str | None = None
+    """Given for samples; its name goes into the metadata."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConditioningConfig:
+    """Image-to-video training."""
+
+    i2v_mode: Literal["first", "first_last"] = "first"
+    i2v_conditioning: Literal["inference", "channels"] = "inference"
+    visual_cond_prob: float = 1.0
+    """Chance per clip of being conditioned."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which caches are trained on, and how they are read."""
+
+    dataset_config: Path
+    validation_dataset_config: Path | None = None
+    validate_every_n_steps: int | None = None
+    validate_every_n_epochs: int | None = None
+    max_data_loader_n_workers: int = 8
+    strict: bool = False
+    allow_missing: bool = False
+    allow_upstream_text_cache: bool = False
+    allow_changed_data: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """Optimizer and learning rate."""
+
+    optimizer_type: str = "AdamW"
+    optimizer_args: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float = 2e-6
+    max_grad_norm: float = 1.0
+    """0 means no clipping."""
+    lr_scheduler: str = "constant"
+    lr_scheduler_type: str = ""
+    lr_scheduler_args: Mapping[str, Any] = field(default_factory=dict)
+    lr_warmup_steps: int | float = 0
+    lr_decay_steps: int | float = 0
+    """Whole numbers are optimizer steps, fractions below 1 shares of the run."""
+    lr_scheduler_num_cycles: int = 1
+    lr_scheduler_power: float = 1.0
+    lr_scheduler_timescale: int | None = None
+    lr_scheduler_min_lr_ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkConfig:
+    """The LoRA."""
+
+    network_module: str = "networks.lora_kandinsky"
+    network_dim: int = 4
+    network_alpha: float = 1.0
+    network_dropout: float | None = None
+    network_args: Mapping[str, Any] = field(default_factory=dict)
+    network_weights: Path | None = None
+    dim_from_weights: bool = False
+    scale_weight_norms: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """How long and in what order a run goes."""
+
+    max_train_steps: int = 1600
+    max_train_epochs: int | None = None
+    """Wins over max_train_steps."""
+    gradient_accumulation_steps: int = 1
+    seed: int | None = None
+    on_nan: Literal["stop", "skip"] = "stop"
+    resume: str | None = None
+    """A state directory, or "auto"."""
+    ddp_timeout: float | None = None
+    """Minutes."""
+    ddp_gradient_as_bucket_view: bool = False
+    ddp_static_graph: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavingConfig:
+    """What is written, when, and what is deleted again."""
+
+    output_dir: Path
+    output_name: str
+    overwrite: bool = False
+    save_precision: str = "bf16"
+    lora_format: Literal["diffusers", "kohya"] = "diffusers"
+    save_every_n_epochs: int | None = None
+    save_every_n_steps: int | None = None
+    save_last_n_epochs: int | None = None
+    save_last_n_steps: int | None = None
+    save_state: bool = False
+    save_state_on_train_end: bool = False
+    save_last_n_epochs_state: int | None = None
+    save_last_n_steps_state: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetadataConfig:
+    """What a LoRA file says about itself."""
+
+    no_metadata: bool = False
+    training_comment: str | None = None
+    metadata_title: str | None = None
+    metadata_author: str | None = None
+    metadata_description: str | None = None
+    metadata_license: str | None = None
+    metadata_tags: str | None = None
+    metadata_reso: tuple[int, int] | None = None
+    """Width, height."""
+    metadata_arch: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """Where curves go beside metrics.jsonl."""
+
+    logging_dir: Path | None = None
+    log_prefix: str = ""
+    log_config: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training run."""
+
+    model: ModelConfig
+    conditioning: ConditioningConfig
+    data: DataConfig
+    timesteps: TimestepConfig
+    optimizer: OptimizerConfig
+    network: NetworkConfig
+    run: RunConfig
+    saving: SavingConfig
+    metadata: MetadataConfig
+    tracking: TrackingConfig
+    options: Mapping[str, Any]
+    """Every option as given or defaulted, for the resolved configuration beside the LoRA; no secrets."""
+    notes: tuple[str, ...] = ()
+    """Log lines about options that have no effect here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShowTimestepsConfig:
+    """`--show_timesteps`: draw and plot, train nothing."""
+
+    show_timesteps: Literal["image", "console"]
+    timesteps: TimestepConfig
+    image_path: Path
+    """Where the plot goes in image mode."""

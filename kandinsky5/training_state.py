@@ -1,0 +1,250 @@
+"""The state directory: everything a stopped run needs to go on as if it had not stopped.
+
+    lora.safetensors   the trained factors, float32
+    optimizer.pt       the optimizer's state, read back with weights_only=True
+    scheduler.pt       only for schedules that are no function of the step
+    state.json         position and settings of the run
+    manifest.json      sizes and SHA-256 of the others, written last
+
+A directory is written under a temporary name and renamed, so what carries a final name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.errors import DataError, ModelFileError
+from modules.files import atomic_writer, process_is_running, sync_folder, write_json
+from modules.logs import get_logger
+from modules.tensor_files import read_tensors, write_tensors
+
+log = get_logger(__name__)
+
+FORMAT_VERSION = 1
+_STRAY_PREFIX = ".k5state-"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunState:
+    """Where a run stands and what it was started with. All of it is JSON."""
+
+    output_name: str
+    task: str
+    seed: int
+    step: int
+    """Optimizer steps done."""
+    total_steps: int
+    steps_per_epoch: int
+    gradient_accumulation_steps: int
+    num_processes: int
+    data_order: str
+    """Hash of the first epoch's batches: another dataset or batch size gives another."""
+    network: Mapping[str, Any]
+    """Rank, alpha and a hash of the trained layers and their shapes."""
+    optimizer: str
+    learning_rate: float
+    skipped_steps: int = 0
+    """Steps in a row whose numbers were not finite."""
+    recent_losses: tuple[float, ...] = ()
+    """The last epoch's worth, for the running average."""
+    session_id: str = ""
+    started_at: float = 0.0
+    tracker_run: str = ""
+    """Name of the folder of TensorBoard curves, which a resumed run continues."""
+    library_versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self.step // self.steps_per_epoch
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """A verified state directory, read into memory on the CPU."""
+
+    folder: Path
+    run: RunState
+    lora: Mapping[str, Tensor]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any] | None
+
+
+def write_state(
+    folder: Path,
+    run: RunState,
+    lora: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    scheduler: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a whole state directory; an older one of that name is replaced only by the finished new one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = folder.parent / f"{_STRAY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    building.mkdir()
+    try:
+        write_tensors(building / "lora.safetensors", {name: t.float() for name, t in lora.items()})
+        _write_torch(building / "optimizer.pt", optimizer)
+        if scheduler is not None:
+            _write_torch(building / "scheduler.pt", scheduler)
+        write_json(building / "state.json", {**asdict(run), "format_version": FORMAT_VERSION})
+        files = {path.name: _fingerprint(path) for path in sorted(building.iterdir())}
+        write_json(building / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
+        _take_place(building, folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _take_place(building: Path, folder: Path) -> None:
+    """Give the finished directory its name; directories cannot be renamed over each other."""
+    if not folder.exists():
+        building.rename(folder)
+        sync_folder(folder.parent)
+        return
+    old = building.with_name(f"{building.name}-old")
+    folder.rename(old)
+    building.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_torch(path: Path, value: Mapping[str, Any]) -> None:
+    with atomic_writer(path) as stream:
+        torch.save(dict(value), stream)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def state_problem(folder: Path) -> str | None:
+    """Why a state directory cannot be resumed from, or None: its manifest names files that are all whole."""
+    manifest_path = folder / "manifest.json"
+    if not manifest_path.is_file():
+        return "it has no manifest.json, so it was never finished"
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        version, files = manifest["format_version"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"its manifest.json cannot be read ({error})"
+    if version != FORMAT_VERSION:
+        return f"it has format version {version}, this program reads {FORMAT_VERSION}"
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            return f"{name} is missing"
+        if _fingerprint(path) != expected:
+            return f"{name} is damaged: its size or SHA-256 is not the one in manifest.json"
+    return None
+
+
+def read_state(folder: Path) -> SavedState:
+    """Read a state directory after checking every byte of it.
+
+    Raises:
+        ModelFileError: it is no state of this program, such as one of accelerate or a file.
+        DataError: it is damaged or unfinished.
+    """
+    if not folder.is_dir():
+        what = "is a file, not a state folder" if folder.exists() else "no such folder"
+        raise ModelFileError(f"--resume {folder}: {what}")
+    foreign = {"random_states_0.pkl", "optimizer.bin", "scheduler.bin", "model.safetensors"}
+    if not (folder / "manifest.json").exists() and any((folder / name).exists() for name in foreign):
+        raise ModelFileError(
+            f"--resume {folder}: a state of musubi-tuner (accelerate's format), which cannot be continued "
+            "exactly. Start a new run from its LoRA: --network_weights <its .safetensors>"
+        )
+    problem = state_problem(folder)
+    if problem:
+        raise DataError(f"--resume {folder}: {problem}. Use another state, or --resume auto.")
+    values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    known = {item.name for item in fields(RunState)}
+    run = RunState(**{key: value for key, value in values.items() if key in known})
+    scheduler = folder / "scheduler.pt"
+    return SavedState(
+        folder,
+        run,
+        read_tensors(folder / "lora.safetensors")[0],
+        _read_torch(folder / "optimizer.pt"),
+        _read_torch(scheduler) if scheduler.is_file() else None,
+    )
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ModelFileError(f"{path}: holds more than tensors and numbers, and is not read") from error
+
+
+def find_state(output_dir: Path, output_name: str, resume: str) -> Path | None:
+    """The directory that `--resume` means; for "auto" the newest whole one of this output name, if any.
+
+    Raises:
+        DataError: there are states, but not one is whole.
+    """
+    if resume != "auto":
+        return Path(resume)
+    candidates = list_states(output_dir, output_name)
+    broken = []
+    for folder, _ in sorted(candidates, key=lambda pair: pair[1], reverse=True):
+        problem = state_problem(folder)
+        if problem is None:
+            return folder
+        log.warning("%s cannot be used: %s", folder, problem)
+        broken.append(folder.name)
+    if broken:
+        raise DataError(f"--resume auto: no state in {output_dir} is whole: {', '.join(broken)}")
+    return None
+
+
+def list_states(output_dir: Path, output_name: str) -> list[tuple[Path, int]]:
+    """Every state directory of an output name with its step; -1 where the step cannot be read."""
+    found = []
+    # Not a glob: an output name may hold its special characters.
+    for folder in output_dir.iterdir() if output_dir.is_dir() else ():
+        if not folder.is_dir() or not folder.name.endswith("-state"):
+            continue
+        middle = folder.name.removeprefix(output_name).removesuffix("-state")
+        if folder.name.startswith(output_name) and _is_position(middle):
+            found.append((folder, _step_of(folder)))
+    return found
+
+
+def _is_position(text: str) -> bool:
+    """ "" at the end of a run, "-000003" after an epoch, "-step00000040" after a step."""
+    digits = text.removeprefix("-").removeprefix("step")
+    return text == "" or (text.startswith("-") and digits.isdigit())
+
+
+def _step_of(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return -1
+
+
+def remove_stray_states(output_dir: Path) -> int:
+    """Delete directories that killed processes left half-written; returns how many went."""
+    removed = 0
+    for stray in output_dir.glob(f"{_STRAY_PREFIX}*"):
+        owner = stray.name.removeprefix(_STRAY_PREFIX).split("-")[0]
+        if owner.isdigit() and int(owner) != os.getpid() and process_is_running(int(owner)):
+            continue
+        shutil.rmtree(stray, ignore_errors=True)
+        removed += 1
+    return removed

@@ -1,0 +1,27 @@
+"""Train a LoRA for Kandinsky 5; `--help` lists the options, docs/kandinsky5.md explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kandinsky5.cli.common import user_errors
+from kandinsky5.cli.train import parse_train
+from kandinsky5.configs.train import ShowTimestepsConfig
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one training, or show its timesteps."""
+    with user_errors(argv):
+        config = parse_train(argv)
+        if isinstance(config, ShowTimestepsConfig):
+            from kandinsky5.timesteps import show_timesteps  # imported late: --help must not wait for torch
+
+            show_timesteps(config)
+            return
+        from kandinsky5.training import train
+
+        train(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Being asked to stop: by a signal, or because the process that launched this one is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# Windows has no SIGHUP.
+_SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := vars(signal).get(name))]
+
+
+class StopRequest:
+    """Whether and why the run should end after the present step.
+
+    The first signal is remembered, so that the step can be finished and saved; the second ends the process at
+    once. `exit_code` is 128 plus the signal's number, as shells have it.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self._parent = os.getppid()
+
+    def is_set(self) -> bool:
+        """Also true when the parent died: `accelerate launch` does not pass signals on."""
+        if self.exit_code == 0 and os.getppid() != self._parent:
+            self.exit_code = 128 + signal.SIGTERM
+        return self.exit_code != 0
+
+    def take_signal(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.exit_code:
+            raise SystemExit(128 + number)
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def graceful_stop() -> Iterator[StopRequest]:
+    """Within the block signals to end are remembered instead of ending the process in the middle of something."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.take_signal) for number in _SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def exit_on_signal() -> Iterator[None]:
+    """Within the block a signal to end raises SystemExit with the shell's code: there is nothing to save yet."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,43 @@
+"""Options of the form `name=value name=value`, with values as Python writes them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+from modules.errors import ConfigError
+
+
+def parse_keyword_args(words: Sequence[str], flag: str, *, allow_plain_text: bool = False) -> dict[str, Any]:
+    """Turn `weight_decay=0.001` and `betas=(0.9,0.95)` into keyword arguments.
+
+    Only the first `=` separates. `betas=0.9,0.95` is a tuple too.
+
+    Args:
+        flag: the option the words came with, for messages.
+        allow_plain_text: take a value that is no Python literal as text; otherwise it is an error.
+    Raises:
+        ConfigError: words without `=` or name, repeated names, values that are no literals; all are listed.
+    """
+    values: dict[str, Any] = {}
+    problems = []
+    for word in words:
+        name, equals, text = (part.strip() for part in word.partition("="))
+        if not equals or not name.isidentifier():
+            problems.append(f"{flag}: expected name=value, got {word!r}")
+        elif name in values:
+            problems.append(f"{flag}: {name} is given twice")
+        else:
+            try:
+                values[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                if allow_plain_text:
+                    values[name] = text
+                else:
+                    problems.append(
+                        f"{flag}: the value of {name} is no Python number, tuple or quoted text: {text!r}"
+                    )
+    if problems:
+        raise ConfigError(problems)
+    return values

@@ -1,0 +1,152 @@
+"""Optimizers by the names users write: AdamW8bit, any class of torch.optim, any package.module.Class."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.class_names import import_class
+from modules.errors import ConfigError
+
+FLAG = "--optimizer_type"
+
+_SPECIAL = {
+    # Names in lower case that are not those of torch.optim. Adafactor is transformers': torch's own lacks
+    # relative steps, which is what people choose it for.
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "pagedadamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "pagedadamw": "bitsandbytes.optim.PagedAdamW",
+    "lion8bit": "bitsandbytes.optim.Lion8bit",
+    "lion": "bitsandbytes.optim.Lion",
+    "adafactor": "transformers.optimization.Adafactor",
+}
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class for an `--optimizer_type`; names without a dot are matched without regard to case.
+
+    Raises:
+        ConfigError: no such optimizer (the message gives the nearest name), or no optimizer class.
+        ResourceError: the package of a dotted name is missing.
+    """
+    torch_classes = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    }
+    del torch_classes["optimizer"]
+    wanted = name.lower()
+    if wanted in _SPECIAL or "." in name:
+        found = import_class(_SPECIAL.get(wanted, name), FLAG)
+    elif wanted in torch_classes:
+        found = torch_classes[wanted]
+    else:
+        nearest = difflib.get_close_matches(wanted, [*torch_classes, *_SPECIAL], n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ConfigError(f"{FLAG} {name}: no such class in torch.optim{hint}")
+    if not issubclass(found, torch.optim.Optimizer):
+        raise ConfigError(f"{FLAG} {name}: {found.__name__} is no torch optimizer")
+    return found
+
+
+def build_optimizer(
+    name: str,
+    parameter_groups: Sequence[Mapping[str, Any]],
+    learning_rate: float,
+    arguments: Mapping[str, Any],
+) -> torch.optim.Optimizer:
+    """Make the optimizer; groups may carry their own `lr` and a `name` for the log.
+
+    Adafactor takes relative steps unless `relative_step=False` is among the arguments; it then sets its own
+    rate and must not be given one.
+
+    Raises:
+        ConfigError: the class does not take these arguments or values.
+    """
+    found = optimizer_class(name)
+    settings = dict(arguments)
+    groups = [dict(group) for group in parameter_groups]
+    rate: float | None = learning_rate
+    if takes_relative_steps(name, arguments):
+        settings["relative_step"] = True
+        rate = None
+        for group in groups:
+            group.pop("lr", None)
+    _check_argument_names(found, name, settings)
+    try:
+        return found(groups, lr=rate, **settings)  # pyright: ignore[reportCallIssue]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--optimizer_args: {found.__name__} refuses its arguments: {error}") from error
+
+
+def check_optimizer(name: str, learning_rate: float, arguments: Mapping[str, Any]) -> None:
+    """Make the optimizer for one number, so that a wrong name or argument is found before a model loads.
+
+    Raises:
+        ConfigError, ResourceError: as `build_optimizer`.
+    """
+    build_optimizer(name, [{"params": [nn.Parameter(torch.zeros(1))]}], learning_rate, arguments)
+
+
+def takes_relative_steps(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether the optimizer is an Adafactor that sets its own learning rate."""
+    if name.lower().rpartition(".")[2] != "adafactor" or name.lower().startswith("torch."):
+        return False
+    return bool(arguments.get("relative_step", True)) or bool(arguments.get("warmup_init", False))
+
+
+def is_schedule_free(name: str) -> bool:
+    """Whether the optimizer averages its weights by itself: no schedule, and eval() before they are used."""
+    return name.endswith("ScheduleFree")
+
+
+def set_averaging(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
+    """Schedule-free optimizers hold two sets of weights: put the trained or the averaged ones in place."""
+    switch = vars(type(optimizer)).get("train" if training else "eval")
+    if switch is not None:
+        switch(optimizer)
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Log name -> rate of every parameter group that has one; D-adaptation optimizers add `d*lr`."""
+    rates = {}
+    for index, group in enumerate(optimizer.param_groups):
+        label = group.get("name") or (f"group{index}" if index else "unet")
+        if group.get("lr") is not None:
+            rates[f"lr/{label}"] = float(group["lr"])
+            if "d" in group:
+                rates[f"lr/d*lr/{label}"] = float(group["d"]) * float(group["lr"])
+    return rates
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> str:
+    """`module.Class(name=value,...)`, as LoRA metadata names it."""
+    words = ",".join(f"{key}={value}" for key, value in arguments.items())
+    return f"{type(optimizer).__module__}.{type(optimizer).__name__}({words})"
+
+
+def moments_on_device(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Every tensor of the optimizer's state, in a fixed order."""
+    tensors = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    return tensors
+
+
+def _check_argument_names(found: type, name: str, settings: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(found.__init__).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = [key for key in parameters if key not in ("self", "params", "lr")]
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        raise ConfigError(
+            f"--optimizer_args: {name} takes no {', '.join(unknown)}; it takes {', '.join(known)}"
+        )
