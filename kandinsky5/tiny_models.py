@@ -28,9 +28,9 @@ from modules.tensor_files import write_tensors
 log = get_logger(__name__)
 
 VAE_CONFIG = {
-    "block_out_channels": (16, 16, 32, 32),
+    "block_out_channels": (8, 8, 16, 16),
     "layers_per_block": 1,
-    "norm_num_groups": 8,
+    "norm_num_groups": 4,
     "latent_channels": 16,
     "scaling_factor": 0.476986,
 }

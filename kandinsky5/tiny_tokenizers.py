@@ -19,7 +19,7 @@ A woman in a red coat crosses a busy street in the rain while cars pass behind h
 Two friends talk in a quiet garden, and the colors of the flowers change with the light of the evening.
 In the background a train moves past mountains; the style is a detailed painting with a soft, calm atmosphere.
 The objects keep their shape, size and texture while the camera moves around them at a low angle.
-A short video of a man who opens a door, then an image of the same scene at night, with rain and street lights.
+A short video of a man who opens a door, then an image of the same scene at night, with rain and lights.
 An old man sits by the river and feeds the birds. Children play in the park. Snow falls on the mountains.
 """.strip().splitlines()
 

@@ -19,6 +19,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -45,6 +46,7 @@ from kandinsky5.sampling import (
 )
 from kandinsky5.tasks import NablaParams
 from kandinsky5.vae import VideoVAE, vae_from_config
+from kandinsky5.vae_tiles import TileGrid, Tiling
 from modules.logs import format_table
 from modules.tensor_files import read_tensors
 
@@ -193,7 +195,11 @@ def check_dense_dit(golden: Golden) -> Iterator[Result]:
         yield name, "fp32", recorded[name][0]
     time_embed = dit.embed_time(call["timestep"], call["pooled_text_embed"])
     yield "mid_time_plus_pooled", "fp32", time_embed
-    yield "mid_text_refined", "fp32", dit.refine_text(call["text_embed"], time_embed, call["text_mask"])
+    yield (
+        "mid_text_refined",
+        "fp32",
+        dit.refine_text(call["text_embed"], F.silu(time_embed), call["text_mask"]),
+    )
     real = call["text_mask"][0]
     packed = call | {"text_embed": call["text_embed"][:, real], "text_mask": None}
     yield "out_fp32_packed", "fp32", dit(**packed)[0]
@@ -439,12 +445,13 @@ def check_vae(golden: Golden) -> Iterator[Result]:
     for case, settings in golden.config["cases"].items():
         pixels = golden[f"{case}.pixels_u8"].float() / 127.5 - 1
         tile, stride = settings["tile"], settings["stride"]
-        sides = None if tile is None else (tuple(tile[2:]), tuple(stride[1:]))
-        moments = vae.encode_moments(pixels, tiles=sides)
+        grid = None if tile is None else TileGrid(Tiling(tile[2], stride[1]), Tiling(tile[3], stride[2]))
+        moments = vae.encode_moments(pixels, tiles=grid)
         yield f"{case}.moments", "vae", moments
         latents = moments.chunk(2, dim=1)[0] * vae.scaling_factor
         yield f"{case}.latent_scaled_mode", "vae", latents
-        decoded = vae.decode(golden[f"{case}.latent_scaled_mode"], tiles=sides)
+        pieces = vae.decode_windows(golden[f"{case}.latent_scaled_mode"], tiles=grid)
+        decoded = torch.cat(list(pieces), dim=2)
         if golden[f"{case}.decoded"].dtype == torch.float16:
             yield f"{case}.decoded", "vae fp16 storage", decoded.half()
         else:

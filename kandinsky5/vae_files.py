@@ -1,0 +1,167 @@
+"""Finds and reads the files a HunyuanVideo VAE comes in."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kandinsky5.weight_checks import WeightHash, describe_mismatch, kind_of_model
+from modules.errors import ModelFileError
+from modules.logs import get_logger
+from modules.tensor_files import TensorFile, read_header
+
+log = get_logger(__name__)
+
+_CLASS_NAME = "AutoencoderKLHunyuanVideo"
+_FILE_NAMES = ("diffusion_pytorch_model.safetensors", "pytorch_model.pt")
+_TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+_ORIGINAL_PREFIX = "vae."
+_EXPECTED = (
+    "expected HunyuanVideo's VAE: a diffusers folder, its diffusion_pytorch_model.safetensors, "
+    "or the original pytorch_model.pt"
+)
+
+
+def vae_from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """diffusers' class with these constructor arguments and exactly these tensors, used without a copy.
+
+    Raises:
+        ModelFileError: names or shapes differ; the message lists them.
+    """
+    model = _skeleton(config)
+    problem = describe_mismatch(_shapes(tensors), _shapes(model.state_dict()))
+    if problem:
+        raise ModelFileError(problem)
+    model.load_state_dict(dict(tensors), strict=True, assign=True)
+    return model
+
+
+def check_vae_file(path: Path) -> None:
+    """Find out from names and shapes alone whether `path` holds a VAE that `load_vae` can load.
+
+    Raises:
+        ModelFileError: it does not; the message says what was found.
+    """
+    file = _find_weights(path)
+    config, _ = _read_config(file)
+    _check_tensors(file, config, _read_shapes(file))
+
+
+def read_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
+    """The model on `device` in `dtype`, and the fingerprint of its configuration and weights."""
+    file = _find_weights(path)
+    config, note = _read_config(file)
+    if note:
+        log.warning("%s", note)
+    _check_tensors(file, config, _read_shapes(file))
+    fingerprint = WeightHash(json.dumps(_effective_config(config), sort_keys=True))
+    tensors = {}
+    for name, tensor in _iterate_tensors(file):
+        fingerprint.add(name, tensor)
+        tensors[name] = tensor.to(device, dtype)
+    return vae_from_config(config, tensors), fingerprint.hexdigest()
+
+
+def _find_weights(path: Path) -> Path:
+    if path.is_file():
+        if path.suffix not in {".safetensors", *_TORCH_SUFFIXES}:
+            raise ModelFileError(f"{path}: not a .safetensors or .pt file; {_EXPECTED}")
+        return path
+    if not path.is_dir():
+        raise ModelFileError(f"{path}: no such file or folder; {_EXPECTED}")
+    for folder in (path, path / "vae"):
+        for name in _FILE_NAMES:
+            if (folder / name).is_file():
+                return folder / name
+    raise ModelFileError(
+        f"{path}: holds neither {' nor '.join(_FILE_NAMES)}, nor does its folder vae; {_EXPECTED}"
+    )
+
+
+def _read_config(weights: Path) -> tuple[dict[str, Any], str | None]:
+    """Constructor arguments from the config.json beside the weights ({}: the real model), and what to log."""
+    path = weights.parent / "config.json"
+    if not path.is_file():
+        return {}, None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelFileError(f"{path}: not valid JSON: {error}") from error
+    class_name = content.get("_class_name") if isinstance(content, dict) else None
+    if class_name != _CLASS_NAME:
+        what = f"describes {class_name}" if class_name else "is of another kind"
+        return {}, f"{path} {what}, not {_CLASS_NAME}, and is ignored"
+    return {name: value for name, value in content.items() if not name.startswith("_")}, None
+
+
+def _skeleton(config: Mapping[str, Any]) -> Any:
+    """The model on the meta device: names and shapes, no memory."""
+    from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
+
+    with torch.device("meta"):
+        try:
+            return AutoencoderKLHunyuanVideo(**config)
+        except (TypeError, ValueError) as error:
+            raise ModelFileError(f"the VAE's config.json cannot be used: {error}") from error
+
+
+def _effective_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With defaults filled in, so that a file with its config.json and one without are the same VAE."""
+    full = dict(_skeleton(config).config)
+    return {name: value for name, value in full.items() if not name.startswith("_")}
+
+
+def _check_tensors(file: Path, config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]) -> None:
+    problem = describe_mismatch(found, _shapes(_skeleton(config).state_dict()))
+    if problem is None:
+        return
+    kind = kind_of_model(found)
+    looks = f"this looks like {kind}" if kind else "these are not the tensors of HunyuanVideo's VAE"
+    raise ModelFileError(f"{file}: {looks}; {problem}")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    if file.suffix == ".safetensors":
+        return {_plain_name(name): info.shape for name, info in read_header(file).tensors.items()}
+    return _shapes(_read_torch_file(file))
+
+
+def _iterate_tensors(file: Path) -> Any:
+    """(name, CPU tensor in the file's dtype), one at a time."""
+    if file.suffix != ".safetensors":
+        yield from _read_torch_file(file).items()
+        return
+    with TensorFile(file) as opened:
+        for name in opened.header.tensors:
+            yield _plain_name(name), opened.read(name)
+
+
+def _read_torch_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file written by torch.save; mapped, so that only what is used is read."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelFileError(
+            f"{file}: cannot be read as a file of weights ({reason}). It is damaged, or holds more than "
+            "tensors, which is not loaded because it could run code"
+        ) from error
+    nested = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(nested, dict) or not all(isinstance(value, Tensor) for value in nested.values()):
+        raise ModelFileError(f"{file}: does not hold a table of tensors; {_EXPECTED}")
+    return {_plain_name(name): tensor for name, tensor in nested.items()}
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix(_ORIGINAL_PREFIX)

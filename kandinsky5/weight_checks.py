@@ -1,0 +1,80 @@
+"""Do the tensors of a weight file fit the model that is to take them, and if not, what is the file?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from modules.dtypes import dtype_name
+
+_SHOWN = 5
+_FINGERPRINT_BYTES = 1024
+
+# A piece of a tensor name that only this kind of model has.
+_KINDS = (
+    ("visual_transformer_blocks.", "a Kandinsky 5 DiT"),
+    ("lora_", "a LoRA"),
+    ("text_model.", "a CLIP text encoder"),
+    ("embed_tokens.", "a language model such as Qwen"),
+    ("double_blocks.", "a FLUX or HunyuanVideo transformer"),
+    ("double_stream_modulation", "a FLUX transformer"),
+    ("self_attn.norm_q", "a Wan transformer"),
+    ("joint_blocks.", "a Stable Diffusion 3 transformer"),
+    ("decoder.up_blocks.0.resnets.0.conv1.conv.", "HunyuanVideo's VAE"),
+    ("encoder.downsamples.", "Wan's VAE"),
+    ("decoder.up_blocks.0.", "an image VAE"),
+    ("decoder.up.0.", "an image VAE"),
+)
+
+
+def kind_of_model(names: Iterable[str]) -> str | None:
+    """What a file with these tensor names looks like, with the name that shows it; None if unknown."""
+    names = list(names)
+    for piece, kind in _KINDS:
+        for name in names:
+            if piece in name:
+                return f"{kind} (tensor {name})"
+    return None
+
+
+def describe_mismatch(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """How a file's tensors differ from those a model needs, with the first few names; None if they fit."""
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    reshaped = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    kinds = (("missing", missing), ("not part of the model", extra), ("of another shape", reshaped))
+    parts = [
+        f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{' ...' if len(names) > _SHOWN else ''}"
+        for what, names in kinds
+        if names
+    ]
+    return "; ".join(parts) or None
+
+
+class WeightHash:
+    """A fingerprint of weights: names, shapes, dtypes and the first KiB of each tensor.
+
+    It does not depend on how the tensors are spread over files, nor on file names, and is quick to take.
+    """
+
+    def __init__(self, *settings: str) -> None:
+        self._settings = settings
+        self._entries: dict[str, str] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """`tensor` lies on the CPU, in the file's dtype."""
+        flat = tensor.reshape(-1)[: _FINGERPRINT_BYTES // tensor.dtype.itemsize].contiguous()
+        digest = hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+        self._entries[name] = f"{dtype_name(tensor.dtype)} {list(tensor.shape)} {digest}"
+
+    def hexdigest(self) -> str:
+        lines = [*self._settings, *(f"{name} {self._entries[name]}" for name in sorted(self._entries))]
+        return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
