@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -118,12 +119,14 @@ class DiffusionTransformer3D(nn.Module):
         pooled = self.pooled_text_embeddings(pooled_text_embed.to(self.compute_dtype))
         return self.time_embeddings(timestep) + pooled.float()
 
-    def refine_text(self, text_embed: Tensor, time_embed: Tensor, text_mask: Tensor | None) -> Tensor:
+    def refine_text(self, text_embed: Tensor, activated_time: Tensor, text_mask: Tensor | None) -> Tensor:
         """text_embed [B, L, dim], text_mask [B, L] bool or None -> what the video attends to, [B, L, D]."""
         text = self.text_embeddings(text_embed.to(self.compute_dtype))
         rotary = self.text_rotary((text.shape[1],), (1.0,))
         for block in self.text_blocks():
-            text = self._run(block, text, block.modulations(time_embed), rotary, text_mask)
+            text = self._run(
+                block, text, block.modulations(activated_time, self.compute_dtype), rotary, text_mask
+            )
         return text
 
     def forward(
@@ -154,8 +157,8 @@ class DiffusionTransformer3D(nn.Module):
         Raises:
             ValueError: the latents are longer than the model's position tables, or unfit for NABLA.
         """
-        time_embed = self.embed_time(timestep, pooled_text_embed)
-        text = self.refine_text(text_embed, time_embed, text_mask)
+        activated_time = F.silu(self.embed_time(timestep, pooled_text_embed))
+        text = self.refine_text(text_embed, activated_time, text_mask)
         patches = self.visual_embeddings(x.to(self.compute_dtype))  # [B, f, h, w, D]
         grid = (patches.shape[1], patches.shape[2], patches.shape[3])
         rotary = self.visual_rotary(grid, scale_factor)  # [f, h, w, 1, d/2]
@@ -172,13 +175,19 @@ class DiffusionTransformer3D(nn.Module):
             before = visual
             for block in self.visual_blocks():
                 visual = self._run(
-                    block, visual, text, block.modulations(time_embed), rotary, text_mask, plan
+                    block,
+                    visual,
+                    text,
+                    block.modulations(activated_time, self.compute_dtype),
+                    rotary,
+                    text_mask,
+                    plan,
                 )
             if residual is not None:
                 residual.residual = visual - before
         if plan is not None:
             visual = from_fractal(visual, grid)
-        return self.out_layer(visual, time_embed, grid)
+        return self.out_layer(visual, activated_time, grid)
 
     def _run(self, block: nn.Module, *inputs: object) -> Tensor:
         """One block, recomputed in the backward when gradient checkpointing is on."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kandinsky5.nabla import NablaPlan, nabla_attention
 from modules.attention import attention
+from modules.fused_ops import gated_sum, layer_norm, modulated_layer_norm, rms_norm_rotate
 
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
 """What nn.RMSNorm's default eps is for float32 input; 1e-6 is wrong for small activations."""
@@ -31,31 +32,13 @@ def rotary_frequencies(count: int) -> Tensor:
 
 
 class Modulation(NamedTuple):
-    """How the noise level acts on one branch of a block; each [B, D], float32."""
+    """How the noise level acts on one branch of a block; each [B, D]."""
 
     shift: Tensor
-    scale: Tensor
+    weight: Tensor
+    """1 + scale; float32 like the shift."""
     gate: Tensor
-
-
-def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm(tokens) * (1 + scale) + shift in float32; [B, N, D] -> [B, N, D] in the same dtype."""
-    width = tokens.shape[-1:]
-    normed = F.layer_norm(tokens.float(), width)
-    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None]).to(tokens.dtype)
-
-
-def gated_sum(tokens: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """tokens + gate * branch, computed in float32; [B, N, D] -> [B, N, D] in the dtype of the tokens."""
-    return torch.addcmul(tokens.float(), branch.float(), gate[:, None]).to(tokens.dtype)
-
-
-def layer_norm_float32(hidden: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """An affine LayerNorm in float32 whatever the dtypes of input and weights; the result has the input's."""
-    normed = F.layer_norm(
-        hidden.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
-    )
-    return normed.to(hidden.dtype)
+    """In the compute dtype."""
 
 
 class TimeEmbeddings(nn.Module):
@@ -95,7 +78,8 @@ class TextEmbeddings(nn.Module):
 
     def forward(self, text_embed: Tensor) -> Tensor:
         """[..., text_dim] -> [..., out_dim]."""
-        return layer_norm_float32(self.in_layer(text_embed), self.norm)
+        norm = self.norm
+        return layer_norm(self.in_layer(text_embed), norm.weight, norm.bias, norm.eps)
 
 
 class VisualEmbeddings(nn.Module):
@@ -121,9 +105,20 @@ class ModulationLayer(nn.Module):
         self.num_params = num_params
         self.out_layer = nn.Linear(time_dim, num_params * model_dim)
 
-    def forward(self, time_embed: Tensor) -> tuple[Tensor, ...]:
-        """time_embed [B, E] float32 -> num_params tensors [B, D] float32."""
-        return linear_float32(F.silu(time_embed), self.out_layer).chunk(self.num_params, dim=-1)
+    def forward(self, activated_time: Tensor) -> Tensor:
+        """silu(time_embed) [B, E] float32 -> [B, num_params, D] float32."""
+        return linear_float32(activated_time, self.out_layer).unflatten(-1, (self.num_params, -1))
+
+    def branches(self, activated_time: Tensor, dtype: torch.dtype) -> tuple[Modulation, ...]:
+        """One modulation per branch of a block; the gates are in `dtype`."""
+        params = self(activated_time).unflatten(1, (-1, 3))  # [B, branches, shift | scale | gate, D]
+        shift = params[:, :, 0]
+        weight = 1 + params[:, :, 1]
+        gate = params[:, :, 2].to(dtype)
+        return tuple(
+            Modulation(*parts)
+            for parts in zip(shift.unbind(1), weight.unbind(1), gate.unbind(1), strict=True)
+        )
 
 
 class RotaryAngles(nn.Module):
@@ -162,18 +157,6 @@ class RotaryAngles(nn.Module):
         return torch.polar(torch.ones_like(joined), joined)
 
 
-def norm_and_rotate(heads: Tensor, norm: nn.RMSNorm, rotary: Tensor | None) -> Tensor:
-    """RMS-normalise each head and rotate its channel pairs (2i, 2i+1), in float32.
-
-    heads [B, N, heads, d], rotary [N, 1, d/2] complex or None -> the shape and dtype of heads.
-    """
-    normed = F.rms_norm(heads.float(), norm.normalized_shape, norm.weight.float(), RMS_NORM_EPS)
-    if rotary is None:
-        return normed.to(heads.dtype)
-    pairs = torch.view_as_complex(normed.to(heads.dtype).float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary).flatten(-2).to(heads.dtype)
-
-
 class Attention(nn.Module):
     """Multi-head attention with normalised queries and keys."""
 
@@ -205,13 +188,15 @@ class Attention(nn.Module):
         Returns:
             [B, N, D].
         """
-        query = norm_and_rotate(self._split(self.to_query(tokens)), self.query_norm, rotary)
-        key = norm_and_rotate(self._split(self.to_key(source)), self.key_norm, rotary)
+        query = self._split(self.to_query(tokens))
+        key = self._split(self.to_key(source))
+        query = rms_norm_rotate(query, self.query_norm.weight, RMS_NORM_EPS, rotary)
+        key = rms_norm_rotate(key, self.key_norm.weight, RMS_NORM_EPS, rotary)
         value = self._split(self.to_value(source))
         if nabla is None:
             mixed = attention(query, key, value, key_mask=key_mask)
         else:
-            mixed = nabla_attention(query, key, value, nabla)
+            mixed = nabla_attention(query, key, value, nabla, layer=id(self))
         return self.out_layer(mixed.flatten(-2))
 
     def _split(self, hidden: Tensor) -> Tensor:
@@ -240,20 +225,19 @@ class TextBlock(nn.Module):
         self.self_attention = Attention(model_dim, head_dim)
         self.feed_forward = FeedForward(model_dim, ff_dim)
 
-    def modulations(self, time_embed: Tensor) -> tuple[Modulation, ...]:
-        """time_embed [B, E] -> the modulation of self-attention and of the feed-forward branch."""
-        params = self.text_modulation(time_embed)
-        return Modulation(*params[:3]), Modulation(*params[3:])
+    def modulations(self, activated_time: Tensor, dtype: torch.dtype) -> tuple[Modulation, ...]:
+        """silu(time_embed) [B, E] -> the modulation of self-attention and of the feed-forward branch."""
+        return self.text_modulation.branches(activated_time, dtype)
 
     def forward(
         self, text: Tensor, modulations: tuple[Modulation, ...], rotary: Tensor, text_mask: Tensor | None
     ) -> Tensor:
         """text [B, L, D], text_mask [B, L] bool or None -> [B, L, D]."""
         self_mod, ff_mod = modulations
-        normed = modulate(text, self_mod.shift, self_mod.scale)
+        normed = modulated_layer_norm(text, self_mod.weight, self_mod.shift)
         attended = self.self_attention(normed, normed, rotary=rotary, key_mask=text_mask)
         text = gated_sum(text, attended, self_mod.gate)
-        normed = modulate(text, ff_mod.shift, ff_mod.scale)
+        normed = modulated_layer_norm(text, ff_mod.weight, ff_mod.shift)
         return gated_sum(text, self.feed_forward(normed), ff_mod.gate)
 
 
@@ -267,10 +251,9 @@ class VisualBlock(nn.Module):
         self.cross_attention = Attention(model_dim, head_dim)
         self.feed_forward = FeedForward(model_dim, ff_dim)
 
-    def modulations(self, time_embed: Tensor) -> tuple[Modulation, ...]:
-        """time_embed [B, E] -> the modulation of self-attention, cross-attention and feed-forward."""
-        params = self.visual_modulation(time_embed)
-        return Modulation(*params[:3]), Modulation(*params[3:6]), Modulation(*params[6:])
+    def modulations(self, activated_time: Tensor, dtype: torch.dtype) -> tuple[Modulation, ...]:
+        """silu(time_embed) [B, E] -> the modulation of self-attention, cross-attention and feed-forward."""
+        return self.visual_modulation.branches(activated_time, dtype)
 
     def forward(
         self,
@@ -283,12 +266,12 @@ class VisualBlock(nn.Module):
     ) -> Tensor:
         """visual [B, N, D], text [B, L, D], text_mask [B, L] bool or None -> [B, N, D]."""
         self_mod, cross_mod, ff_mod = modulations
-        normed = modulate(visual, self_mod.shift, self_mod.scale)
+        normed = modulated_layer_norm(visual, self_mod.weight, self_mod.shift)
         attended = self.self_attention(normed, normed, rotary=rotary, nabla=nabla)
         visual = gated_sum(visual, attended, self_mod.gate)
-        normed = modulate(visual, cross_mod.shift, cross_mod.scale)
+        normed = modulated_layer_norm(visual, cross_mod.weight, cross_mod.shift)
         visual = gated_sum(visual, self.cross_attention(normed, text, key_mask=text_mask), cross_mod.gate)
-        normed = modulate(visual, ff_mod.shift, ff_mod.scale)
+        normed = modulated_layer_norm(visual, ff_mod.weight, ff_mod.shift)
         return gated_sum(visual, self.feed_forward(normed), ff_mod.gate)
 
 
@@ -303,13 +286,13 @@ class OutLayer(nn.Module):
         self.modulation = ModulationLayer(time_dim, model_dim, 2)
         self.out_layer = nn.Linear(model_dim, math.prod(patch_size) * out_channels)
 
-    def forward(self, visual: Tensor, time_embed: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def forward(self, visual: Tensor, activated_time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """visual [B, N, D] in row-major order of grid (f, h, w) -> [B, F, H, W, out_channels].
 
         Inside a patch the channel runs slowest, unlike in the input.
         """
-        shift, scale = self.modulation(time_embed)
-        patches = self.out_layer(modulate(visual, shift, scale))
+        shift, scale = self.modulation(activated_time).unbind(1)
+        patches = self.out_layer(modulated_layer_norm(visual, 1 + scale, shift))
         f, h, w = grid
         pt, ph, pw = self.patch_size
         return rearrange(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kandinsky5.tasks import NablaParams
+from modules.block_sparse import block_sparse_attention
 
 SQUARE = 8
 """Side of the token squares; 64 consecutive tokens in fractal order are one square of one frame."""
@@ -32,6 +33,8 @@ class NablaPlan:
     sta_mask: Tensor
     """[nb, nb] bool, the sliding window."""
     observer: MaskObserver | None = None
+    packed_masks: dict[int, Tensor] = field(default_factory=dict)
+    """Decisions of the blocks already passed, so that gradient checkpointing does not take them anew."""
 
 
 def to_fractal(grid_tokens: Tensor) -> Tensor:
@@ -136,9 +139,32 @@ def dense_masked_attention(query: Tensor, key: Tensor, value: Tensor, block_mask
     return mixed.transpose(1, 2)
 
 
-def nabla_attention(query: Tensor, key: Tensor, value: Tensor, plan: NablaPlan) -> Tensor:
-    """Attention over the selected blocks; [B, N, heads, d] in fractal order -> [B, N, heads, d]."""
-    block_mask = select_blocks(query, key, plan)
-    if plan.observer is not None:
-        plan.observer(block_mask)
-    return dense_masked_attention(query, key, value, block_mask)
+def nabla_attention(query: Tensor, key: Tensor, value: Tensor, plan: NablaPlan, layer: int) -> Tensor:
+    """Attention over the selected blocks; [B, N, heads, d] in fractal order -> [B, N, heads, d].
+
+    `layer` names the caller: under gradient checkpointing its second pass reuses the decisions of its first.
+    """
+    packed = plan.packed_masks.pop(layer, None)
+    if packed is None:
+        block_mask = select_blocks(query, key, plan)
+        if plan.observer is not None:
+            plan.observer(block_mask)
+        if torch.is_grad_enabled():
+            plan.packed_masks[layer] = _pack(block_mask)
+    else:
+        block_mask = _unpack(packed, len(plan.sta_mask))
+    return block_sparse_attention(query, key, value, block_mask, BLOCK)
+
+
+def _pack(mask: Tensor) -> Tensor:
+    """[..., n] bool -> [..., ceil(n / 8)] uint8: all layers' masks of a long clip would fill gigabytes."""
+    padded = F.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (padded * _bit_values(mask.device)).sum(dim=-1, dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor, count: int) -> Tensor:
+    return ((packed[..., None] & _bit_values(packed.device)) != 0).flatten(-2)[..., :count]
+
+
+def _bit_values(device: torch.device) -> Tensor:
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)

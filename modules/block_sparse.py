@@ -1,0 +1,200 @@
+"""Attention in which each block of queries sees only chosen blocks of keys, with work to match."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+GATHERED_BLOCKS = 4096
+"""How many key blocks the gathered path copies at a time; it bounds its memory."""
+
+_PADDING_SHARE = 0.125
+"""Rows whose counts differ by up to this share are computed together, padded to the longest."""
+
+
+def block_sparse_path(device: torch.device) -> str:
+    """What `block_sparse_attention` uses there: "flex" (compiled) or "gathered" (plain torch)."""
+    has_compiler = importlib.util.find_spec("triton") is not None
+    return "flex" if device.type == "cuda" and has_compiler else "gathered"
+
+
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor, block_size: int
+) -> Tensor:
+    """Exact softmax attention over the kept blocks; work and memory follow the mask's density.
+
+    Args:
+        query, key, value: [B, N, heads, d]; N is a multiple of block_size.
+        block_mask: [B, heads, nb, nb] bool, nb = N / block_size; every row keeps at least one block.
+    Returns:
+        [B, N, heads, d].
+    """
+    if block_sparse_path(query.device) == "flex":
+        return flex_block_attention(query, key, value, block_mask, block_size)
+    return gathered_block_attention(query, key, value, block_mask, block_size)
+
+
+# Compiled flex_attention
+
+
+def flex_block_attention(
+    query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor, block_size: int
+) -> Tensor:
+    """The kept blocks through compiled flex_attention; arguments as in `block_sparse_attention`.
+
+    Un-compiled flex_attention ignores the index lists and computes dense attention, so it is never called.
+    """
+    counts = block_mask.sum(dim=-1, dtype=torch.int32)
+    # Kept columns first; their order does not matter.
+    columns = block_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    # Two index tensors: with one shared between both kinds of block the compiled CPU kernel does not build.
+    mask = BlockMask.from_kv_blocks(
+        torch.zeros_like(counts),
+        columns.clone(),
+        counts,
+        columns,
+        BLOCK_SIZE=block_size,
+        mask_mod=None,
+        seq_lengths=(query.shape[1], key.shape[1]),
+    )
+    mixed = _compiled_flex_attention()(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        block_mask=mask,
+        kernel_options=_kernel_options(query.device, block_size),
+    )
+    return mixed.transpose(1, 2)
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _kernel_options(device: torch.device, block_size: int) -> dict[str, int] | None:
+    """Tile sizes that divide the mask's blocks and, at head dim 128, fit a consumer card's shared memory."""
+    if device.type != "cuda":
+        return None
+    half = block_size // 2
+    return {
+        "BLOCK_M": block_size, "BLOCK_N": half,
+        "BLOCK_M1": half, "BLOCK_N1": block_size, "BLOCK_M2": block_size, "BLOCK_N2": half,
+    }  # fmt: skip
+
+
+# Gathered blocks
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Query blocks that keep about equally many key blocks."""
+
+    rows: Tensor
+    """[n], indices into the flat list of query blocks."""
+    key_blocks: Tensor
+    """[n, count], indices into the flat list of key blocks."""
+    key_mask: Tensor | None
+    """[n, 1, count * block_size] bool, false on padding; None where nothing is padded."""
+
+
+def gathered_block_attention(
+    query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor, block_size: int
+) -> Tensor:
+    """The kept blocks gathered and attended in plain torch; arguments as in `block_sparse_attention`.
+
+    Reads the counts of kept blocks on the host, so on an accelerator it waits for the mask.
+    """
+    batch, _, heads, _ = query.shape
+    flat = [_to_blocks(tensor, block_size) for tensor in (query, key, value)]
+    groups = list(_group_rows(block_mask.flatten(0, 1), block_size))
+    out: Tensor = _GatheredAttention.apply(*flat, groups)  # type: ignore[assignment]
+    blocks = out.view(batch, heads, -1, block_size, out.shape[-1])  # [B, heads, nb, block, d]
+    return blocks.permute(0, 2, 3, 1, 4).flatten(1, 2)
+
+
+def _to_blocks(tensor: Tensor, block_size: int) -> Tensor:
+    """[B, N, heads, d] -> [B * heads * nb, block, d]."""
+    return tensor.unflatten(1, (-1, block_size)).permute(0, 3, 1, 2, 4).flatten(0, 2)
+
+
+def _group_rows(mask: Tensor, block_size: int) -> Iterator[_Group]:
+    """mask [B * heads, nb, nb] -> groups of rows of similar counts, few enough to gather at once."""
+    nb = mask.shape[-1]
+    rows_mask = mask.flatten(0, 1)  # [rows, nb]
+    counts = rows_mask.sum(dim=-1)
+    columns = rows_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    first_key = torch.arange(len(rows_mask), device=mask.device) // nb * nb
+    sorted_counts, order = counts.sort()
+    for start, end, count in _similar_runs(sorted_counts.tolist()):
+        rows = order[start:end]
+        is_kept = torch.arange(count, device=mask.device) < counts[rows, None]
+        key_mask = None
+        if sorted_counts[start] != count:
+            key_mask = is_kept.repeat_interleave(block_size, dim=-1)[:, None]
+        yield _Group(rows, columns[rows, :count] + first_key[rows, None], key_mask)
+
+
+def _similar_runs(counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Ascending counts -> (start, end, largest count) of runs to compute together."""
+    start = 0
+    while start < len(counts):
+        limit = counts[start] * (1 + _PADDING_SHARE)
+        end = start + 1
+        while (
+            end < len(counts) and counts[end] <= limit and (end + 1 - start) * counts[end] <= GATHERED_BLOCKS
+        ):
+            end += 1
+        yield start, end, counts[end - 1]
+        start = end
+
+
+class _GatheredAttention(torch.autograd.Function):
+    """Attention group by group; the gathered keys and values are made again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: list[_Group]) -> Tensor:
+        out = torch.empty_like(query)
+        for group in groups:
+            out[group.rows] = _attend(
+                query[group.rows], key[group.key_blocks], value[group.key_blocks], group
+            )
+        ctx.save_for_backward(query, key, value)
+        ctx.groups = groups
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        (grad,) = grad_outputs
+        query, key, value = ctx.saved_tensors
+        # Key and value gradients are sums over many query blocks: kept in float32 until all are in.
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key, value))
+        for group in ctx.groups:
+            sources = (query[group.rows], key[group.key_blocks], value[group.key_blocks])
+            with torch.enable_grad():
+                inputs = [source.detach().requires_grad_(True) for source in sources]
+                mixed = _attend(inputs[0], inputs[1], inputs[2], group)
+            parts = torch.autograd.grad(mixed, inputs, grad[group.rows])
+            grad_query[group.rows] = parts[0]
+            blocks = group.key_blocks.flatten()
+            grad_key.index_add_(0, blocks, parts[1].flatten(0, 1).float())
+            grad_value.index_add_(0, blocks, parts[2].flatten(0, 1).float())
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, group: _Group) -> Tensor:
+    """query [n, block, d], keys and values [n, count, block, d] -> [n, block, d]."""
+    mask = None if group.key_mask is None else group.key_mask[:, None]
+    mixed = F.scaled_dot_product_attention(
+        query[:, None], keys.flatten(1, 2)[:, None], values.flatten(1, 2)[:, None], attn_mask=mask
+    )
+    return mixed[:, 0]

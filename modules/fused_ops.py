@@ -1,0 +1,103 @@
+"""Elementwise pieces of a transformer block with few passes over memory.
+
+All of them compute in float32 and round once to the dtype of the activations, without ever holding a
+float32 copy of a whole activation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**22
+"""How much of an activation is held in float32 at a time."""
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last axis with float32 arithmetic; x [..., D], weight and bias [D] -> dtype of x."""
+    # The CPU kernel takes float32 weights beside narrower activations; others want one dtype.
+    dtype = torch.float32 if x.device.type == "cpu" else x.dtype
+    return F.layer_norm(x, x.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
+
+
+def modulated_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm whose weight and bias differ per sample; x [B, N, D], weight and bias [B, D] -> [B, N, D]."""
+    if len(x) == 1:
+        return layer_norm(x, weight[0], bias[0])
+    return torch.stack([layer_norm(*sample) for sample in zip(x, weight, bias, strict=True)])
+
+
+def gated_sum(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * branch in one pass; x and branch [B, N, D], gate [B, D] in the same dtype."""
+    return torch.addcmul(x, branch, gate[:, None])
+
+
+def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, rotary: Tensor | None) -> Tensor:
+    """RMS-normalise the last axis and rotate its channel pairs (2i, 2i + 1).
+
+    Args:
+        x: [B, N, heads, d].
+        weight: [d].
+        rotary: [N, 1, d/2] unit complex numbers, or None to rotate nothing.
+    Returns:
+        [B, N, heads, d] in the dtype of x.
+    """
+    return _RmsNormRotate.apply(x, weight, eps, rotary)  # type: ignore[no-any-return]
+
+
+class _RmsNormRotate(torch.autograd.Function):
+    """y = rotate(weight * x * sqrt(d) / size), size = sqrt(|x|^2 + d * eps), a chunk of tokens at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rotary: Tensor | None) -> Tensor:
+        out = torch.empty_like(x)
+        root_eps = torch.full((), math.sqrt(x.shape[-1] * eps), device=x.device)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        size = torch.hypot(norm, root_eps)  # [B, N, heads, 1]
+        scaled_weight = weight.float() * math.sqrt(x.shape[-1])
+        for tokens in _chunks(x):
+            normed = x[:, tokens] / size[:, tokens]
+            if rotary is None:
+                torch.mul(normed, scaled_weight, out=out[:, tokens])
+            else:
+                normed *= scaled_weight
+                _as_complex(normed).mul_(rotary[tokens])
+                out[:, tokens] = normed
+        ctx.save_for_backward(x, weight, size, rotary)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (grad,) = grad_outputs
+        x, weight, size, rotary = ctx.saved_tensors
+        dim = x.shape[-1]
+        scaled_weight = weight.float() * math.sqrt(dim)
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for tokens in _chunks(x):
+            direction = x[:, tokens] / size[:, tokens]
+            inner = grad[:, tokens].to(torch.float32, copy=True)
+            if rotary is not None:
+                _as_complex(inner).mul_(rotary[tokens].conj())
+            if grad_weight is not None:
+                grad_weight += (inner * direction).sum(dim=(0, 1, 2)) * math.sqrt(dim)
+            inner *= scaled_weight
+            # d(x / size) = (dx - direction * <direction, dx>) / size
+            along = (inner * direction).sum(dim=-1, keepdim=True)
+            inner.addcmul_(direction, along, value=-1)
+            torch.div(inner, size[:, tokens], out=grad_x[:, tokens])
+        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def _as_complex(real: Tensor) -> Tensor:
+    return torch.view_as_complex(real.unflatten(-1, (-1, 2)))
+
+
+def _chunks(x: Tensor) -> list[slice]:
+    """Runs of tokens (axis 1) of at most CHUNK_ELEMENTS elements each."""
+    step = max(1, CHUNK_ELEMENTS // max(1, x[:, :1].numel()))
+    return [slice(start, start + step) for start in range(0, x.shape[1], step)]

@@ -1,0 +1,75 @@
+"""Block-sparse attention equals dense attention under the same mask, and costs what its density says."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from kandinsky5.nabla import dense_masked_attention
+from modules import block_sparse
+from modules.block_sparse import flex_block_attention, gathered_block_attention
+
+BLOCK = 64
+SHAPE = (2, 12 * BLOCK, 2, 16)  # [B, N, heads, d]
+
+
+def random_case(density: float, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(SHAPE, generator=generator) for _ in range(3)]
+    mask = torch.rand(2, 2, 12, 12, generator=generator) < density
+    return tensors, mask | torch.eye(12, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.4, 1.0])
+@pytest.mark.parametrize("limit", [4096, 7], ids=["one gather", "many gathers"])
+def test_gathered_output_and_gradients_equal_the_dense_mask(
+    monkeypatch: pytest.MonkeyPatch, density: float, limit: int
+) -> None:
+    monkeypatch.setattr(block_sparse, "GATHERED_BLOCKS", limit)
+    tensors, mask = random_case(density)
+    grad = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+
+    def run(attend: Callable[..., Tensor]) -> list[Tensor]:
+        inputs = [tensor.clone().requires_grad_(True) for tensor in tensors]
+        out = attend(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+    ours = run(lambda q, k, v: gathered_block_attention(q, k, v, mask, BLOCK))
+    dense = run(lambda q, k, v: dense_masked_attention(q, k, v, mask))
+    for a, b in zip(ours, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+
+
+def attention_flops(density: float, *, backward: bool) -> int:
+    tensors, _ = random_case(1.0)
+    kept = round(12 * density)
+    mask = torch.zeros(2, 2, 12, 12, dtype=torch.bool)
+    mask[..., :kept] = True
+    with FlopCounterMode(display=False) as counter:
+        inputs = [tensor.requires_grad_(backward) for tensor in tensors]
+        out = gathered_block_attention(*inputs, mask, BLOCK)
+        if backward:
+            out.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_work_follows_density(backward: bool) -> None:
+    """Fails if attention is computed densely and masked afterwards."""
+    full = attention_flops(1.0, backward=backward)
+    assert attention_flops(0.5, backward=backward) == full // 2
+    assert attention_flops(0.25, backward=backward) == full // 4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+def test_compiled_flex_attention_equals_the_dense_mask() -> None:
+    tensors, mask = random_case(0.3)
+    with torch.no_grad():
+        sparse = flex_block_attention(*tensors, mask, BLOCK)
+        dense = dense_masked_attention(*tensors, mask)
+    torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=2e-6)

@@ -1,0 +1,88 @@
+"""The fused spellings equal the plain formulas, forward and backward, and stay narrow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from modules import fused_ops
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def plain_norm_rotate(x: Tensor, weight: Tensor, rotary: Tensor | None) -> Tensor:
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+    if rotary is None:
+        return normed
+    a, b = normed.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotary.real, rotary.imag
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize("chunk", [2**22, 200], ids=["whole", "chunked"])
+def test_norm_and_rotation_equal_the_formula_and_its_gradients(
+    monkeypatch: pytest.MonkeyPatch, rotates: bool, chunk: int
+) -> None:
+    monkeypatch.setattr(fused_ops, "CHUNK_ELEMENTS", chunk)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 11, 3, 8, generator=generator, dtype=torch.float64).float()
+    weight = torch.rand(8, generator=generator) + 0.5
+    angles = torch.rand(11, 1, 4, generator=generator) * 6
+    rotary = torch.polar(torch.ones_like(angles), angles) if rotates else None
+    grad = torch.randn(x.shape, generator=generator)
+    results = []
+    for function in (
+        lambda x, w: fused_ops.rms_norm_rotate(x, w, EPS, rotary),
+        lambda x, w: plain_norm_rotate(x, w, rotary),
+    ):
+        inputs = [x.clone().requires_grad_(True), weight.clone().requires_grad_(True)]
+        out = function(*inputs)
+        out.backward(grad)
+        results.append([out.detach(), *(tensor.grad for tensor in inputs)])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2e-5, atol=2e-6)
+
+
+def test_modulated_layer_norm_uses_each_samples_own_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 16, generator=generator)
+    weight, bias = torch.randn(2, 3, 16, generator=generator)
+    plain = F.layer_norm(x, (16,)) * weight[:, None] + bias[:, None]
+    torch.testing.assert_close(fused_ops.modulated_layer_norm(x, weight, bias), plain)
+
+
+class WideTensors(TorchDispatchMode):
+    """Collects the sizes of float32 tensors that operators make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.dtype in (torch.float32, torch.complex64):
+                self.largest = max(self.largest, tensor.numel() * (1 + tensor.is_complex()))
+        return out
+
+
+def test_no_activation_is_ever_held_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_ops, "CHUNK_ELEMENTS", 256)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, 4, 16, generator=generator).bfloat16().requires_grad_(True)
+    angles = torch.rand(64, 1, 8, generator=generator)
+    rotary = torch.polar(torch.ones_like(angles), angles)
+    weight, bias = torch.ones(2, 1, 64)
+    gate = torch.ones(1, 64, dtype=torch.bfloat16)
+    with WideTensors() as seen:
+        heads = fused_ops.rms_norm_rotate(x, torch.ones(16), EPS, rotary)
+        tokens = fused_ops.modulated_layer_norm(heads.flatten(-2), weight, bias)
+        fused_ops.gated_sum(tokens, tokens, gate).sum().backward()
+    assert seen.largest < x.numel() // 4
