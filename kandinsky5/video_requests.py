@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kandinsky5.image_conditions import image_clip_size, read_image_size
+from dataset.media import probe_image
+from kandinsky5.image_conditions import image_clip_size
 from kandinsky5.prompts import PromptSpec
 from kandinsky5.tasks import MAX_LATENT_FRAMES, MAX_LATENT_SIDE, TASKS, Task
 from modules.errors import ConfigError
@@ -180,7 +181,7 @@ def _size(spec: PromptSpec, task: Task, divisor: int, prefix: str, problems: lis
     if spec.image is None:
         return width or task.resolution, height or task.resolution
     if width is None and height is None:
-        image_height, image_width = read_image_size(spec.image)
+        image_width, image_height = probe_image(spec.image)
         divisor = max(divisor, task.image_size_divisor)
         height, width = image_clip_size(
             image_height, image_width, max_area=task.image_max_area, divisor=divisor

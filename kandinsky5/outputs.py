@@ -1,0 +1,246 @@
+"""Where results go and what is stored with them: names, latent files, and writing that never loses frames."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from kandinsky5.configs.generate import OutputConfig
+from kandinsky5.video_files import check_video_encoder, write_frames, write_png, write_video
+from modules.errors import ConfigError, ModelFileError, ResourceError
+from modules.logs import get_logger
+from modules.tensor_files import read_tensors, write_tensors
+
+log = get_logger(__name__)
+
+LATENT_KEY = "latent"
+_FRAME_NAME = re.compile(r"\d{5}\.png")
+# What encoders, muxers and disks raise: after hours of sampling every one of them has to leave the frames.
+_WRITE_ERRORS = (av.FFmpegError, OSError, RuntimeError, ValueError, MemoryError)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPaths:
+    """The files of one result; None for what was not asked for."""
+
+    video: Path | None = None
+    image: Path | None = None
+    frames: Path | None = None
+    """A folder."""
+    latent: Path | None = None
+
+    def existing(self) -> list[Path]:
+        return [path for path in (self.video, self.image, self.frames, self.latent) if path and path.exists()]
+
+    def needs_pixels(self) -> bool:
+        return self.video is not None or self.image is not None or self.frames is not None
+
+
+class OutputNames:
+    """Decides on names and proves, before anything slow, that files can be made there.
+
+    Args:
+        makes_many: several results from one command: `output` is a folder whatever it looks like.
+    Raises:
+        ConfigError: several results but the name of one file.
+        ResourceError: the folder cannot be made or written to, or there is no video encoder.
+    """
+
+    def __init__(self, config: OutputConfig, *, makes_many: bool) -> None:
+        if config.output is None:
+            raise ConfigError("--output is missing: a .mp4, a .png or a folder")
+        self._config = config
+        path = config.output
+        self._suffix = path.suffix.lower() if path.suffix.lower() in {".mp4", ".png", ".safetensors"} else ""
+        is_folder = config.output_is_folder or path.is_dir()
+        if makes_many and not is_folder and self._suffix:
+            raise ConfigError(f"--output {path}: several videos need a folder, not one file name")
+        if makes_many or is_folder:
+            self._folder, self._stem, self._suffix = path, None, ""
+        else:
+            self._folder = path.parent
+            self._stem = path.name.removesuffix(path.suffix) if self._suffix else path.name
+        check_folder(self._folder)
+        if self._suffix != ".png" and config.output_type in {"video", "both"}:
+            check_video_encoder()
+
+    @property
+    def wants_one_image(self) -> bool:
+        """Whether the name asks for a single picture."""
+        return self._suffix == ".png" and self._config.output_type == "video"
+
+    def paths(self, seed: int, num_frames: int) -> OutputPaths:
+        """Free names for one result (or the same ones again with --overwrite)."""
+        stem = self._stem
+        if stem is None:
+            now = datetime.now()
+            stem = f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}_{seed}"
+        wanted = self._paths(stem, num_frames)
+        if self._config.overwrite or not wanted.existing():
+            return wanted
+        for number in itertools.count(1):
+            paths = self._paths(f"{stem}-{number}", num_frames)
+            if not paths.existing():
+                log.info(
+                    "%s exists: writing %s-%d instead (--overwrite replaces)",
+                    wanted.existing()[0],
+                    stem,
+                    number,
+                )
+                return paths
+        raise AssertionError("unreachable")
+
+    def _paths(self, stem: str, num_frames: int) -> OutputPaths:
+        kind = self._config.output_type
+        is_image = self._suffix == ".png" or (self._suffix == "" and self._stem is None and num_frames == 1)
+        makes_video = kind in {"video", "both"}
+        latent_name = (
+            f"{stem}.safetensors" if self._suffix == ".safetensors" else f"{stem}_latent.safetensors"
+        )
+        return OutputPaths(
+            video=self._folder / f"{stem}.mp4" if makes_video and not is_image else None,
+            image=self._folder / f"{stem}.png" if makes_video and is_image else None,
+            frames=self._folder / stem if kind in {"images", "latent_images"} else None,
+            latent=self._folder / latent_name if kind in {"latent", "both", "latent_images"} else None,
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder and a trial file in it.
+
+    Raises:
+        ResourceError: that does not work; the message has the system's reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write to the output folder {folder}: {error.strerror or error}"
+        ) from error
+
+
+def check_free_space(folder: Path, need: int) -> None:
+    """Raises ResourceError when fewer than `need` bytes are free where the results go."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise ResourceError(
+            f"{folder}: {free / 2**20:.0f} MB are free on this disk, "
+            f"the results may need {need / 2**20:.0f} MB"
+        )
+
+
+def write_outputs(
+    paths: OutputPaths,
+    *,
+    frames: np.ndarray | None,
+    latents: Tensor | None,
+    fps: int,
+    crf: int,
+    metadata: Mapping[str, str],
+    latent_metadata: Mapping[str, str],
+) -> list[Path]:
+    """Write what `paths` asks for; returns what was written.
+
+    Args:
+        frames: uint8 [F, H, W, 3]; needed for everything but latents.
+        latents: [1, 16, F, H, W]; needed for latent files.
+    Raises:
+        ResourceError: something could not be written. The frames are then saved as PNG files (or, failing
+            that, as one tensor), and the message says where.
+    """
+    written: list[Path] = []
+    try:
+        if paths.latent is not None and latents is not None:
+            write_latents(paths.latent, latents, latent_metadata)
+            written.append(paths.latent)
+        if frames is not None:
+            written += _write_pixels(paths, frames, fps=fps, crf=crf, metadata=metadata)
+    except _WRITE_ERRORS as error:
+        target = paths.video or paths.image or paths.frames or paths.latent
+        raise ResourceError(
+            f"{target} could not be written: {error}\n{_rescue(paths, frames, latents, metadata)}"
+        ) from error
+    return written
+
+
+def write_latents(path: Path, latents: Tensor, metadata: Mapping[str, str]) -> None:
+    """Save sampled latents [1, 16, F, H, W] for decoding later, as [16, F, H, W] float32."""
+    write_tensors(path, {LATENT_KEY: latents[0].float()}, metadata)
+
+
+def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
+    """A saved latent file as [1, 16, F, H, W] float32 and its metadata.
+
+    Raises:
+        ModelFileError: the file is damaged or holds something else.
+    """
+    tensors, metadata = read_tensors(path)
+    latents = tensors.get(LATENT_KEY)
+    if latents is None or latents.ndim != 4 or latents.shape[0] != 16:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(tensors.items())[:3])
+        raise ModelFileError(
+            f"{path}: no saved latent: expected '{LATENT_KEY}' [16, F, H, W], found {shapes}"
+        )
+    if not bool(torch.isfinite(latents.float()).all()):
+        raise ModelFileError(f"{path}: the latent holds numbers that are not finite")
+    return latents[None].float(), metadata
+
+
+def _write_pixels(
+    paths: OutputPaths, frames: np.ndarray, *, fps: int, crf: int, metadata: Mapping[str, str]
+) -> list[Path]:
+    written = []
+    if paths.video is not None:
+        write_video(paths.video, frames, fps=fps, crf=crf, metadata=metadata)
+        written.append(paths.video)
+    if paths.image is not None:
+        write_png(paths.image, frames[0], metadata)
+        written.append(paths.image)
+    if paths.frames is not None:
+        _remove_old_frames(paths.frames)
+        write_frames(paths.frames, frames, metadata)
+        written.append(paths.frames)
+    return written
+
+
+def _remove_old_frames(folder: Path) -> None:
+    """A longer clip that stood here before must not lend its tail to the new one."""
+    if folder.is_dir():
+        for old in folder.iterdir():
+            if _FRAME_NAME.fullmatch(old.name):
+                old.unlink()
+
+
+def _rescue(
+    paths: OutputPaths, frames: np.ndarray | None, latents: Tensor | None, metadata: Mapping[str, str]
+) -> str:
+    """Save the result in another form, in another place if need be; returns what to tell the user."""
+    target = paths.video or paths.image or paths.frames or paths.latent
+    name = target.stem if target is not None else "result"
+    home = target.parent if target is not None else Path()
+    for folder in (home, Path(tempfile.gettempdir())):
+        try:
+            if frames is not None:
+                place = folder / f"{name}_frames"
+                write_frames(place, frames, metadata)
+                return f"The {len(frames)} frames were kept as PNG files in {place}"
+            if latents is not None:
+                place = folder / f"{name}_latent.safetensors"
+                write_latents(place, latents, {})
+                return f"The latents were kept in {place}; decode them with --latent_path"
+        except _WRITE_ERRORS as error:
+            log.warning("%s: keeping the result there failed too: %s", folder, error)
+    return "Keeping the frames in another form failed as well"
