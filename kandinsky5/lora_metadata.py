@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

@@ -38,7 +38,7 @@ class StopRequest:
 
 @contextmanager
 def graceful_stop() -> Iterator[StopRequest]:
-    """Within the block signals to end are remembered instead of ending the process in the middle of something."""
+    """Within the block signals to end are remembered instead of ending the process halfway."""
     request = StopRequest()
     before = {number: signal.signal(number, request.take_signal) for number in _SIGNALS}
     try:
@@ -50,7 +50,7 @@ def graceful_stop() -> Iterator[StopRequest]:
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Within the block a signal to end raises SystemExit with the shell's code: there is nothing to save yet."""
+    """Within the block a signal to end raises SystemExit with the shell's code: nothing needs saving yet."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

@@ -1,0 +1,98 @@
+"""The training objective on a cached batch: what is drawn for it, what the model is shown, and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dataset.cached_dataset import CachedBatch
+from kandinsky5.conditioning import (
+    FrameConditioning,
+    TextBatch,
+    TextConditioning,
+    VelocityModel,
+    condition_frames,
+    pad_text,
+)
+from kandinsky5.configs.train import ConditioningConfig, TimestepConfig
+from kandinsky5.flow_matching import draw_noise, flow_matching_loss
+from kandinsky5.timesteps import draw_sigmas, loss_weight
+from modules.seeding import generator_for
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """Losses of batches; everything random is a pure function of (seed, step, item)."""
+
+    model: VelocityModel
+    timesteps: TimestepConfig
+    conditioning: ConditioningConfig
+    is_i2v: bool
+    seed: int
+    device: torch.device
+
+    def training_losses(
+        self, batch: CachedBatch, item_keys: Sequence[str], step: int
+    ) -> tuple[Tensor, Tensor]:
+        """One forward pass for the whole batch.
+
+        Returns:
+            Weighted losses [B], float32 on the device, and sigma [B] on the CPU.
+        """
+        size = (batch.latents.shape[-2], batch.latents.shape[-1])
+        quantiles = batch.timestep_quantiles
+        sigma = draw_sigmas(self.timesteps, self.seed, step, item_keys, size, quantiles)
+        noise = draw_noise(self.seed, step, item_keys, batch.latents.shape[1:])
+        use = self._draw_conditioned(item_keys, step)
+        losses = self.losses(batch, noise, sigma, use)
+        return losses * loss_weight(self.timesteps, sigma).to(self.device, non_blocking=True), sigma
+
+    def losses(self, batch: CachedBatch, noise: Tensor, sigma: Tensor, use: Tensor) -> Tensor:
+        """Squared velocity error per clip, [B] float32 on the device, for given noise and sigma.
+
+        Args:
+            use: [B] bool on the CPU, the clips that are shown their first frame in image-to-video tasks.
+        """
+        text = self._text(batch)
+        frames = self._frames(batch, use)
+
+        def predict_velocity(noisy_latents: Tensor, levels: Tensor) -> Tensor:
+            return self.model(noisy_latents, levels, text, frames)
+
+        return flow_matching_loss(
+            predict_velocity,
+            batch.latents.to(self.device, non_blocking=True),
+            noise.to(self.device, non_blocking=True),
+            sigma.to(self.device, non_blocking=True),
+            None if frames is None else frames.predicted_frames(),
+        )
+
+    def _text(self, batch: CachedBatch) -> TextBatch:
+        captions = [
+            TextConditioning(embeds, pooled)
+            for embeds, pooled in zip(batch.text_embeds, batch.pooled_embed, strict=True)
+        ]
+        return pad_text(captions, device=self.device, dtype=self.model.dit.compute_dtype)
+
+    def _frames(self, batch: CachedBatch, use: Tensor) -> FrameConditioning | None:
+        latent_frames = batch.latents.shape[2]
+        # A single frame leaves nothing to predict: it is trained as text to video.
+        if not self.is_i2v or batch.latents_image is None or latent_frames < 2:
+            return None
+        return condition_frames(
+            batch.latents_image.to(self.device, non_blocking=True),
+            latent_frames,
+            mode=self.conditioning.i2v_mode,
+            form=self.conditioning.i2v_conditioning,
+            use=use.to(self.device, non_blocking=True),
+        )
+
+    def _draw_conditioned(self, item_keys: Sequence[str], step: int) -> Tensor:
+        chance = self.conditioning.visual_cond_prob
+        drawn = [
+            torch.rand((), generator=generator_for(self.seed, "visual_cond", step, key)) for key in item_keys
+        ]
+        return torch.stack(drawn) < chance

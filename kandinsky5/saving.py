@@ -1,0 +1,98 @@
+"""Names of what a run leaves in its output folder, and which of it is deleted again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kandinsky5.configs.train import SavingConfig
+
+Unit = Literal["epoch", "step"]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputNames:
+    """File names of one `--output_name`."""
+
+    output_dir: Path
+    output_name: str
+
+    def lora(self, unit: Unit, number: int) -> Path:
+        """The LoRA after an epoch or step."""
+        return self.output_dir / f"{self._stem(unit, number)}.safetensors"
+
+    def state(self, unit: Unit, number: int) -> Path:
+        """The state directory after an epoch or step."""
+        return self.output_dir / f"{self._stem(unit, number)}-state"
+
+    @property
+    def final_lora(self) -> Path:
+        return self.output_dir / f"{self.output_name}.safetensors"
+
+    @property
+    def final_state(self) -> Path:
+        return self.output_dir / f"{self.output_name}-state"
+
+    @property
+    def control(self) -> Path:
+        """A text file the user may write a word into while the run goes."""
+        return self.output_dir / f"{self.output_name}.control"
+
+    @property
+    def settings(self) -> Path:
+        """The options of the run, defaults included."""
+        return self.output_dir / f"{self.output_name}_options.json"
+
+    def _stem(self, unit: Unit, number: int) -> str:
+        middle = f"{number:06d}" if unit == "epoch" else f"step{number:08d}"
+        return f"{self.output_name}-{middle}"
+
+    def existing_results(self) -> list[Path]:
+        """LoRA files and state directories that runs of this name left."""
+        return sorted(self._results())
+
+    def _results(self) -> Iterator[Path]:
+        for path in self.output_dir.iterdir() if self.output_dir.is_dir() else ():
+            # Not a glob: an output name may hold its special characters.
+            if not path.name.startswith(self.output_name):
+                continue
+            ending = path.name.removeprefix(self.output_name)
+            ending = ending.removesuffix(".safetensors") if path.is_file() else ending.removesuffix("-state")
+            if path.name.endswith((".safetensors", "-state")) and _is_position(ending):
+                yield path
+
+
+def _is_position(text: str) -> bool:
+    return text == "" or (text.startswith("-") and text[1:].removeprefix("step").isdigit())
+
+
+def expired(saving: SavingConfig, unit: Unit, number: int, *, state: bool) -> int | None:
+    """The epoch or step whose file goes when that of `number` has been saved, by upstream's rules."""
+    if unit == "epoch":
+        every = saving.save_every_n_epochs
+        keep = saving.save_last_n_epochs_state if state else saving.save_last_n_epochs
+        old = None if every is None or keep is None else number - every * keep
+    else:
+        every = saving.save_every_n_steps
+        keep = saving.save_last_n_steps_state if state else saving.save_last_n_steps
+        old = None
+        if every is not None and keep is not None:
+            last = number - keep - 1
+            old = last - last % every
+    return old if old is not None and old > 0 else None
+
+
+def delete_result(path: Path) -> None:
+    """Remove a LoRA with the settings file beside it, or a state directory; missing ones are fine."""
+    if path.is_dir():
+        # Renamed first, so that a kill in the middle does not leave half a state under its name.
+        doomed = path.with_name(f".k5state-{os.getpid()}-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        return
+    path.unlink(missing_ok=True)
+    path.with_name(f"{path.stem}_config_lora.json").unlink(missing_ok=True)

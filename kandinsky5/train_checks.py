@@ -1,0 +1,153 @@
+"""Everything that can be found wrong with a training run before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from dataset.cached_dataset import CachedDataset
+from dataset.config import DatasetConfig
+from kandinsky5.checkpoints import check_dit_file
+from kandinsky5.configs.train import ModelConfig, OptimizerConfig, SavingConfig, TrainConfig
+from kandinsky5.metrics import check_tensorboard
+from kandinsky5.saving import OutputNames, delete_result
+from kandinsky5.tasks import TASKS, Task
+from modules.errors import ConfigError, ModelFileError, ResourceError
+from modules.files import atomic_writer
+from modules.logs import get_logger
+from modules.lr_schedules import SCHEDULE_NAMES, ScheduleSettings, multiplier
+from modules.optimizers import check_optimizer, is_schedule_free, takes_relative_steps
+from networks.lora_kandinsky import parse_network_args
+
+log = get_logger(__name__)
+
+HD_POSITIONS = 14080
+"""Latent positions per frame (640 x 1408 pixels) from which the HD rotary scale was trained."""
+
+
+def check_files(config: TrainConfig) -> None:
+    """Check the model files' headers and the settings that name classes.
+
+    Raises:
+        ModelFileError, ConfigError, ResourceError: each with what to do.
+    """
+    check_dit_file(config.model.dit, config.model.dit_params)
+    missing = [
+        path for path in [*config.model.base_weights, config.network.network_weights] if path is not None
+    ]
+    missing = [path for path in missing if not path.is_file()]
+    if missing:
+        raise ModelFileError([f"{path}: no such LoRA file" for path in missing])
+    if config.model.vae is not None and not Path(config.model.vae).exists():
+        raise ModelFileError(f"--vae {config.model.vae}: no such file or folder")
+    check_optimizer_settings(config.optimizer)
+    parse_network_args(config.network.network_args)
+    if config.tracking.logging_dir is not None:
+        check_tensorboard()
+
+
+def check_optimizer_settings(config: OptimizerConfig) -> None:
+    """Build optimizer and schedule for one number.
+
+    Raises:
+        ConfigError, ResourceError: unknown names, refused arguments, senseless combinations.
+    """
+    check_optimizer(config.optimizer_type, config.learning_rate, config.optimizer_args)
+    sets_own_rate = takes_relative_steps(config.optimizer_type, config.optimizer_args)
+    if config.lr_scheduler == "adafactor" and not sets_own_rate:
+        raise ConfigError("--lr_scheduler adafactor needs --optimizer_type AdaFactor with relative steps")
+    if sets_own_rate or is_schedule_free(config.optimizer_type) or config.lr_scheduler_type:
+        return
+    if config.lr_scheduler not in SCHEDULE_NAMES:
+        raise ConfigError(
+            f"--lr_scheduler {config.lr_scheduler}: use one of {', '.join(SCHEDULE_NAMES)}, adafactor"
+        )
+    multiplier(ScheduleSettings(name=config.lr_scheduler, total_steps=1, arguments=config.lr_scheduler_args))
+
+
+def prepare_output(saving: SavingConfig, *, is_resuming: bool) -> None:
+    """Make the output folder, prove that it can be written, and deal with results of the same name.
+
+    Raises:
+        ConfigError: there are results, and neither `--overwrite` nor `--resume` says what to do with them.
+        ResourceError: the folder cannot be made or written.
+    """
+    names = OutputNames(saving.output_dir, saving.output_name)
+    existing = names.existing_results()
+    if existing and not is_resuming and not saving.overwrite:
+        raise ConfigError(
+            f"--output_dir {saving.output_dir} holds {len(existing)} results named {saving.output_name}, "
+            f"first {existing[0].name}. Choose another --output_name, continue with --resume auto, "
+            "or replace them with --overwrite."
+        )
+    try:
+        saving.output_dir.mkdir(parents=True, exist_ok=True)
+        probe = names.control.with_suffix(".probe")
+        with atomic_writer(probe) as stream:
+            stream.write(b"k5")
+        probe.unlink()
+    except OSError as error:
+        raise ResourceError(
+            f"--output_dir {saving.output_dir}: cannot be written: {error.strerror}"
+        ) from error
+    if existing and not is_resuming:
+        log.info(
+            "--overwrite: removing %d results of earlier runs named %s", len(existing), saving.output_name
+        )
+        for path in existing:
+            delete_result(path)
+
+
+def check_sizes(config: TrainConfig, data: CachedDataset) -> None:
+    """Check that the model can be trained on the sizes of the caches; says what only deserves a word.
+
+    Raises:
+        ConfigError: a bucket that block-sparse attention or first-and-last conditioning cannot take.
+    """
+    shapes = sorted({plan.latent_shape for plan in data.epoch_batches(1)})
+    problems = []
+    for frames, height, width in shapes:
+        where = f"{width * 8}x{height * 8} pixels, {frames * 4 - 3} frames"
+        if config.model.nabla is not None and (height % 16 or width % 16):
+            problems.append(
+                f"caches of {where}: NABLA needs sides divisible by 128 pixels. Cache the latents again:\n"
+                f"  python kandinsky5_cache_latents.py --dataset_config {config.data.dataset_config} "
+                "--vae <path> --nabla_resize"
+            )
+        is_i2v_clip = config.model.task.is_i2v and config.conditioning.i2v_conditioning == "inference"
+        if is_i2v_clip and config.conditioning.i2v_mode == "first_last" and frames == 2:
+            problems.append(
+                f"caches of {where}: with --i2v_mode first_last no frame is left to predict; use 9 or more"
+            )
+    if problems:
+        raise ConfigError(problems)
+    _hint_at_other_scale(config.model.task, ((height, width) for _, height, width in shapes))
+
+
+def _hint_at_other_scale(task: Task, sizes: Iterable[tuple[int, int]]) -> None:
+    """The rotary scale follows the task; sizes of the other regime fit another task better."""
+    is_hd = task.resolution >= 1024
+    wrong = sorted({size for size in sizes if (size[0] * size[1] >= HD_POSITIONS) != is_hd})
+    if not wrong or task.is_tiny:
+        return
+    height, width = wrong[0]
+    other = task.name.removesuffix("-hd").removesuffix("-sd") + ("-sd" if is_hd else "-hd")
+    fitting = f"--task {other} fits them" if other in TASKS else "no task of this model fits them"
+    log.warning(
+        "%d of the sizes, such as %dx%d pixels, belong to the other rotary scale: %s",
+        len(wrong), width * 8, height * 8, fitting,
+    )  # fmt: skip
+
+
+def describe_model(model: ModelConfig) -> str:
+    """One line on what is about to be trained."""
+    nabla = "dense attention" if model.nabla is None else f"NABLA {asdict(model.nabla)}"
+    return f"{model.task.name}: {model.dit.name}, {nabla}, fp8 weights {'on' if model.fp8_base else 'off'}"
+
+
+def log_datasets(datasets: DatasetConfig, data: CachedDataset) -> None:
+    """Settings of the datasets and what of them is used."""
+    for note in (*datasets.notes, *data.notes):
+        log.info("%s", note)
+    log.info("datasets\n%s\n%s", datasets.describe(), data.summary_table())

@@ -1,0 +1,199 @@
+"""What a run writes: LoRA files with metadata, states, logs; and the word a user may leave for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from dataset.config import DatasetConfig
+from kandinsky5.configs.train import TrainConfig
+from kandinsky5.lora_metadata import RunFacts, lora_metadata
+from kandinsky5.metrics import Metrics
+from kandinsky5.saving import OutputNames, Unit, delete_result, expired
+from kandinsky5.train_setup import has_schedule_state
+from kandinsky5.training_state import RunState, write_state
+from modules.dtypes import dtype_from_word
+from modules.errors import DivergedError, ResourceError
+from modules.logs import get_logger
+from modules.optimizers import set_averaging
+from networks.lora import LoRANetwork
+from networks.lora_files import save_lora
+
+log = get_logger(__name__)
+
+CONTROL_WORDS = ("save", "stop")
+
+
+def take_control_word(names: OutputNames) -> str:
+    """The word in the run's control file, which is then deleted; "" if there is none.
+
+    Writing `save` or `stop` into `<output_name>.control` in the output folder works on every system, even
+    where signals do not.
+    """
+    try:
+        word = names.control.read_text(encoding="utf-8").strip().lower()
+        names.control.unlink()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        log.warning("%s cannot be used: %s", names.control, error)
+        return ""
+    if word not in CONTROL_WORDS:
+        log.warning("%s: %r is none of %s", names.control.name, word, ", ".join(CONTROL_WORDS))
+        return ""
+    log.info("%s: %s", names.control.name, word)
+    return word
+
+
+class Output:
+    """Writes the results of one run, on its main process."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        datasets: DatasetConfig,
+        facts: RunFacts,
+        network: LoRANetwork,
+        optimizer: torch.optim.Optimizer,
+        *,
+        tracker_run: str,
+    ) -> None:
+        self.facts = facts
+        self.tracker_run = tracker_run
+        self.names = OutputNames(config.saving.output_dir, config.saving.output_name)
+        self._config = config
+        self._datasets = datasets
+        self._network = network
+        self._optimizer = optimizer
+
+    def open_metrics(self, step: int) -> Metrics:
+        """The log of a run that stands at `step`."""
+        folder = self._config.tracking.logging_dir
+        return Metrics(
+            self._config.saving.output_dir,
+            self._config.saving.output_name,
+            start_step=step,
+            tracker_folder=None if folder is None else folder / self.tracker_run,
+        )
+
+    def save_due(
+        self,
+        step: int,
+        epoch: int | None,
+        run: RunState,
+        schedule: LRScheduler | None,
+        *,
+        is_end: bool,
+        is_stopping: bool,
+    ) -> None:
+        """Save what the options ask for after this step.
+
+        Args:
+            epoch: the epoch that this step ended, if it did.
+            is_end: the final files follow, which the last epoch's would repeat.
+            is_stopping: the run is asked to stop: LoRA and state are saved whatever the options say.
+        """
+        saving = self._config.saving
+        due: list[tuple[Unit, int]] = []
+        if saving.save_every_n_steps and step % saving.save_every_n_steps == 0:
+            due.append(("step", step))
+        if (
+            epoch is not None
+            and saving.save_every_n_epochs
+            and epoch % saving.save_every_n_epochs == 0
+            and not is_end
+        ):
+            due.append(("epoch", epoch))
+        for unit, number in due:
+            self._save(unit, number, run, schedule, with_state=saving.save_state)
+            self._delete_expired(unit, number)
+        if is_stopping and not (saving.save_state and ("step", step) in due):
+            self.save_all("step", step, run, schedule)
+
+    def save_all(self, unit: Unit, number: int, run: RunState, schedule: LRScheduler | None) -> None:
+        """LoRA and state, for a run that may end here."""
+        self._save(unit, number, run, schedule, with_state=True)
+
+    def save_final(self, run_step: int, run: RunState, schedule: LRScheduler | None) -> Path:
+        """The files at the end of a run."""
+        saving = self._config.saving
+        self._write_lora(self.names.final_lora, run)
+        if saving.save_state or saving.save_state_on_train_end:
+            self._write_state(self.names.final_state, run, schedule)
+        return self.names.final_lora
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within the block the weights are those that are meant to be used, for schedule-free optimizers."""
+        set_averaging(self._optimizer, training=False)
+        try:
+            yield
+        finally:
+            set_averaging(self._optimizer, training=True)
+
+    def _save(
+        self, unit: Unit, number: int, run: RunState, schedule: LRScheduler | None, *, with_state: bool
+    ) -> None:
+        # The LoRA first: it is the smaller file and the one people want if the disk fills up.
+        self._write_lora(self.names.lora(unit, number), run)
+        if with_state:
+            self._write_state(self.names.state(unit, number), run, schedule)
+
+    def _delete_expired(self, unit: Unit, number: int) -> None:
+        saving = self._config.saving
+        old = expired(saving, unit, number, state=False)
+        if old is not None:
+            delete_result(self.names.lora(unit, old))
+        old_state = expired(saving, unit, number, state=True)
+        if saving.save_state and old_state is not None:
+            delete_result(self.names.state(unit, old_state))
+
+    def _write_lora(self, path: Path, run: RunState) -> None:
+        self._check_finite(path)
+        saving = self._config.saving
+        metadata = lora_metadata(self._config, self._datasets, self.facts, step=run.step, epoch=run.epoch)
+        with self.averaged_weights(), _disk_errors(path):
+            save_lora(
+                self._network,
+                path,
+                lora_format=saving.lora_format,
+                save_precision=dtype_from_word(saving.save_precision),
+                metadata=metadata,
+            )
+        log.info("saved %s", path)
+
+    def _write_state(self, folder: Path, run: RunState, schedule: LRScheduler | None) -> None:
+        keep_schedule = schedule is not None and has_schedule_state(self._config.optimizer)
+        with _disk_errors(folder):
+            write_state(
+                folder,
+                run,
+                self._network.state_dict(),
+                self._optimizer.state_dict(),
+                schedule.state_dict() if keep_schedule and schedule is not None else None,
+            )
+        log.info("saved %s", folder)
+
+    def _check_finite(self, path: Path) -> None:
+        """A weight that is not finite must not replace a good file."""
+        bad = [name for name, value in self._network.named_parameters() if not bool(value.isfinite().all())]
+        if bad:
+            raise DivergedError(
+                f"{len(bad)} trained tensors are not finite, first {bad[0]}: {path.name} is not written. "
+                "Earlier files are as they were; continue with --resume auto and a lower --learning_rate."
+            )
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"{path} cannot be written: {error.strerror}. Free some space or check the folder, then continue "
+            "with --resume auto; earlier files are as they were."
+        ) from error

@@ -1,0 +1,125 @@
+"""Continuing a run: does the state fit the run, and putting it back."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from dataset.cached_dataset import CachedDataset
+from kandinsky5.configs.train import OptimizerConfig, TrainConfig
+from kandinsky5.train_plan import RunLength, data_order_hash
+from kandinsky5.train_setup import build_schedule
+from kandinsky5.training_state import SavedState
+from modules.errors import ConfigError
+from modules.logs import get_logger
+from networks.lora import LoRANetwork
+
+log = get_logger(__name__)
+
+
+def resolve_total_steps(asked: int, saved: SavedState | None) -> int:
+    """A resumed run ends where the first one would have; only a larger number of steps moves the end."""
+    if saved is None:
+        return asked
+    original = saved.run.total_steps
+    if asked > original:
+        log.info(
+            "resuming: the end moves from step %d to %d and the learning-rate schedule is stretched",
+            original, asked,
+        )  # fmt: skip
+    elif asked < original:
+        log.info("resuming: the run still ends at its original step %d, not %d", original, asked)
+    return max(asked, original)
+
+
+def check_resumed(
+    config: TrainConfig, saved: SavedState, data: CachedDataset, length: RunLength, seed: int
+) -> None:
+    """Refuse what would not be the same run any more; say what is taken over changed.
+
+    Raises:
+        ConfigError: all differences at once.
+    """
+    before = saved.run
+    pairs = [
+        ("--output_name", before.output_name, config.saving.output_name),
+        ("--task", before.task, config.model.task.name),
+    ]
+    if not config.data.allow_changed_data:
+        accumulation = length.gradient_accumulation_steps
+        pairs += [
+            ("--seed", before.seed, seed),
+            ("--gradient_accumulation_steps", before.gradient_accumulation_steps, accumulation),
+            ("the number of processes", before.num_processes, length.num_processes),
+            ("the number of steps per epoch", before.steps_per_epoch, length.steps_per_epoch),
+        ]
+    problems = [
+        f"--resume {saved.folder.name}: {what} was {old}, is {new}" for what, old, new in pairs if old != new
+    ]
+    if not config.data.allow_changed_data and not problems and before.data_order != data_order_hash(data):
+        problems.append(
+            f"--resume {saved.folder.name}: the dataset or its batch sizes have changed. "
+            "--allow_changed_data goes on all the same, but not as the same run."
+        )
+    if problems:
+        raise ConfigError(problems)
+    if before.learning_rate != config.optimizer.learning_rate:
+        log.info(
+            "resuming: --learning_rate changes from %g to %g",
+            before.learning_rate,
+            config.optimizer.learning_rate,
+        )
+    log.info("resuming %s at step %d of %d", saved.folder.name, before.step, length.total_steps)
+
+
+def network_identity(network: LoRANetwork) -> dict[str, Any]:
+    """Layers, ranks and alphas of a network, short enough for a JSON file."""
+    rows = [f"{path} {adapter.rank} {adapter.alpha:g}" for path, adapter in sorted(network.adapters.items())]
+    first = next(iter(network.adapters.values()))
+    return {
+        "layers": len(rows),
+        "rank": first.rank,
+        "alpha": first.alpha,
+        "sha256": hashlib.sha256("\n".join(rows).encode("utf-8")).hexdigest(),
+    }
+
+
+def restore(
+    saved: SavedState | None,
+    config: OptimizerConfig,
+    network: LoRANetwork,
+    optimizer: torch.optim.Optimizer,
+    total_steps: int,
+) -> LRScheduler | None:
+    """Put a state back into network and optimizer; returns the schedule at the right step.
+
+    Raises:
+        ConfigError: the LoRA or the optimizer is another one than the state's.
+    """
+    if saved is None:
+        return build_schedule(config, optimizer, total_steps, 0)
+    identity = network_identity(network)
+    if identity != saved.run.network:
+        old, new = saved.run.network, identity
+        raise ConfigError(
+            f"--resume {saved.folder.name}: its LoRA has {old['layers']} layers of rank {old['rank']} and "
+            f"alpha {old['alpha']:g}, this run's {new['layers']} of rank {new['rank']} and alpha {new['alpha']:g}. "
+            "Give the options of the first run."
+        )
+    network.load_state_dict(dict(saved.lora))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(saved.optimizer)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(
+            f"--resume {saved.folder.name}: its optimizer was {saved.run.optimizer}, which this run's is not"
+        ) from error
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule = build_schedule(config, optimizer, total_steps, saved.run.step)
+    if schedule is not None and saved.scheduler is not None:
+        schedule.load_state_dict(saved.scheduler)
+    return schedule

@@ -1,0 +1,226 @@
+"""Puts a training run together: processes, datasets, the frozen model, the LoRA, optimizer and schedule."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from torch.optim.lr_scheduler import LRScheduler
+
+from dataset.cached_dataset import CachedDataset
+from dataset.config import DatasetConfig, load_dataset_config
+from kandinsky5.checkpoints import load_dit
+from kandinsky5.configs.train import (
+    DataConfig,
+    ModelConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from kandinsky5.dit import DiffusionTransformer3D
+from modules.dtypes import dtype_from_word
+from modules.errors import ConfigError, ResourceError
+from modules.lr_schedules import ScheduleSettings, build_lr_schedule
+from modules.optimizers import is_schedule_free, takes_relative_steps
+from networks.lora import LoRANetwork
+from networks.lora_files import load_weights, read_lora
+from networks.lora_kandinsky import (
+    block_layer_sizes,
+    create_network,
+    create_network_from_weights,
+    known_layer_names,
+    linear_layer_sizes,
+    parse_network_args,
+)
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """The processes of the run. The model computes in its own dtype, so accelerate's mixed precision is off.
+
+    Raises:
+        ResourceError: the launcher started several processes that do not see each other.
+    """
+    run = config.run
+    module_dropout = parse_network_args(config.network.network_args).module_dropout
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(
+            gradient_as_bucket_view=run.ddp_gradient_as_bucket_view,
+            static_graph=run.ddp_static_graph,
+            find_unused_parameters=module_dropout > 0,
+        )
+    ]
+    if run.ddp_timeout is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=run.ddp_timeout)))
+    # Without a device accelerate must be told so: it would start processes that each believe to be alone.
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=handlers
+    )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise ResourceError(
+            f"{expected} processes were started, but {accelerator.num_processes} take part. Start with:\n"
+            f"  accelerate launch --multi_gpu --num_processes {expected} --num_machines 1 ..."
+        )
+    return accelerator
+
+
+def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype the model computes in: as asked, else as accelerate was started, else bf16 on a GPU.
+
+    Raises:
+        ConfigError: accelerate was started with fp16, which cannot hold the activations.
+    """
+    if model.dit_dtype is not None:
+        return dtype_from_word(model.dit_dtype)
+    # What `accelerate launch --mixed_precision` hands to its processes.
+    word = model.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if word == "bf16" or (model.mixed_precision is None and word == "no" and device.type != "cpu"):
+        return torch.bfloat16
+    if word == "no":
+        return torch.float32
+    raise ConfigError(f"accelerate was started with {word}: add --mixed_precision bf16, or no for float32")
+
+
+def shared_seed(run: RunConfig, resumed: int | None) -> int:
+    """The run's seed, equal on all processes: given, resumed, or random."""
+    if run.seed is not None:
+        return run.seed
+    if resumed is not None:
+        return resumed
+    return broadcast_object_list([secrets.randbelow(2**31)])[0]
+
+
+def open_datasets(config: TrainConfig, seed: int) -> tuple[DatasetConfig, CachedDataset]:
+    """The caches to train on; every header is read.
+
+    Raises:
+        ConfigError, CacheError, DataError: see `dataset`.
+    """
+    datasets = load_dataset_config(config.data.dataset_config)
+    return datasets, _cached(config, datasets, seed, config.timesteps.num_timestep_buckets)
+
+
+def open_validation(config: TrainConfig) -> CachedDataset | None:
+    """The caches of `--validation_dataset_config`, in an order that no seed of a run decides."""
+    path = config.data.validation_dataset_config
+    return None if path is None else _cached(config, load_dataset_config(path), 0, None)
+
+
+def _cached(
+    config: TrainConfig, datasets: DatasetConfig, seed: int, num_timestep_buckets: int | None
+) -> CachedDataset:
+    data: DataConfig = config.data
+    return CachedDataset(
+        datasets,
+        seed=seed,
+        allow_missing=data.allow_missing,
+        allow_upstream_text_cache=data.allow_upstream_text_cache,
+        strict=data.strict,
+        needs_image_latents=config.model.task.is_i2v,
+        num_timestep_buckets=num_timestep_buckets,
+    )
+
+
+def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer3D:
+    """The frozen model with `--base_weights` merged in."""
+    params = model.dit_params
+    sizes = block_layer_sizes(
+        model_dim=params.model_dim,
+        ff_dim=params.ff_dim,
+        time_dim=params.time_dim,
+        num_text_blocks=params.num_text_blocks,
+        num_visual_blocks=params.num_visual_blocks,
+    )
+    layers = sizes if model.base_weights else known_layer_names()
+    loras = [
+        read_lora(path, layers, allow_partial=model.lora_allow_partial).with_multiplier(strength)
+        for path, strength in zip(model.base_weights, model.base_weights_multiplier, strict=True)
+    ]
+    dit = load_dit(
+        model.dit,
+        params,
+        device=device,
+        compute_dtype=dtype,
+        fp8=model.fp8_base,
+        loras=loras,
+        use_mmap=not model.disable_numpy_memmap,
+        check_finite=not model.no_weight_check,
+    )
+    dit.requires_grad_(False)
+    dit.gradient_checkpointing = model.gradient_checkpointing
+    return dit
+
+
+def build_network(
+    config: NetworkConfig, dit: DiffusionTransformer3D, seed: int, *, allow_partial: bool
+) -> LoRANetwork:
+    """Put the LoRA into the model, new or from `--network_weights`."""
+    weights = config.network_weights
+    lora = (
+        None if weights is None else read_lora(weights, linear_layer_sizes(dit), allow_partial=allow_partial)
+    )
+    if config.dim_from_weights and lora is not None:
+        return create_network_from_weights(
+            dit,
+            lora,
+            network_dropout=config.network_dropout,
+            network_args=config.network_args,
+            seed=seed,
+        )
+    network = create_network(
+        dit,
+        network_dim=config.network_dim,
+        network_alpha=config.network_alpha,
+        network_dropout=config.network_dropout,
+        network_args=config.network_args,
+        seed=seed,
+    )
+    if lora is not None:
+        load_weights(network, lora)
+    return network
+
+
+def schedule_settings(config: OptimizerConfig, total_steps: int) -> ScheduleSettings:
+    """The schedule in optimizer steps; shares are taken of the whole run."""
+
+    def steps(value: int | float) -> int:
+        return value if isinstance(value, int) else int(value * total_steps)
+
+    return ScheduleSettings(
+        name=config.lr_scheduler,
+        total_steps=total_steps,
+        warmup_steps=steps(config.lr_warmup_steps),
+        decay_steps=steps(config.lr_decay_steps),
+        num_cycles=config.lr_scheduler_num_cycles,
+        power=config.lr_scheduler_power,
+        timescale=config.lr_scheduler_timescale,
+        min_lr_ratio=config.lr_scheduler_min_lr_ratio,
+        arguments=config.lr_scheduler_args,
+    )
+
+
+def build_schedule(
+    config: OptimizerConfig, optimizer: torch.optim.Optimizer, total_steps: int, steps_done: int
+) -> LRScheduler | None:
+    """The schedule at `steps_done`; None for optimizers that need none."""
+    if is_schedule_free(config.optimizer_type):
+        return None
+    sets_own_rate = takes_relative_steps(config.optimizer_type, config.optimizer_args)
+    return build_lr_schedule(
+        optimizer,
+        schedule_settings(config, total_steps),
+        steps_done=steps_done,
+        class_name=config.lr_scheduler_type,
+        adafactor_initial_lr=config.learning_rate if sets_own_rate else None,
+    )
+
+
+def has_schedule_state(config: OptimizerConfig) -> bool:
+    """Whether the schedule is more than a function of the step, and so belongs into the state."""
+    return bool(config.lr_scheduler_type)

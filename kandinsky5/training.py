@@ -1,0 +1,474 @@
+"""The training loop: accumulate, clip, step, log, save, and stop in good order.
+
+One optimizer step needs one transfer from the device: its loss, its gradient norm and whether anybody asks to
+stop travel together, after the backward passes and before the weights move.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from dataset.cached_dataset import CachedBatch, CachedDataset
+from dataset.config import DatasetConfig
+from kandinsky5 import train_checks, train_setup
+from kandinsky5.conditioning import VelocityModel
+from kandinsky5.configs.train import TrainConfig
+from kandinsky5.lora_metadata import RunFacts
+from kandinsky5.metrics import Metrics
+from kandinsky5.objective import Objective
+from kandinsky5.saving import OutputNames
+from kandinsky5.train_output import Output, take_control_word
+from kandinsky5.train_plan import PlanSequence, RunLength, StepPlan, batch_loader, data_order_hash
+from kandinsky5.train_resume import check_resumed, network_identity, resolve_total_steps, restore
+from kandinsky5.training_state import RunState, SavedState, find_state, read_state, remove_stray_states
+from kandinsky5.validation import Validation
+from modules.dtypes import dtype_name
+from modules.errors import DivergedError, ResourceError
+from modules.files import remove_strays, write_json
+from modules.interruption import StopRequest, exit_on_signal, graceful_stop
+from modules.logs import get_logger
+from modules.optimizers import build_optimizer, describe_optimizer, learning_rates
+from networks.lora import LoRANetwork
+
+log = get_logger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
+_STOP_WORD_CODE = 1
+"""Beside 128 + n for signals: the control file asked to stop."""
+
+
+def train(config: TrainConfig) -> None:
+    """Run one training from the first check to the last file.
+
+    Raises:
+        UserError: with the exit code of its kind; SystemExit with 128 + n after a signal.
+    """
+    with exit_on_signal():
+        trainer = _prepare(config)
+    if trainer is None:
+        return
+    with graceful_stop() as stop:
+        trainer.run(stop)
+    if stop.exit_code:
+        raise SystemExit(stop.exit_code)
+
+
+def _prepare(config: TrainConfig) -> Trainer | None:
+    """Check everything, then load and build everything; None if the run is finished already."""
+    saving = config.saving
+    state_path = (
+        find_state(saving.output_dir, saving.output_name, config.run.resume) if config.run.resume else None
+    )
+    saved = None if state_path is None else read_state(state_path)
+    train_checks.check_files(config)
+    accelerator = train_setup.build_accelerator(config)
+    if accelerator.is_main_process:
+        train_checks.prepare_output(saving, is_resuming=config.run.resume is not None)
+        remove_strays(saving.output_dir)
+        remove_stray_states(saving.output_dir)
+        for note in config.notes:
+            log.info("%s", note)
+    accelerator.wait_for_everyone()
+    seed = train_setup.shared_seed(config.run, saved.run.seed if saved else None)
+    datasets, data = train_setup.open_datasets(config, seed)
+    validation_data = train_setup.open_validation(config)
+    train_checks.check_sizes(config, data)
+    length = _run_length(config, data, accelerator.num_processes, saved)
+    if saved is not None:
+        check_resumed(config, saved, data, length, seed)
+        if saved.run.step >= length.total_steps:
+            log.info("%s: all %d steps are done, nothing to do", saved.folder.name, length.total_steps)
+            return None
+    if accelerator.is_main_process:
+        train_checks.log_datasets(datasets, data)
+        log.info("%s", train_checks.describe_model(config.model))
+        if config.tracking.log_config:
+            log.info("options: %s", _shareable_options(config))
+        write_json(OutputNames(saving.output_dir, saving.output_name).settings, _shareable_options(config))
+    return Trainer(config, accelerator, datasets, data, validation_data, length, seed, saved)
+
+
+def _run_length(
+    config: TrainConfig, data: CachedDataset, num_processes: int, saved: SavedState | None
+) -> RunLength:
+    batches = len(data.epoch_batches(1))
+    per_step = config.run.gradient_accumulation_steps * num_processes
+    epochs = config.run.max_train_epochs
+    asked = config.run.max_train_steps if epochs is None else epochs * -(-batches // per_step)
+    return RunLength(
+        batches_per_epoch=batches,
+        gradient_accumulation_steps=config.run.gradient_accumulation_steps,
+        num_processes=num_processes,
+        total_steps=resolve_total_steps(asked, saved),
+    )
+
+
+def _shareable_options(config: TrainConfig) -> dict[str, Any]:
+    """The options without folders: of a path only its last part is kept."""
+
+    def share(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [share(item) for item in value]
+        if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value)):
+            return Path(str(value).replace("\\", "/")).name
+        return value
+
+    return {name: share(value) for name, value in config.options.items()}
+
+
+class Trainer:
+    """A run with everything it needs in memory."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        datasets: DatasetConfig,
+        data: CachedDataset,
+        validation_data: CachedDataset | None,
+        length: RunLength,
+        seed: int,
+        saved: SavedState | None,
+    ) -> None:
+        self.config, self.accelerator, self.data, self.length = config, accelerator, data, length
+        self.seed = seed
+        self.device = accelerator.device
+        self.step = saved.run.step if saved else 0
+        self.skipped_in_a_row = saved.run.skipped_steps if saved else 0
+        self.recent_losses = deque(saved.run.recent_losses if saved else (), maxlen=length.steps_per_epoch)
+        torch.backends.cuda.matmul.allow_tf32 = config.model.cuda_allow_tf32
+        torch.backends.cudnn.benchmark = config.model.cuda_cudnn_benchmark
+
+        dtype = train_setup.compute_dtype(config.model, self.device)
+        self.dit = train_setup.load_model(config.model, self.device, dtype)
+        self.network: LoRANetwork = train_setup.build_network(
+            config.network, self.dit, seed, allow_partial=config.model.lora_allow_partial
+        )
+        self.network.train()
+        # Only the LoRA is handed to accelerate: the frozen model is neither wrapped, nor copied, nor saved.
+        self.runner: nn.Module = accelerator.prepare(self.network)
+        optimizer_config = config.optimizer
+        self.optimizer = build_optimizer(
+            optimizer_config.optimizer_type,
+            self.network.parameter_groups(optimizer_config.learning_rate),
+            optimizer_config.learning_rate,
+            optimizer_config.optimizer_args,
+        )
+        self.optimizer_name = describe_optimizer(self.optimizer, optimizer_config.optimizer_args)
+        self.schedule: LRScheduler | None = restore(
+            saved, optimizer_config, self.network, self.optimizer, length.total_steps
+        )
+        self.objective = self._objective(self.runner)
+        self.validation = (
+            Validation(validation_data, self._objective(self.network), self.network)
+            if validation_data is not None and accelerator.is_main_process
+            else None
+        )
+        self.output = self._output(datasets, saved, dtype)
+        self.data_order = data_order_hash(data)
+        self.network_identity = network_identity(self.network)
+
+    def _objective(self, runner: nn.Module) -> Objective:
+        model = self.config.model
+        return Objective(
+            VelocityModel(self.dit, model.task.scale_factor, model.nabla, runner),
+            self.config.timesteps,
+            self.config.conditioning,
+            model.task.is_i2v,
+            self.seed,
+            self.device,
+        )
+
+    def _output(self, datasets: DatasetConfig, saved: SavedState | None, dtype: torch.dtype) -> Output:
+        started_at = saved.run.started_at if saved else time.time()
+        prefix = self.config.tracking.log_prefix
+        stamp = time.strftime("%Y%m%d%H%M%S", time.localtime(started_at))
+        settings = train_setup.schedule_settings(self.config.optimizer, self.length.total_steps)
+        facts = RunFacts(
+            session_id=saved.run.session_id if saved else uuid.uuid4().hex,
+            started_at=started_at,
+            seed=self.seed,
+            num_items=self.data.num_items,
+            num_batches=self.length.batches_per_epoch,
+            num_epochs=self.length.num_epochs,
+            total_steps=self.length.total_steps,
+            warmup_steps=settings.warmup_steps,
+            optimizer=self.optimizer_name,
+            mixed_precision={"bfloat16": "bf16", "float32": "no"}.get(dtype_name(dtype), dtype_name(dtype)),
+        )
+        return Output(
+            self.config,
+            datasets,
+            facts,
+            self.network,
+            self.optimizer,
+            tracker_run=(saved.run.tracker_run if saved else "") or f"{prefix}{stamp}",
+        )
+
+    def run(self, stop: StopRequest) -> None:
+        """Train to the last step, or until asked to stop."""
+        is_main = self.accelerator.is_main_process
+        metrics = self.output.open_metrics(self.step) if is_main else None
+        plans = PlanSequence(self.data, self.length, self.accelerator.process_index)
+        batches = batch_loader(
+            self.data,
+            self.length,
+            self.accelerator.process_index,
+            start_step=self.step,
+            num_workers=self.config.data.max_data_loader_n_workers,
+        )
+        bar = tqdm(
+            initial=self.step,
+            total=self.length.total_steps,
+            disable=not is_main,
+            desc="steps",
+            smoothing=0.05,
+        )
+        try:
+            for plan in plans.steps(self.step):
+                request = self._train_step(plan, batches, stop, metrics, bar)
+                self._after_step(metrics, request)
+                if request:
+                    stop.exit_code = 0 if request == _STOP_WORD_CODE else request
+                    return
+            self._finish(metrics)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(_out_of_memory_advice(self.step, error)) from error
+        finally:
+            bar.close()
+            if metrics is not None:
+                metrics.close()
+
+    def _train_step(
+        self,
+        plan: StepPlan,
+        batches: Iterator[CachedBatch],
+        stop: StopRequest,
+        metrics: Metrics | None,
+        bar: tqdm,
+    ) -> int:
+        """One optimizer step; returns what asks to stop after it, 0 for nothing."""
+        losses, sigmas = self._accumulate(plan, batches)
+        norm = self._clip()
+        word = take_control_word(self.output.names) if self.accelerator.is_main_process else ""
+        asked = stop.exit_code if stop.is_set() else _STOP_WORD_CODE if word == "stop" else 0
+        loss, norm_value, request = self._share(losses, norm, asked)
+        if math.isfinite(loss) and math.isfinite(norm_value):
+            self._update()
+        else:
+            self._skip_or_stop(plan, loss, norm_value, sigmas)
+        self.step += 1
+        self._log_step(plan, loss, norm_value, sigmas, metrics, bar)
+        if word == "save" and self.accelerator.is_main_process:
+            self.output.save_all("step", self.step, self._run_state(), self.schedule)
+        return request
+
+    def _accumulate(self, plan: StepPlan, batches: Iterator[CachedBatch]) -> tuple[Tensor, list[float]]:
+        """Forward and backward of all micro-batches; the step's loss on the device (this process's share)."""
+        total = torch.zeros((), device=self.device)
+        sigmas: list[float] = []
+        for micro in plan.micro_batches:
+            batch = _next_batch(batches)
+            self.network.set_step_seed(self.seed, plan.step, micro.position)
+            # Gradients are exchanged once per step, after its last pass.
+            quiet = nullcontext() if micro.is_last else self.accelerator.no_sync(self.runner)
+            with quiet:
+                losses, sigma = self.objective.training_losses(batch, micro.item_keys, plan.step)
+                share = losses.sum() / plan.num_items
+                if micro.is_filler:
+                    share = share * 0.0
+                # Processes average their gradients, the objective sums over their clips.
+                (share * self.accelerator.num_processes).backward()
+            total += share.detach()
+            sigmas += [] if micro.is_filler else sigma.tolist()
+        return total, sigmas
+
+    def _clip(self) -> Tensor:
+        """Limit the gradients' norm; returns it as it was."""
+        limit = self.config.optimizer.max_grad_norm
+        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        return nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
+
+    def _share(self, loss: Tensor, norm: Tensor, request: int) -> tuple[float, float, int]:
+        """Agree over all processes on loss and on stopping: one transfer from the device."""
+        asked = torch.tensor(float(request), device=self.device)
+        if self.accelerator.num_processes > 1:
+            loss = self.accelerator.reduce(loss, reduction="sum")
+            asked = self.accelerator.gather(asked[None]).max()
+        loss_value, norm_value, code = torch.stack([loss, norm.float(), asked]).tolist()
+        return loss_value, norm_value, int(code)
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.skipped_in_a_row = 0
+        self._end_update()
+        if self.config.network.scale_weight_norms is not None:
+            self.network.scale_weight_norms(self.config.network.scale_weight_norms)
+
+    def _end_update(self) -> None:
+        if self.schedule is not None:
+            self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _skip_or_stop(self, plan: StepPlan, loss: float, norm: float, sigmas: list[float]) -> None:
+        """A number is not finite: the weights have not moved, and do not move in this step."""
+        what = (
+            f"step {plan.step + 1}: loss {loss}, gradient norm {norm}; "
+            f"items {', '.join(_items(plan))}; timesteps {', '.join(f'{1000 * s:.1f}' for s in sigmas)}"
+        )
+        self.skipped_in_a_row += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.config.run.on_nan == "skip" and self.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+            log.warning("%s: skipped", what)
+            self._end_update()
+            return
+        if self.accelerator.is_main_process:
+            self.output.save_all("step", self.step, self._run_state(), self.schedule)
+        raise DivergedError(
+            f"training diverged at {what}.\nThe weights before this step were saved as step {self.step}. "
+            "Look at the named items, or lower --learning_rate; --on_nan skip leaves such steps out."
+        )
+
+    def _log_step(
+        self,
+        plan: StepPlan,
+        loss: float,
+        norm: float,
+        sigmas: list[float],
+        metrics: Metrics | None,
+        bar: tqdm,
+    ) -> None:
+        if math.isfinite(loss):
+            self.recent_losses.append(loss)
+        average = sum(self.recent_losses) / max(1, len(self.recent_losses))
+        bar.update()
+        bar.set_postfix(avr_loss=f"{average:.4f}", refresh=False)
+        if metrics is None:
+            return
+        rates = learning_rates(self.optimizer)
+        metrics.write(
+            "step",
+            self.step,
+            {
+                "epoch": plan.epoch + 1,
+                "loss": loss,
+                "avr_loss": average,
+                "lr": rates.get("lr/unet"),
+                "grad_norm": norm,
+                "sigma": sigmas,
+                "items": _items(plan),
+            },
+        )
+        metrics.scalars(
+            self.step, {"loss/current": loss, "loss/average": average, "grad_norm": norm, **rates}
+        )
+
+    def _after_step(self, metrics: Metrics | None, request: int) -> None:
+        """Ends of epochs, validation and saving, on the main process alone."""
+        if metrics is not None:
+            epoch, rest = divmod(self.step, self.length.steps_per_epoch)
+            is_end = self.step == self.length.total_steps
+            if rest == 0:
+                average = sum(self.recent_losses) / max(1, len(self.recent_losses))
+                metrics.write("epoch", self.step, {"epoch": epoch, "loss": average})
+                metrics.scalars(self.step, {"loss/epoch": average})
+            if self._is_validation_due(rest == 0, epoch):
+                self._validate(metrics)
+            self.output.save_due(
+                self.step,
+                epoch if rest == 0 else None,
+                self._run_state(),
+                self.schedule,
+                is_end=is_end,
+                is_stopping=request != 0,
+            )
+        if self.accelerator.num_processes > 1:
+            self.accelerator.wait_for_everyone()
+
+    def _is_validation_due(self, is_epoch_end: bool, epoch: int) -> bool:
+        if self.validation is None:
+            return False
+        by_step, by_epoch = self.config.data.validate_every_n_steps, self.config.data.validate_every_n_epochs
+        due_by_step = by_step is not None and self.step % by_step == 0
+        due_by_epoch = by_epoch is not None and is_epoch_end and epoch % by_epoch == 0
+        return due_by_step or due_by_epoch or self.step == self.length.total_steps
+
+    def _validate(self, metrics: Metrics) -> None:
+        if self.validation is None:
+            return
+        with self.output.averaged_weights():
+            values = self.validation.measure()
+        metrics.write("validation", self.step, values)
+        metrics.scalars(
+            self.step, {"loss/validation": values["loss"], "loss/validation_base": values["base_loss"]}
+        )
+        log.info(
+            "step %d: validation loss %.5f with the LoRA, %.5f without",
+            self.step, values["loss"], values["base_loss"],
+        )  # fmt: skip
+
+    def _finish(self, metrics: Metrics | None) -> None:
+        if self.accelerator.is_main_process:
+            path = self.output.save_final(self.step, self._run_state(), self.schedule)
+            log.info("done: %s", path)
+        if metrics is not None:
+            metrics.flush()
+
+    def _run_state(self) -> RunState:
+        return RunState(
+            output_name=self.config.saving.output_name,
+            task=self.config.model.task.name,
+            seed=self.seed,
+            step=self.step,
+            total_steps=self.length.total_steps,
+            steps_per_epoch=self.length.steps_per_epoch,
+            gradient_accumulation_steps=self.length.gradient_accumulation_steps,
+            num_processes=self.length.num_processes,
+            data_order=self.data_order,
+            network=self.network_identity,
+            optimizer=self.optimizer_name,
+            learning_rate=self.config.optimizer.learning_rate,
+            skipped_steps=self.skipped_in_a_row,
+            recent_losses=tuple(self.recent_losses),
+            session_id=self.output.facts.session_id,
+            started_at=self.output.facts.started_at,
+            tracker_run=self.output.tracker_run,
+        )
+
+
+def _next_batch(batches: Iterator[CachedBatch]) -> CachedBatch:
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        # torch's wording when a loader process was killed, most often for lack of memory.
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ResourceError(
+            f"a process that reads caches ended unexpectedly: {error}\n"
+            "If memory was short, use fewer: --max_data_loader_n_workers 1"
+        ) from error
+
+
+def _items(plan: StepPlan) -> list[str]:
+    return [key for micro in plan.micro_batches if not micro.is_filler for key in micro.item_keys]
+
+
+def _out_of_memory_advice(step: int, error: torch.OutOfMemoryError) -> str:
+    return (
+        f"out of device memory in step {step + 1}: {str(error).splitlines()[0]}\n"
+        "What helps most, in this order: --gradient_checkpointing, --fp8_base, a smaller resolution, "
+        "fewer frames or a smaller batch_size in the dataset file. States saved before stay; go on with --resume auto."
+    )
