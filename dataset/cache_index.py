@@ -10,12 +10,15 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dataset.cache_names import text_cache_name
 from dataset.sources import SkippedItem, SourceItem
 from modules.errors import CacheError
 from modules.files import write_json
+
+if TYPE_CHECKING:  # training reads indexes and needs no media libraries
+    from dataset.clips import PlannedClip
 
 CacheKind = Literal["latents", "text"]
 
@@ -49,18 +52,18 @@ def text_entry(items: Iterable[SourceItem], skipped: Iterable[SkippedItem]) -> I
     return IndexEntry(items=tuple(used), skipped=tuple(skipped))
 
 
-def latent_entry(clips: Iterable[tuple[str, str]], skipped: Iterable[SkippedItem]) -> IndexEntry:
-    """The entry for clips given as (base name, cache file name).
+def latent_entry(clips: Iterable[PlannedClip], skipped: Iterable[SkippedItem]) -> IndexEntry:
+    """The entry for these clips.
 
-    Of a source that is also in `skipped` as damaged nothing is listed: frames beside damaged ones may be
-    concealed guesses.
+    Of a source that is also in `skipped` as broken nothing is listed, not even its whole cuts: frames beside
+    damaged ones may be the decoder's guesses. A source that is skipped several times is listed once.
     """
-    skipped = tuple(skipped)
-    damaged = {entry.name for entry in skipped if entry.is_failure}
+    skipped = tuple(dict.fromkeys(skipped))
+    broken = {entry.name for entry in skipped if entry.is_failure}
     files: dict[str, list[str]] = {}
-    for base_name, file_name in clips:
-        if base_name not in damaged:
-            files.setdefault(base_name, []).append(file_name)
+    for clip in clips:
+        if clip.item.path.name not in broken:
+            files.setdefault(clip.item.base_name, []).append(clip.cache_name)
     items = tuple(IndexItem(name=name, files=tuple(sorted(files[name]))) for name in sorted(files))
     return IndexEntry(items=items, skipped=skipped)
 

@@ -57,6 +57,9 @@ class _CommonConfig:
         hidden = {"index", "origin"}
         return [(f.name, str(getattr(self, f.name))) for f in fields(self) if f.name not in hidden]
 
+    def _text_settings(self, template: Content) -> dict[str, Any]:
+        return {"template": template, "caption_extension": self.caption_extension}
+
     def _size_settings(self) -> dict[str, Any]:
         return {
             "resolution": list(self.resolution),
@@ -74,7 +77,12 @@ class ImageDatasetConfig(_CommonConfig):
 
     @property
     def content(self) -> Content:
-        """Which prompt template the captions of this dataset take."""
+        """What the dataset holds, and how its cache names look."""
+        return "image"
+
+    @property
+    def template(self) -> Content:
+        """Which prompt template its captions take."""
         return "image"
 
     @property
@@ -95,7 +103,7 @@ class ImageDatasetConfig(_CommonConfig):
     @property
     def text_settings_hash(self) -> str:
         """Names the index entry of this dataset's captions."""
-        return _hash({"content": self.content, "caption_extension": self.caption_extension})
+        return _hash(self._text_settings(self.template))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,8 +125,17 @@ class VideoDatasetConfig(_CommonConfig):
 
     @property
     def content(self) -> Content:
-        """Which prompt template the captions of this dataset take."""
+        """What the dataset holds, and how its cache names look."""
         return "video"
+
+    @property
+    def template(self) -> Content:
+        """Which prompt template its captions take: the image one when only single frames are cut.
+
+        A video has one text cache for all its cuts, so single frames cut beside longer clips share theirs.
+        """
+        longest = self.max_frames if self.frame_extraction == "full" else max(self.target_frames)
+        return "video" if round_frames(longest) > 1 else "image"
 
     @property
     def directory(self) -> Path | None:
@@ -167,7 +184,7 @@ class VideoDatasetConfig(_CommonConfig):
     @property
     def text_settings_hash(self) -> str:
         """Names the index entry of this dataset's captions."""
-        return _hash({"content": self.content, "caption_extension": self.caption_extension})
+        return _hash(self._text_settings(self.template))
 
     @property
     def frames_needed(self) -> int | None:

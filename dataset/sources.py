@@ -19,6 +19,7 @@ VIDEO_EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m
 NO_CAPTION = "no caption"
 CAPTION_NOT_UTF8 = "caption is not UTF-8"
 MISSING_FILE = "no such file"
+NAME_NOT_UTF8 = "file name is not UTF-8"
 
 _MAX_LISTED = 10
 
@@ -110,6 +111,10 @@ def _list_directory(dataset: AnyDatasetConfig, directory: Path) -> SourceListing
     items: list[SourceItem] = []
     skipped: list[SkippedItem] = []
     for path in paths:
+        if not _is_unicode(path.name):
+            shown = path.name.encode("utf-8", "backslashreplace").decode()
+            skipped.append(SkippedItem(name=shown, reason=NAME_NOT_UTF8, detail="rename it", is_failure=True))
+            continue
         caption = _read_caption(path, path.with_suffix(dataset.caption_extension))
         if isinstance(caption, SkippedItem):
             skipped.append(caption)
@@ -129,6 +134,14 @@ def _read_caption(media: Path, path: Path) -> str | SkippedItem:
     except OSError as error:
         detail = f"{path.name} cannot be read: {error.strerror}"
         return SkippedItem(name=media.name, reason=NO_CAPTION, detail=detail, is_failure=True)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _extensions(content: Content) -> tuple[str, ...]:
@@ -180,6 +193,8 @@ def _jsonl_entry(line: str, folder: Path, content: Content) -> tuple[SourceItem 
     caption = value.get("caption")
     if not isinstance(caption, str):
         raise ValueError("caption must be a text in quotes" if "caption" in value else "has no caption")
+    if not _is_unicode(caption) or not _is_unicode(written):
+        raise ValueError("holds half a character (a lone surrogate such as \\ud800)")
     path = _resolve(Path(written), folder)
     key = os.path.normcase(path.resolve())
     if not path.exists():

@@ -1,11 +1,13 @@
 """Reads videos with PyAV: what is in them, and chosen frames, upright and in presentation order.
 
-A damaged file is an error, never a shorter clip: cut files are found from their packets, before anything but the
-first frame is decoded, and frames that the decoder had to guess are refused.
+A damaged file is an error, never a shorter clip: cut files are found from their packets, before anything but
+the first frame is decoded, and frames that the decoder had to guess are refused. What no reader can notice is
+changed bytes that still make a valid stream, and an MPEG program stream cut between two packets.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,7 +71,7 @@ def probe_video(path: Path) -> VideoInfo:
                 times = None
             else:
                 first, times = _count_frames(container.decode(stream), packets)
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(path, UNREADABLE, _reason(path, error)) from error
     if first is None:
         raise MediaError(path, DAMAGED, "no frame can be decoded")
@@ -102,15 +104,18 @@ def _describe(
 def _reason(path: Path, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return "the file is empty"
-    # FFmpeg's text without the path, which would get into the index.
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.splitlines()[0][:120] if text else type(error).__name__
+    if isinstance(error, (av.FFmpegError, OSError)) and error.strerror:
+        return error.strerror  # str(error) would carry the folder into the index
+    return type(error).__name__
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     if not container.streams.video:
         raise MediaError(path, UNREADABLE, "holds no video")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    # With several threads per frame FFmpeg loses the mark of corrupt frames; files are read side by side.
+    stream.codec_context.thread_count = 1
+    return stream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +170,7 @@ class _Packets:
 
 
 def _typical_step(pts: Sequence[int]) -> int:
-    steps = [b - a for a, b in zip(pts, pts[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(pts)]
     return int(statistics.median(steps)) if steps else 0
 
 
@@ -235,7 +240,7 @@ def read_frames(path: Path, info: VideoInfo, numbers: Sequence[int]) -> Iterator
                 yield number, _upright(path, frame, info)
                 if number == numbers[-1]:
                     break
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(path, DAMAGED, _reason(path, error)) from error
     if missing:
         raise MediaError(path, DAMAGED, f"{missing} of {len(wanted)} wanted frames cannot be decoded")
@@ -275,7 +280,7 @@ def _by_pts(
 
 
 def _upright(path: Path, frame: VideoFrame, info: VideoInfo) -> Frame:
-    pixels = frame.to_ndarray(format="rgb24")
+    pixels: Frame = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
     a, b, c, d = info.turn
     if a:
         pixels = pixels[:: d or 1, ::a]
@@ -288,7 +293,7 @@ def _upright(path: Path, frame: VideoFrame, info: VideoInfo) -> Frame:
 
 
 def _turn(frame: VideoFrame) -> Turn:
-    """The display matrix of a frame, where it turns by quarters or mirrors; anything else counts as upright."""
+    """The display matrix of a frame where it turns by quarters or mirrors; other angles count as upright."""
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return _UPRIGHT

@@ -1,0 +1,517 @@
+"""The cache format: tensor keys, metadata, and whether a file still fits what it was made from.
+
+Keys and names are musubi-tuner's; its own files are read as far as their content can be trusted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from dataset.cache_index import CacheKind, listed_files, read_index
+from dataset.cache_names import (
+    LATENT_SUFFIX,
+    TEXT_SUFFIX,
+    Content,
+    empty_text_cache_name,
+    image_cache_name,
+    parse_latent_name,
+    text_cache_name,
+    video_cache_name,
+)
+from dataset.frames import latent_frame_count
+from modules.dtypes import dtype_from_word, dtype_name
+from modules.errors import CacheError, DataError, ModelFileError
+from modules.tensor_files import TensorFile, TensorFileHeader, read_header, write_tensors
+
+if TYPE_CHECKING:  # training reads caches and needs no media libraries
+    from dataset.clips import PlannedClip
+
+__all__ = [
+    "LatentCache",
+    "LatentCacheInfo",
+    "LatentCacheMeta",
+    "NewerCacheError",
+    "TextCache",
+    "TextCacheInfo",
+    "TextCacheMeta",
+    "UnusedCaches",
+    "empty_text_cache_name",
+    "image_cache_name",
+    "inspect_latent_cache",
+    "inspect_text_cache",
+    "latent_cache_problem",
+    "latent_meta",
+    "read_latent_cache",
+    "read_text_cache",
+    "text_cache_name",
+    "text_cache_problem",
+    "unused_caches",
+    "upstream_latent_problem",
+    "video_cache_name",
+    "write_latent_cache",
+    "write_text_cache",
+]
+
+ARCHITECTURE = "kandinsky5"
+FORMAT_VERSION = "1.0.1"
+"""musubi-tuner's, which its readers expect."""
+CACHE_VERSION = 1
+"""Ours: raised when the content of a cache changes its meaning; older files are then made again."""
+LATENT_CHANNELS = 16
+PIXELS_PER_LATENT = 8
+
+_SINGLE_ENCODES = "single_image_encodes"
+_UPSTREAM_MAX_FRAMES = 24
+"""Above this musubi-tuner's time tiles shift the content of a clip."""
+_DTYPES = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "float32")
+_LATENT_KEY = re.compile(rf"(?P<name>latents(?:_image)?)_\d+x\d+x\d+_(?:{'|'.join(_DTYPES)})")
+_TYPED_KEY = re.compile(rf"(?P<name>.+?)_(?:{'|'.join(_DTYPES)})")
+
+
+class NewerCacheError(CacheError):
+    """A cache that a newer version of this program made; it is neither read nor made again."""
+
+
+class _Meta:
+    """Dataclasses whose fields are written into a cache's metadata as strings of the same name."""
+
+    __slots__ = ()
+
+    def to_strings(self) -> dict[str, str]:
+        """The metadata entries."""
+        return {f.name: str(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+
+    def difference(self, found: Mapping[str, str]) -> str | None:
+        """The first field in which a file's metadata differ from this, in words."""
+        for name, expected in self.to_strings().items():
+            if found.get(name) != expected:
+                return f"{name} was {_short(found.get(name))}, is {_short(expected)}"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentCacheMeta(_Meta):
+    """All that a latent cache depends on; two equal ones hold the same latents."""
+
+    width: int
+    height: int
+    """As in the file name: the source's size for an image, the bucket's for a video."""
+    frame_count: int
+    """Pixel frames."""
+    frame_start: int
+    crop: str
+    """Encoded pixel size, "672x384"."""
+    fps: str
+    """How the frame rate was changed."""
+    dtype: str
+    """torch's word for the stored dtype."""
+    vae_tile: str
+    """Tile side in pixels, or "none"."""
+    source_fingerprint: str
+    encoder_fingerprint: str
+    latents_image: str = _SINGLE_ENCODES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextCacheMeta(_Meta):
+    """All that a text cache depends on."""
+
+    caption1: str
+    template: Content
+    qwen_max_length: int
+    clip_max_length: int
+    encoder_fingerprint: str
+
+
+def _short(text: str | None) -> str:
+    if text is None:
+        return "not recorded"
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def latent_meta(
+    clip: PlannedClip, *, encoder_fingerprint: str, dtype: str, tile_px: int | None
+) -> LatentCacheMeta:
+    """What the cache of this clip must record to be fresh; dtype is torch's word, "float16"."""
+    width, height = clip.source_size if clip.is_image else clip.bucket
+    return LatentCacheMeta(
+        width=width,
+        height=height,
+        frame_count=clip.num_frames,
+        frame_start=clip.start,
+        crop=f"{clip.crop[0]}x{clip.crop[1]}",
+        fps=clip.fps,
+        dtype=dtype,
+        vae_tile="none" if tile_px is None else str(tile_px),
+        source_fingerprint=clip.source_fingerprint,
+        encoder_fingerprint=encoder_fingerprint,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ headers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentCacheInfo:
+    """What the header of a latent cache says."""
+
+    latents_key: str
+    image_key: str | None
+    shape: tuple[int, int, int]
+    """(latent_frames, latent_height, latent_width)."""
+    metadata: Mapping[str, str]
+    is_ours: bool
+    """Written by this program, not by musubi-tuner."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextCacheInfo:
+    """What the header of a text cache says."""
+
+    embeds_key: str
+    pooled_key: str
+    num_tokens: int
+    embed_dims: tuple[int, int]
+    """Width of the token embeddings and of the pooled one."""
+    metadata: Mapping[str, str]
+    is_ours: bool
+
+
+def _checked_header(path: Path) -> tuple[TensorFileHeader, bool]:
+    try:
+        header = read_header(path)
+    except ModelFileError as error:
+        raise CacheError(str(error)) from error
+    architecture = header.metadata.get("architecture")
+    if architecture != ARCHITECTURE:
+        raise CacheError(f"{path}: is no Kandinsky 5 cache (architecture {architecture!r})")
+    version = header.metadata.get("k5_cache_version")
+    if version is None:
+        return header, False
+    if not version.isdigit() or int(version) > CACHE_VERSION:
+        raise NewerCacheError(
+            f"{path}: made by a newer version of this program "
+            f"(cache version {version}, this one knows {CACHE_VERSION})"
+        )
+    if int(version) < CACHE_VERSION:
+        raise CacheError(f"{path}: made by an older version of this program (cache version {version})")
+    return header, True
+
+
+def _plain_name(key: str) -> str:
+    """A tensor's name without `varlen_`, size and dtype."""
+    key = key.removeprefix("varlen_")
+    if key.endswith("_mask"):
+        return key
+    match = _LATENT_KEY.fullmatch(key) or _TYPED_KEY.fullmatch(key)
+    return match["name"] if match else key
+
+
+def _keys_by_name(path: Path, header: TensorFileHeader) -> dict[str, str]:
+    keys: dict[str, str] = {}
+    for key in header.tensors:
+        if keys.setdefault(_plain_name(key), key) != key:
+            raise CacheError(f"{path}: holds {_plain_name(key)} twice: {keys[_plain_name(key)]} and {key}")
+    return keys
+
+
+def inspect_latent_cache(path: Path, content: Content) -> LatentCacheInfo:
+    """Check a latent cache by its header: whole, ours or musubi-tuner's, and of the shape its name says.
+
+    Raises:
+        CacheError: it is damaged, foreign, of another version, or its frame count does not fit its name.
+    """
+    header, is_ours = _checked_header(path)
+    keys = _keys_by_name(path, header)
+    if "latents" not in keys:
+        raise CacheError(f"{path}: holds no latents")
+    shape = header.tensors[keys["latents"]].shape
+    if len(shape) != 4 or shape[0] != LATENT_CHANNELS or min(shape) < 1:
+        raise CacheError(f"{path}: latents have the shape {list(shape)}, expected [16, F, H, W]")
+    image_key = keys.get("latents_image")
+    if image_key is not None and header.tensors[image_key].shape != (LATENT_CHANNELS, 2, *shape[2:]):
+        found = list(header.tensors[image_key].shape)
+        raise CacheError(f"{path}: latents_image has the shape {found}, expected [16, 2, H, W]")
+    _check_frame_count(path, content, shape[1])
+    return LatentCacheInfo(
+        latents_key=keys["latents"],
+        image_key=image_key,
+        shape=(shape[1], shape[2], shape[3]),
+        metadata=header.metadata,
+        is_ours=is_ours,
+    )
+
+
+def _check_frame_count(path: Path, content: Content, latent_frames: int) -> None:
+    name = parse_latent_name(path.name, content)
+    if name is None:
+        raise CacheError(f"{path}: the name is not that of the cache of {content}s")
+    expected = latent_frame_count(name.num_frames or 1)
+    if latent_frames != expected:
+        raise CacheError(
+            f"{path}: holds {latent_frames} latent frames, but {name.num_frames or 1} pixel frames "
+            f"in its name make {expected}"
+        )
+
+
+def upstream_latent_problem(path: Path, content: Content) -> str | None:
+    """Why a latent cache of musubi-tuner must not be used, or None."""
+    name = parse_latent_name(path.name, content)
+    if name is not None and (name.num_frames or 1) > _UPSTREAM_MAX_FRAMES:
+        return f"made by musubi-tuner, which shifts the content of clips over {_UPSTREAM_MAX_FRAMES} frames"
+    return None
+
+
+def inspect_text_cache(path: Path) -> TextCacheInfo:
+    """Check a text cache by its header.
+
+    Raises:
+        CacheError: it is damaged, foreign or of another version.
+    """
+    header, _ = _checked_header(path)
+    keys = _keys_by_name(path, header)
+    missing = [name for name in ("text_embeds", "pooled_embed") if name not in keys]
+    if missing:
+        raise CacheError(f"{path}: holds no {' and no '.join(missing)}")
+    embeds = header.tensors[keys["text_embeds"]].shape
+    pooled = header.tensors[keys["pooled_embed"]].shape
+    mask = header.tensors[keys["attention_mask"]].shape if "attention_mask" in keys else embeds[:1]
+    if len(embeds) != 2 or len(pooled) != 1 or min(*embeds, *pooled) < 1 or mask != embeds[:1]:
+        raise CacheError(
+            f"{path}: unexpected shapes: text_embeds {list(embeds)}, pooled_embed {list(pooled)}, "
+            f"attention_mask {list(mask)}"
+        )
+    return TextCacheInfo(
+        embeds_key=keys["text_embeds"],
+        pooled_key=keys["pooled_embed"],
+        num_tokens=embeds[0],
+        embed_dims=(embeds[1], pooled[0]),
+        metadata=header.metadata,
+        # musubi-tuner writes no template, because it knows only one.
+        is_ours="template" in header.metadata,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- freshness
+
+
+def latent_cache_problem(path: Path, expected: LatentCacheMeta) -> str | None:
+    """Why the latent cache at `path` has to be made (again); None when it is whole and fits.
+
+    Raises:
+        NewerCacheError: it was made by a newer version of this program.
+    """
+    if not path.is_file():
+        return "no file"
+    as_video = parse_latent_name(path.name, "video")
+    is_video = as_video is not None and as_video.num_frames == expected.frame_count
+    try:
+        info = inspect_latent_cache(path, "video" if is_video else "image")
+    except NewerCacheError:
+        raise
+    except CacheError as error:
+        return str(error)
+    if not info.is_ours:
+        return "made by musubi-tuner"
+    if info.image_key is None:
+        return "holds no latents_image"
+    width, height = (int(side) // PIXELS_PER_LATENT for side in expected.crop.split("x"))
+    if info.shape[1:] != (height, width):
+        return f"latents are {info.shape[2]}x{info.shape[1]}, should be {width}x{height}"
+    return expected.difference(info.metadata)
+
+
+def text_cache_problem(path: Path, expected: TextCacheMeta) -> str | None:
+    """Why the text cache at `path` has to be made (again); None when it is whole and fits.
+
+    Raises:
+        NewerCacheError: it was made by a newer version of this program.
+    """
+    if not path.is_file():
+        return "no file"
+    try:
+        info = inspect_text_cache(path)
+    except NewerCacheError:
+        raise
+    except CacheError as error:
+        return str(error)
+    return expected.difference(info.metadata)
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write_latent_cache(path: Path, latents: Tensor, latents_image: Tensor, meta: LatentCacheMeta) -> None:
+    """Write one latent cache as a whole file.
+
+    Args:
+        latents: [16, F, H, W], scaled; stored in meta.dtype.
+        latents_image: [16, 2, H, W], the single-image encodes of the first and the last pixel frame.
+    Raises:
+        DataError: a number is not finite, before or after the change of dtype; nothing is written.
+    """
+    dtype = dtype_from_word(meta.dtype)
+    frames, height, width = latents.shape[1:]
+    assert latents.shape[0] == LATENT_CHANNELS
+    assert frames == latent_frame_count(meta.frame_count)
+    assert f"{width * PIXELS_PER_LATENT}x{height * PIXELS_PER_LATENT}" == meta.crop
+    assert latents_image.shape == (LATENT_CHANNELS, 2, height, width)
+    tensors = {
+        f"latents_{frames}x{height}x{width}_{dtype_name(dtype)}": _finite(path, "latents", latents.to(dtype)),
+        f"latents_image_2x{height}x{width}_{dtype_name(dtype)}": _finite(
+            path, "latents_image", latents_image.to(dtype)
+        ),
+    }
+    write_tensors(path, tensors, _metadata(meta))
+
+
+def write_text_cache(path: Path, text_embeds: Tensor, pooled_embed: Tensor, meta: TextCacheMeta) -> None:
+    """Write one text cache as a whole file.
+
+    Args:
+        text_embeds: [L, dim], real tokens only; stored as bfloat16.
+        pooled_embed: [dim2]; stored as float32.
+    Raises:
+        DataError: a number is not finite; nothing is written.
+    """
+    assert text_embeds.ndim == 2
+    assert pooled_embed.ndim == 1
+    tensors = {
+        "text_embeds_bfloat16": _finite(path, "text_embeds", text_embeds.to(torch.bfloat16)),
+        "pooled_embed_float32": _finite(path, "pooled_embed", pooled_embed.to(torch.float32)),
+        "attention_mask": torch.ones(text_embeds.shape[0], dtype=torch.bool),
+    }
+    write_tensors(path, tensors, _metadata(meta))
+
+
+def _metadata(meta: _Meta) -> dict[str, str]:
+    return {
+        **meta.to_strings(),
+        "architecture": ARCHITECTURE,
+        "format_version": FORMAT_VERSION,
+        "k5_cache_version": str(CACHE_VERSION),
+    }
+
+
+def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise DataError(
+            f"{path.name}: {bad} of {tensor.numel()} {name} are not finite numbers in "
+            f"{dtype_name(tensor.dtype)}; nothing was written. If the encoder overflows in half precision, "
+            "use --vae_dtype bfloat16 or float32"
+        )
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentCache:
+    """The tensors of a latent cache, float32."""
+
+    latents: Tensor
+    """[16, F, H, W], scaled."""
+    latents_image: Tensor | None
+    """[16, 2, H, W], first and last pixel frame encoded alone; None where a file has none to be used."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextCache:
+    """The tensors of a text cache."""
+
+    text_embeds: Tensor
+    """[L, dim], as stored (bfloat16)."""
+    pooled_embed: Tensor
+    """[dim2], float32."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a text cache; see `read_text_cache`."""
+        info = inspect_text_cache(path)
+        tensors = _read(path, info.embeds_key, info.pooled_key)
+        return cls(text_embeds=tensors[0], pooled_embed=tensors[1].float())
+
+
+def read_latent_cache(path: Path, content: Content) -> LatentCache:
+    """Read a latent cache.
+
+    Raises:
+        CacheError: as `inspect_latent_cache`, or a number is not finite.
+    """
+    info = inspect_latent_cache(path, content)
+    # musubi-tuner's latents_image are slices of the clip's latents, which is something else.
+    image_key = info.image_key if info.is_ours else None
+    keys = [info.latents_key] if image_key is None else [info.latents_key, image_key]
+    tensors = [tensor.float() for tensor in _read(path, *keys)]
+    return LatentCache(latents=tensors[0], latents_image=tensors[1] if image_key is not None else None)
+
+
+def read_text_cache(path: Path) -> TextCache:
+    """Read a text cache.
+
+    Raises:
+        CacheError: as `inspect_text_cache`, or a number is not finite.
+    """
+    return TextCache.read(path)
+
+
+def _read(path: Path, *keys: str) -> list[Tensor]:
+    try:
+        # Plain reads: a cache file that is replaced while it is mapped would end the process.
+        with TensorFile(path, use_mmap=False) as file:
+            tensors = [file.read(key) for key in keys]
+    except ModelFileError as error:
+        raise CacheError(str(error)) from error
+    for key, tensor in zip(keys, tensors, strict=True):
+        if not torch.isfinite(tensor.float()).all():
+            raise CacheError(f"{path}: {key} holds numbers that are not finite; cache this item again")
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------- unused
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnusedCaches:
+    """Cache files in a folder that no entry of its index uses."""
+
+    files: tuple[Path, ...]
+    """Carry our mark, which is also musubi-tuner's for Kandinsky 5: may be deleted."""
+    foreign: tuple[Path, ...]
+    """Without that mark, or too damaged to show it: left alone."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of `files`."""
+        return sum(path.stat().st_size for path in self.files)
+
+
+def unused_caches(cache_directory: Path, kind: CacheKind) -> UnusedCaches:
+    """The caches of one kind that the folder's index does not list; all of them when there is no index."""
+    used = listed_files(read_index(cache_directory, kind) or {})
+    suffix = LATENT_SUFFIX if kind == "latents" else TEXT_SUFFIX
+    if not cache_directory.is_dir():
+        return UnusedCaches(files=(), foreign=())
+    files: list[Path] = []
+    foreign: list[Path] = []
+    for path in sorted(cache_directory.iterdir()):
+        if not path.name.endswith(suffix) or path.name in used or not path.is_file():
+            continue
+        (files if _has_our_mark(path) else foreign).append(path)
+    return UnusedCaches(files=tuple(files), foreign=tuple(foreign))
+
+
+def _has_our_mark(path: Path) -> bool:
+    try:
+        return read_header(path).metadata.get("architecture") == ARCHITECTURE
+    except ModelFileError:
+        return False  # a damaged file does not tell whose it is

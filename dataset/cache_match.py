@@ -1,0 +1,454 @@
+"""Which cache files a training run uses, and everything that is wrong with them, found before step 1."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dataset.buckets import Size, bucket_sizes, choose_bucket, nabla_size
+from dataset.cache_files import (
+    PIXELS_PER_LATENT,
+    LatentCacheInfo,
+    TextCacheInfo,
+    empty_text_cache_name,
+    inspect_latent_cache,
+    inspect_text_cache,
+    text_cache_name,
+    upstream_latent_problem,
+)
+from dataset.cache_index import CacheKind, IndexEntry, read_index
+from dataset.cache_names import LATENT_SUFFIX, Content, LatentName, cache_base_name, parse_latent_name
+from dataset.config import AnyDatasetConfig, DatasetConfig, ImageDatasetConfig, VideoDatasetConfig
+from dataset.sources import SkippedItem
+from modules.errors import CacheError
+from modules.logs import format_table
+
+NO_LATENTS = "no latent cache"
+NO_TEXT = "no text cache"
+
+_MAX_LISTED = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatchOptions:
+    """What a run needs of its caches and what it tolerates; the fields are those of `CachedDataset`."""
+
+    needs_image_latents: bool = False
+    allow_missing: bool = False
+    allow_upstream_text_cache: bool = False
+    strict: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedItem:
+    """One clip or image with its two cache files."""
+
+    key: str
+    """Dataset number and clip, without any folder: the same on every machine."""
+    dataset_index: int
+    content: Content
+    """Of the dataset, which decides how its cache names are read."""
+    latent_path: Path
+    text_path: Path
+    empty_text_path: Path
+    """The cache of the empty caption, for caption dropout."""
+    num_frames: int
+    """Pixel frames."""
+    shape: tuple[int, int, int]
+    """(latent_frames, latent_height, latent_width)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSummary:
+    """What became of one dataset's items."""
+
+    index: int
+    content: Content
+    found: int
+    """Media items that the cache scripts saw."""
+    used: int
+    """Media items with both caches."""
+    clips: int
+    """Clips cut from them."""
+    skipped: tuple[SkippedItem, ...]
+    buckets: tuple[tuple[str, int], ...]
+    """("width x height x frames", clips without repeats)."""
+    batches: int
+    """Batches per epoch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatchedCaches:
+    """The caches of a run."""
+
+    items: tuple[CachedItem, ...]
+    summaries: tuple[DatasetSummary, ...]
+    notes: tuple[str, ...]
+    text_dims: tuple[int, int]
+
+
+def match_caches(config: DatasetConfig, options: MatchOptions) -> MatchedCaches:
+    """Find, pair and check the caches of all datasets; headers only.
+
+    Raises:
+        CacheError: all that is wrong, in one message with the commands that mend it.
+    """
+    matchers = [_Matcher(dataset, config.path, options) for dataset in config.datasets]
+    problems = [problem for matcher in matchers for problem in matcher.run()]
+    problems += _mixed_encoders(matchers)
+    items = tuple(item for matcher in matchers for item in matcher.items)
+    if not items and not problems:
+        counts = "; ".join(f"dataset {m.dataset.index}: {m.counts()}" for m in matchers)
+        problems.append(f"no item can be trained on. {counts}\n{_commands(config.path, ('latents', 'text'))}")
+    if problems:
+        raise CacheError(problems)
+    return MatchedCaches(
+        items=items,
+        summaries=tuple(matcher.summary() for matcher in matchers),
+        notes=tuple(note for matcher in matchers for note in matcher.notes),
+        text_dims=next(dims for matcher in matchers for dims in matcher.text_dims),
+    )
+
+
+def _mixed_encoders(matchers: Sequence[_Matcher]) -> list[str]:
+    """Caches that were made with different models cannot be trained on together."""
+    problems = []
+    for what, found in (
+        ("VAEs", {f for m in matchers for f in m.vae_fingerprints}),
+        ("text encoders", {f for m in matchers for f in m.text_fingerprints}),
+        ("text widths", {str(d) for m in matchers for d in m.text_dims}),
+    ):
+        if len(found) > 1:
+            kind: CacheKind = "latents" if what == "VAEs" else "text"
+            path = matchers[0].config_path
+            problems.append(
+                f"the {'latent' if kind == 'latents' else 'text'} caches were made with {len(found)} different "
+                f"{what} (encoder_fingerprint: {', '.join(sorted(found))})\n{_commands(path, (kind,))}"
+            )
+    return problems
+
+
+def _commands(config_path: Path, kinds: Iterable[CacheKind]) -> str:
+    lines = ["Create the caches, then start the training again:"]
+    for kind in kinds:
+        if kind == "text":
+            lines.append(
+                f"  python kandinsky5_cache_text_encoder_outputs.py --dataset_config {config_path} "
+                "--text_encoder_qwen <path or model id> --text_encoder_clip <path or model id>"
+            )
+        else:
+            lines.append(f"  python kandinsky5_cache_latents.py --dataset_config {config_path} --vae <path>")
+    return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class _Problems:
+    """Problems of one kind, told together with the command that mends them."""
+
+    title: str
+    kind: CacheKind
+    lines: list[str] = field(default_factory=list)
+
+    def message(self, where: str, config_path: Path) -> str:
+        more = len(self.lines) - _MAX_LISTED
+        shown = [f"  {line}" for line in self.lines[:_MAX_LISTED]]
+        if more > 0:
+            shown.append(f"  ... and {more} more")
+        return "\n".join([
+            f"{where}: {len(self.lines)} {self.title}:",
+            *shown,
+            _commands(config_path, (self.kind,)),
+        ])
+
+
+class _Matcher:
+    """Pairs and checks the caches of one dataset."""
+
+    def __init__(self, dataset: AnyDatasetConfig, config_path: Path, options: MatchOptions) -> None:
+        self.dataset = dataset
+        self.config_path = config_path
+        self.options = options
+        self.items: list[CachedItem] = []
+        self.skipped: list[SkippedItem] = []
+        self.notes: list[str] = []
+        self.vae_fingerprints: set[str] = set()
+        self.text_fingerprints: set[str] = set()
+        self.text_dims: set[tuple[int, int]] = set()
+        self._used_names: set[str] = set()
+        self._labels: Counter[str] = Counter()
+        self._bad_latents = _Problems("latent caches cannot be used", "latents")
+        self._bad_texts = _Problems("text caches cannot be used", "text")
+        self._no_latents = _Problems("items have no latent cache", "latents")
+        self._no_texts = _Problems("items have no text cache", "text")
+
+    def run(self) -> list[str]:
+        """Fill the fields above; returns what is wrong."""
+        try:
+            latents, latents_skipped = self._latent_files()
+            texts, texts_skipped = self._text_files(latents)
+        except CacheError as error:
+            return error.problems
+        self.skipped = list(dict.fromkeys([*latents_skipped, *texts_skipped]))
+        left_out = {name for entry in self.skipped for name in (entry.name, Path(entry.name).stem)}
+        for base_name in sorted(latents):
+            if base_name not in texts:
+                self._missing(base_name, left_out, NO_TEXT, self._no_texts)
+                continue
+            if self._check_text(texts[base_name]):
+                for path in latents[base_name]:
+                    self._add(base_name, path, texts[base_name])
+        for base_name in sorted(set(texts) - set(latents)):
+            self._missing(base_name, left_out, NO_LATENTS, self._no_latents)
+        self._check_empty_text()
+        return self._messages()
+
+    def _latent_files(self) -> tuple[dict[str, list[Path]], Sequence[SkippedItem]]:
+        """Latent files by base name, from the index or by looking."""
+        folder = self.dataset.cache_directory
+        entry = self._entry("latents", self.dataset.settings_hash)
+        if entry is not None:
+            files = {item.name: [folder / name for name in item.files] for item in entry.items}
+            return files, entry.skipped
+        found: dict[str, list[Path]] = {}
+        first: dict[tuple[str, int | None, int | None], Path] = {}
+        clashes = []
+        for path in sorted(folder.glob(f"*{LATENT_SUFFIX}")) if folder.is_dir() else ():
+            name = parse_latent_name(path.name, self.dataset.content)
+            if name is None:
+                continue
+            found.setdefault(name.base_name, []).append(path)
+            other = first.setdefault((name.base_name, name.start, name.num_frames), path)
+            if other is not path:
+                clashes.append(
+                    f"dataset {self.dataset.index}: {other} and {path} are two caches of the same item; delete "
+                    "the one that is out of date"
+                )
+        if clashes:
+            raise CacheError(clashes)
+        if found:
+            self.notes.append(
+                f"dataset {self.dataset.index}: {folder} has no index of its latent caches, so all "
+                f"{sum(map(len, found.values()))} that are there are used"
+            )
+        return found, ()
+
+    def _text_files(self, latents: dict[str, list[Path]]) -> tuple[dict[str, Path], Sequence[SkippedItem]]:
+        """Text file by base name, for the items of the index, or for those that have latents."""
+        folder = self.dataset.cache_directory
+        entry = self._entry("text", self.dataset.text_settings_hash)
+        if entry is None:
+            paths = {name: folder / text_cache_name(name) for name in latents}
+            return {name: path for name, path in paths.items() if path.is_file()}, ()
+        files = {item.name: folder / item.files[0] for item in entry.items if item.files}
+        # Latents without an index are known by the name in the file, which is shortened when very long.
+        files |= {
+            cache_base_name(name): path for name, path in files.items() if cache_base_name(name) in latents
+        }
+        known = {name for name in files if name in latents or cache_base_name(name) not in latents}
+        return {name: files[name] for name in known}, entry.skipped
+
+    def _entry(self, kind: CacheKind, settings_hash: str) -> IndexEntry | None:
+        entries = read_index(self.dataset.cache_directory, kind)
+        if entries is None:
+            return None
+        if settings_hash not in entries:
+            what = "latents" if kind == "latents" else "captions"
+            raise CacheError(
+                f"dataset {self.dataset.index}: the {what} in {self.dataset.cache_directory} were cached with "
+                f"other settings than {self.config_path} has now\n{_commands(self.config_path, (kind,))}"
+            )
+        return entries[settings_hash]
+
+    def _missing(self, base_name: str, left_out: set[str], reason: str, problems: _Problems) -> None:
+        if base_name in left_out:
+            return  # a cache script has left it out and said why
+        self.skipped.append(SkippedItem(name=base_name, reason=reason))
+        if not self.options.allow_missing:
+            problems.lines.append(base_name)
+
+    def _check_text(self, path: Path) -> bool:
+        """Whether a text cache can be used."""
+        try:
+            info = inspect_text_cache(path)
+        except CacheError as error:
+            self._bad_texts.lines.extend(error.problems)
+            return False
+        problem = self._text_problem(info)
+        if problem is not None:
+            self._bad_texts.lines.append(f"{path}: {problem}")
+            return False
+        self.text_dims.add(info.embed_dims)
+        if info.is_ours:
+            self.text_fingerprints.add(info.metadata.get("encoder_fingerprint", ""))
+        return True
+
+    def _text_problem(self, info: TextCacheInfo) -> str | None:
+        template = self.dataset.template
+        if info.is_ours:
+            found = info.metadata["template"]
+            return None if found == template else f"template was {found!r}, is {template!r}"
+        if template == "video" and not self.options.allow_upstream_text_cache:
+            return (
+                "made by musubi-tuner with the prompt template for images "
+                "(--allow_upstream_text_cache uses it all the same)"
+            )
+        self._note_once(
+            f"dataset {self.dataset.index}: text caches made by musubi-tuner are used; caching again gives "
+            "captions encoded as at generation time"
+        )
+        return None
+
+    def _add(self, base_name: str, path: Path, text_path: Path) -> None:
+        """Check one latent cache and put it into the items."""
+        try:
+            info = inspect_latent_cache(path, self.dataset.content)
+        except CacheError as error:
+            self._bad_latents.lines.extend(error.problems)
+            return
+        name = parse_latent_name(path.name, self.dataset.content)
+        assert name is not None  # inspect_latent_cache has read it
+        problem = self._latent_problem(path, name, info)
+        if problem is not None:
+            self._bad_latents.lines.append(f"{path}: {problem}")
+            return
+        if info.is_ours:
+            self.vae_fingerprints.add(info.metadata.get("encoder_fingerprint", ""))
+        num_frames = name.num_frames or 1
+        self._used_names.add(base_name)
+        self._labels[f"{info.shape[2] * 8}x{info.shape[1] * 8}x{num_frames}"] += 1
+        self.items.append(
+            CachedItem(
+                key=f"{self.dataset.index}/{path.name.removesuffix(LATENT_SUFFIX)}",
+                dataset_index=self.dataset.index,
+                content=self.dataset.content,
+                latent_path=path,
+                text_path=text_path,
+                empty_text_path=self._empty_text_path(),
+                num_frames=num_frames,
+                shape=info.shape,
+            )
+        )
+
+    def _latent_problem(self, path: Path, name: LatentName, info: LatentCacheInfo) -> str | None:
+        if not info.is_ours:
+            problem = upstream_latent_problem(path, self.dataset.content)
+            if problem is not None:
+                return problem
+        if self.options.needs_image_latents and (name.num_frames or 1) > 1:
+            if not info.is_ours:
+                return "made by musubi-tuner, whose latents_image are not what image-to-video needs"
+            if info.image_key is None:
+                return "holds no latents_image, which image-to-video needs"
+        return self._size_problem(name, info) or self._frames_problem(name, info)
+
+    def _size_problem(self, name: LatentName, info: LatentCacheInfo) -> str | None:
+        allowed = self._allowed_sizes(name)
+        found = (info.shape[2] * PIXELS_PER_LATENT, info.shape[1] * PIXELS_PER_LATENT)
+        if found in allowed:
+            return None
+        sizes = " or ".join(f"{width}x{height}" for width, height in dict.fromkeys(allowed))
+        return f"resolution was {found[0]}x{found[1]}, is {sizes or 'another'} by the dataset file"
+
+    def _allowed_sizes(self, name: LatentName) -> tuple[Size, ...]:
+        """The pixel sizes that the dataset file gives an item, without and with --nabla_resize."""
+        dataset = self.dataset
+        buckets = bucket_sizes(dataset.resolution, enable_bucket=dataset.enable_bucket)
+        size = (name.width, name.height)
+        if isinstance(dataset, ImageDatasetConfig):
+            bucket = choose_bucket(
+                size, dataset.resolution, buckets, bucket_no_upscale=dataset.bucket_no_upscale
+            )
+        elif size in buckets or dataset.bucket_no_upscale:
+            bucket = size  # the name of a video's cache holds the bucket
+        else:
+            return (dataset.resolution,) if not dataset.enable_bucket else ()
+        return bucket, nabla_size(bucket)
+
+    def _frames_problem(self, name: LatentName, info: LatentCacheInfo) -> str | None:
+        dataset = self.dataset
+        if not isinstance(dataset, VideoDatasetConfig):
+            return None
+        if dataset.frame_extraction == "full":
+            if (name.num_frames or 1) > dataset.max_frames:
+                return f"frame_count was {name.num_frames}, is at most {dataset.max_frames} (max_frames)"
+        elif name.num_frames not in dataset.target_frames:
+            return f"frame_count was {name.num_frames}, is one of {list(dataset.target_frames)}"
+        target = f"-> {dataset.rates[1]}" if dataset.rates else "all"
+        if info.is_ours and not info.metadata.get("fps", "").endswith(target):
+            return f"fps was {info.metadata.get('fps')!r}, is {target!r} by source_fps and target_fps"
+        return None
+
+    def _empty_text_path(self) -> Path:
+        return self.dataset.cache_directory / empty_text_cache_name(self.dataset.template)
+
+    def _check_empty_text(self) -> None:
+        if self.dataset.caption_dropout_rate > 0 and self.items:
+            path = self._empty_text_path()
+            if path.is_file():
+                self._check_text(path)
+            else:
+                self._no_texts.lines.append(
+                    f"{path.name}: the empty caption, which caption_dropout_rate needs"
+                )
+
+    def _messages(self) -> list[str]:
+        where = f"dataset {self.dataset.index} ({self.dataset.cache_directory})"
+        problems = [
+            kind.message(where, self.config_path)
+            for kind in (self._bad_latents, self._bad_texts, self._no_latents, self._no_texts)
+            if kind.lines
+        ]
+        if self.options.strict and self.skipped:
+            shown = "\n".join(f"  {entry}" for entry in self.skipped[:_MAX_LISTED])
+            problems.append(f"{where}: --strict: {len(self.skipped)} items were skipped:\n{shown}")
+        return problems
+
+    def _note_once(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def counts(self) -> str:
+        """For the message that there is nothing to train on."""
+        reasons = Counter(entry.reason for entry in self.skipped)
+        parts = [f"{count} {reason}" for reason, count in sorted(reasons.items())]
+        return ", ".join(parts) or "no caches of latents in " + str(self.dataset.cache_directory)
+
+    def summary(self) -> DatasetSummary:
+        """What became of this dataset."""
+        dataset = self.dataset
+        batches = sum(
+            -(-count * dataset.num_repeats // dataset.batch_size) for count in self._labels.values()
+        )
+        return DatasetSummary(
+            index=dataset.index,
+            content=dataset.content,
+            found=len(self._used_names) + len(self.skipped),
+            used=len(self._used_names),
+            clips=len(self.items),
+            skipped=tuple(self.skipped),
+            buckets=tuple(sorted(self._labels.items())),
+            batches=batches,
+        )
+
+
+def summary_table(summaries: Sequence[DatasetSummary]) -> str:
+    """Items found, used and skipped by reason per dataset, then clips per bucket, as two text tables."""
+    rows: list[list[object]] = []
+    buckets: list[list[object]] = []
+    for summary in summaries:
+        reasons = Counter(entry.reason for entry in summary.skipped)
+        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none"
+        rows.append([
+            summary.index,
+            summary.content,
+            summary.found,
+            summary.used,
+            summary.clips,
+            summary.batches,
+            skipped,
+        ])
+        buckets.extend([summary.index, label, count] for label, count in summary.buckets)
+    headers = ["dataset", "content", "found", "used", "clips", "batches", "skipped"]
+    return f"{format_table(headers, rows)}\n\n{format_table(['dataset', 'bucket', 'clips'], buckets)}"

@@ -1,0 +1,255 @@
+"""Training's view of a dataset: cached clips in batches, in an order that depends on (seed, epoch) alone.
+
+data = CachedDataset(config, seed=42)
+sampler = EpochSampler(data)
+loader = DataLoader(data, sampler=sampler, batch_size=None, num_workers=2, persistent_workers=True)
+for epoch in range(1, epochs + 1):
+    sampler.set_epoch(epoch)
+    for batch in loader:  # CachedBatch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from dataset.cache_files import read_latent_cache, read_text_cache
+from dataset.cache_match import CachedItem, DatasetSummary, MatchOptions, match_caches, summary_table
+from dataset.cache_names import Content
+from dataset.config import DatasetConfig
+from modules.errors import CacheError
+from modules.seeding import generator_for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPlan:
+    """One batch before it is read: small enough to be sent to a loader process."""
+
+    items: tuple[int, ...]
+    """Positions in `CachedDataset.items`."""
+    item_keys: tuple[str, ...]
+    """Name each clip of an epoch, the same on every machine: noise and timesteps are drawn by them."""
+    drops_caption: tuple[bool, ...]
+    """Whether the clip is trained with the empty caption this time."""
+    timestep_quantiles: tuple[float, ...] | None
+    """Uniform numbers in [0, 1) that share out the noise levels over the epoch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedBatch:
+    """What a training step gets; B clips of one latent shape."""
+
+    latents: Tensor
+    """[B, 16, F, H, W], float32, scaled."""
+    latents_image: Tensor | None
+    """[B, 16, 2, H, W], float32: first and last pixel frame encoded alone; None unless all clips have it."""
+    text_embeds: tuple[Tensor, ...]
+    """For each clip [L_i, dim] as cached, bfloat16: real tokens only."""
+    pooled_embed: Tensor
+    """[B, dim2], float32."""
+    item_keys: tuple[str, ...]
+    contents: tuple[Content, ...]
+    """Per clip: "image" for a single frame, else "video"."""
+    num_frames: tuple[int, ...]
+    """Pixel frames per clip."""
+    dataset_index: int
+    timestep_quantiles: tuple[float, ...] | None
+
+
+class CachedDataset(Dataset[CachedBatch]):
+    """The caches of all datasets of a dataset file; indexed by `BatchPlan`."""
+
+    def __init__(
+        self,
+        config: DatasetConfig,
+        *,
+        seed: int,
+        needs_image_latents: bool = False,
+        allow_missing: bool = False,
+        allow_upstream_text_cache: bool = False,
+        strict: bool = False,
+        num_timestep_buckets: int | None = None,
+    ) -> None:
+        """Find and check every cache file by its header; no source is opened.
+
+        Args:
+            seed: order, caption dropout and timestep pools are functions of it and the epoch.
+            needs_image_latents: an image-to-video task: clips must hold their first and last frame.
+            allow_missing: leave out items of which one of the two caches is missing.
+            allow_upstream_text_cache: use musubi-tuner's text caches for videos too.
+            strict: any item that was skipped is an error.
+            num_timestep_buckets: spread the noise levels of an epoch evenly over this many parts; None and 1
+                leave them to chance.
+        Raises:
+            CacheError: caches are missing, damaged or do not fit the dataset file; the message lists them
+                and gives the command that makes them.
+        """
+        options = MatchOptions(
+            needs_image_latents=needs_image_latents,
+            allow_missing=allow_missing,
+            allow_upstream_text_cache=allow_upstream_text_cache,
+            strict=strict,
+        )
+        matched = match_caches(config, options)
+        self.config = config
+        self.seed = seed
+        self.num_timestep_buckets = num_timestep_buckets
+        self.items: tuple[CachedItem, ...] = matched.items
+        self.summaries: tuple[DatasetSummary, ...] = matched.summaries
+        self.notes: tuple[str, ...] = matched.notes
+        """Log lines."""
+        self.text_dims: tuple[int, int] = matched.text_dims
+        """Width of token embeddings and of the pooled one, to be compared with the model's."""
+        self._groups = _group(self.items)
+
+    @property
+    def num_items(self) -> int:
+        """Clips per epoch, repeats counted."""
+        return sum(self.config.datasets[item.dataset_index].num_repeats for item in self.items)
+
+    def summary_table(self) -> str:
+        """Found, used and skipped items by reason, and the clips per bucket, as text."""
+        return summary_table(self.summaries)
+
+    def epoch_batches(self, epoch: int) -> list[BatchPlan]:
+        """The batches of an epoch (counted from 1) in order: a pure function of (seed, epoch)."""
+        batches: list[BatchPlan] = []
+        for dataset in self.config.datasets:
+            groups = [group for group in self._groups if self.items[group[0]].dataset_index == dataset.index]
+            members = [
+                batch
+                for group in groups
+                for batch in self._cut(group, epoch, dataset.index, dataset.batch_size)
+            ]
+            quantiles = self._quantiles(len(members), dataset.batch_size, epoch, dataset.index)
+            batches.extend(
+                self._plan(batch, epoch, None if quantiles is None else quantiles[number])
+                for number, batch in enumerate(members)
+            )
+        order = torch.randperm(len(batches), generator=generator_for("batch order", self.seed, epoch))
+        return [batches[i] for i in order.tolist()]
+
+    def _cut(
+        self, group: Sequence[int], epoch: int, dataset_index: int, batch_size: int
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Batches of (position, repeat) from one group of equal shape, shuffled."""
+        repeats = self.config.datasets[dataset_index].num_repeats
+        repeated = [(position, repeat) for position in group for repeat in range(repeats)]
+        shape = "x".join(map(str, self.items[group[0]].shape))
+        generator = generator_for("item order", self.seed, epoch, dataset_index, shape)
+        order = torch.randperm(len(repeated), generator=generator).tolist()
+        for start in range(0, len(order), batch_size):
+            yield [repeated[i] for i in order[start : start + batch_size]]
+
+    def _plan(
+        self, members: Sequence[tuple[int, int]], epoch: int, quantiles: Sequence[float] | None
+    ) -> BatchPlan:
+        keys = [self.items[i].key + (f"#{repeat}" if repeat else "") for i, repeat in members]
+        return BatchPlan(
+            items=tuple(i for i, _ in members),
+            item_keys=tuple(keys),
+            drops_caption=tuple(
+                self._drops_caption(i, key, epoch) for (i, _), key in zip(members, keys, strict=True)
+            ),
+            timestep_quantiles=None if quantiles is None else tuple(quantiles[: len(members)]),
+        )
+
+    def _drops_caption(self, position: int, key: str, epoch: int) -> bool:
+        rate = self.config.datasets[self.items[position].dataset_index].caption_dropout_rate
+        if rate == 0:
+            return False
+        return torch.rand((), generator=generator_for("caption dropout", self.seed, epoch, key)).item() < rate
+
+    def _quantiles(
+        self, num_batches: int, batch_size: int, epoch: int, dataset_index: int
+    ) -> list[list[float]] | None:
+        """For each batch `batch_size` numbers of an evenly filled pool (after musubi-tuner)."""
+        buckets = self.num_timestep_buckets
+        if buckets is None or buckets < 2:
+            return None
+        needed = num_batches * batch_size
+        per_bucket = -(-needed // buckets)
+        generator = generator_for("timestep pool", self.seed, epoch, dataset_index)
+        draws = torch.rand(buckets, per_bucket, generator=generator, dtype=torch.float64)
+        pool = ((draws + torch.arange(buckets).unsqueeze(1)) / buckets).flatten()
+        order = torch.randperm(pool.numel(), generator=generator)[:needed]
+        return pool[order].reshape(num_batches, batch_size).tolist()
+
+    def load_batch(self, plan: BatchPlan) -> CachedBatch:
+        """Read the files of a batch.
+
+        Raises:
+            CacheError: a file has changed since the start, or holds numbers that are not finite.
+        """
+        items = [self.items[i] for i in plan.items]
+        latents = [read_latent_cache(item.latent_path, item.content) for item in items]
+        for item, cache in zip(items, latents, strict=True):
+            if tuple(cache.latents.shape[1:]) != item.shape:
+                raise CacheError(
+                    f"{item.latent_path}: was replaced by one of another size during the training"
+                )
+        texts = [
+            read_text_cache(item.empty_text_path if dropped else item.text_path)
+            for item, dropped in zip(items, plan.drops_caption, strict=True)
+        ]
+        images = [cache.latents_image for cache in latents if cache.latents_image is not None]
+        return CachedBatch(
+            latents=torch.stack([cache.latents for cache in latents]),
+            latents_image=torch.stack(images) if len(images) == len(items) else None,
+            text_embeds=tuple(text.text_embeds for text in texts),
+            pooled_embed=torch.stack([text.pooled_embed for text in texts]),
+            item_keys=plan.item_keys,
+            contents=tuple("image" if item.num_frames == 1 else "video" for item in items),
+            num_frames=tuple(item.num_frames for item in items),
+            dataset_index=items[0].dataset_index,
+            timestep_quantiles=plan.timestep_quantiles,
+        )
+
+    def __getitem__(self, plan: BatchPlan) -> CachedBatch:
+        """The same as `load_batch`, for torch's DataLoader."""
+        return self.load_batch(plan)
+
+
+def _group(items: Sequence[CachedItem]) -> list[list[int]]:
+    """Positions of items that can share a batch: of one dataset and one tensor shape; in a fixed order."""
+    groups: dict[tuple[int, tuple[int, int, int]], list[int]] = {}
+    for position, item in enumerate(items):
+        groups.setdefault((item.dataset_index, item.shape), []).append(position)
+    return [groups[key] for key in sorted(groups)]
+
+
+class EpochSampler(Sampler[BatchPlan]):
+    """Gives one process its batches of an epoch; the loader's processes get whole plans and need no state."""
+
+    def __init__(self, data: CachedDataset, *, process_index: int = 0, num_processes: int = 1) -> None:
+        self._data = data
+        self._process_index = process_index
+        self._num_processes = num_processes
+        self._batches: list[BatchPlan] = []
+        self.set_epoch(1)
+
+    def set_epoch(self, epoch: int, *, skip: int = 0) -> None:
+        """Go to an epoch (counted from 1), leaving out the first `skip` batches of this process, unread.
+
+        Every process gets equally many batches: where they do not come out even, the epoch's first ones are
+        trained a second time.
+        """
+        batches = self._data.epoch_batches(epoch)
+        if not batches:
+            self._batches = []
+            return
+        padding = -len(batches) % self._num_processes
+        batches += [batches[i % len(batches)] for i in range(padding)]
+        self._batches = batches[self._process_index :: self._num_processes][skip:]
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        """The batches in order."""
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        """Batches left for this process in this epoch."""
+        return len(self._batches)

@@ -1,0 +1,410 @@
+"""What there is to encode, and its pixels: plans clips from headers, then decodes them ahead of the encoder.
+
+plan = plan_clips(dataset, list_items(dataset), nabla_resize=False)
+for loaded in load_batches(cut_batches(plan.clips, batch_size=4), num_workers=4):
+    loaded.clips, loaded.pixels  # equally long; what could not be decoded is in loaded.damaged
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from dataset.buckets import PIXEL_STEP, Size, bucket_sizes, choose_bucket, nabla_size
+from dataset.cache_names import LATENT_SUFFIX, image_cache_name, video_cache_name
+from dataset.config import AnyDatasetConfig, ImageDatasetConfig, VideoDatasetConfig
+from dataset.frames import are_even, cut_frames, resample_by_time, resample_even, round_frames
+from dataset.media import (
+    CHANGED,
+    UNREADABLE,
+    Frame,
+    MediaError,
+    probe_image,
+    read_image,
+    resize_and_crop,
+    source_fingerprint,
+)
+from dataset.sources import SkippedItem, SourceItem, SourceListing, frame_paths
+from dataset.videos import VideoInfo, probe_video, read_frames
+
+TOO_SHORT = "too short"
+TOO_SMALL = "too small"
+
+_SEGMENT_BYTES = 128 * 2**20
+"""Pixels that one reading thread may hold: consecutive cuts of a video share one pass up to here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedClip:
+    """One cut of a video, or one image, that is to be encoded."""
+
+    item: SourceItem
+    start: int
+    """First frame, counted after the change of frame rate; 0 for an image."""
+    num_frames: int
+    """Pixel frames, 4k+1; 1 for an image."""
+    is_image: bool
+    source_size: Size
+    """(width, height) of the upright source."""
+    bucket: Size
+    crop: Size
+    """Pixel size that is encoded: the bucket, or what --nabla_resize makes of it."""
+    frame_numbers: tuple[int, ...]
+    """Which frames of the source, in presentation order."""
+    fps: str
+    """How the frame rate was changed: "all" (not at all), or for example "30 -> 24"."""
+    source_fingerprint: str
+    cache_name: str
+    video: VideoInfo | None
+    """None for an image and for a folder of frames."""
+
+    @property
+    def item_key(self) -> str:
+        """Names the clip within its dataset, wherever the files lie: seeds its draw from the posterior."""
+        return self.cache_name.removesuffix(LATENT_SUFFIX)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(num_frames, height, width) in pixels: clips of one shape can be encoded together."""
+        return self.num_frames, self.crop[1], self.crop[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipPlan:
+    """Everything there is to encode in a dataset."""
+
+    clips: tuple[PlannedClip, ...]
+    """Sorted by shape, then name, then start: an order that no folder listing or worker count changes."""
+    skipped: tuple[SkippedItem, ...]
+    """Items that the listing held and that cannot be used, without the listing's own skipped ones."""
+    notes: tuple[str, ...]
+    """Log lines: clips too short for some of the lengths, files at another frame rate."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedBatch:
+    """The pixels of a batch."""
+
+    clips: tuple[PlannedClip, ...]
+    pixels: tuple[np.ndarray, ...]
+    """For each clip uint8 [F_px, H_px, W_px, 3], RGB."""
+    damaged: tuple[SkippedItem, ...]
+    """Clips of the batch that could not be decoded; they are not in `clips`."""
+
+
+# ---------------------------------------------------------------------------------------------- planning
+
+
+def plan_clips(
+    dataset: AnyDatasetConfig, listing: SourceListing, *, nabla_resize: bool, num_workers: int = 1
+) -> ClipPlan:
+    """Decide from headers what is encoded from each item; no more than one frame per video is decoded.
+
+    Args:
+        nabla_resize: round the encoded size up to what NABLA needs; names keep the bucket's size.
+        num_workers: threads that open files; the result does not depend on it.
+    """
+    planner = _Planner(dataset, nabla_resize=nabla_resize)
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        results = list(pool.map(planner.plan, listing.items))
+    clips = [clip for result in results for clip in result.clips]
+    skipped = tuple(result.skipped for result in results if result.skipped is not None)
+    clips.sort(key=lambda clip: (clip.shape, clip.item.base_name, clip.start))
+    return ClipPlan(clips=tuple(clips), skipped=skipped, notes=tuple(_notes(dataset, results)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ItemResult:
+    name: str
+    clips: tuple[PlannedClip, ...] = ()
+    skipped: SkippedItem | None = None
+    total_frames: int | None = None
+    fps: Fraction | None = None
+
+
+class _Planner:
+    """Plans one item after another for a dataset; safe to call from several threads."""
+
+    def __init__(self, dataset: AnyDatasetConfig, *, nabla_resize: bool) -> None:
+        self.dataset = dataset
+        self.nabla_resize = nabla_resize
+        self.buckets = bucket_sizes(dataset.resolution, enable_bucket=dataset.enable_bucket)
+
+    def plan(self, item: SourceItem) -> _ItemResult:
+        """The clips of an item, or why it has none."""
+        try:
+            if isinstance(self.dataset, ImageDatasetConfig):
+                return self._plan_image(item)
+            if item.is_frame_folder:
+                return self._plan_frame_folder(item, self.dataset)
+            return self._plan_video(item, self.dataset)
+        except MediaError as error:
+            return _ItemResult(name=item.path.name, skipped=_damaged(item, error))
+
+    def _plan_image(self, item: SourceItem) -> _ItemResult:
+        size = probe_image(item.path)
+        clip = PlannedClip(
+            item=item,
+            start=0,
+            num_frames=1,
+            is_image=True,
+            frame_numbers=(0,),
+            fps="all",
+            source_fingerprint=source_fingerprint(item.path),
+            cache_name=image_cache_name(item.base_name, *size),
+            video=None,
+            source_size=size,
+            **self._sizes(item, size),
+        )
+        return _ItemResult(name=item.path.name, clips=(clip,))
+
+    def _plan_video(self, item: SourceItem, dataset: VideoDatasetConfig) -> _ItemResult:
+        info = probe_video(item.path)
+        numbers, fps = _resampled(dataset, info.times)
+        fingerprint = source_fingerprint(item.path)
+        return self._cut(item, dataset, info.size, numbers, fps, fingerprint, video=info)
+
+    def _plan_frame_folder(self, item: SourceItem, dataset: VideoDatasetConfig) -> _ItemResult:
+        paths = frame_paths(item.path)
+        if not paths:
+            raise MediaError(item.path, UNREADABLE, "the folder holds no images")
+        rate = dataset.rates[0] if dataset.rates else Fraction(24)
+        numbers, fps = _resampled(dataset, tuple(i / rate for i in range(len(paths))))
+        return self._cut(
+            item, dataset, probe_image(paths[0]), numbers, fps, _folder_fingerprint(item), video=None
+        )
+
+    def _cut(
+        self,
+        item: SourceItem,
+        dataset: VideoDatasetConfig,
+        size: Size,
+        numbers: Sequence[int],
+        fps: str,
+        fingerprint: str,
+        *,
+        video: VideoInfo | None,
+    ) -> _ItemResult:
+        sizes = self._sizes(item, size)
+        bucket = sizes["bucket"]
+        clips = tuple(
+            PlannedClip(
+                item=item,
+                start=cut.start,
+                num_frames=cut.num_frames,
+                is_image=False,
+                frame_numbers=tuple(numbers[cut.start : cut.start + cut.num_frames]),
+                fps=fps,
+                source_fingerprint=fingerprint,
+                cache_name=video_cache_name(item.base_name, cut.start, cut.num_frames, *bucket),
+                video=video,
+                source_size=size,
+                **sizes,
+            )
+            for cut in cut_frames(len(numbers), dataset.cut_rule)
+        )
+        skipped = None
+        if not clips:
+            smallest = min(dataset.target_frames)
+            detail = f"{len(numbers)} frames, the smallest of target_frames is {smallest}"
+            skipped = SkippedItem(name=item.path.name, reason=TOO_SHORT, detail=detail)
+        return _ItemResult(
+            name=item.path.name,
+            clips=clips,
+            skipped=skipped,
+            total_frames=len(numbers),
+            fps=video.fps if video else None,
+        )
+
+    def _sizes(self, item: SourceItem, size: Size) -> dict[str, Size]:
+        """`bucket` and `crop` for a source of this size."""
+        bucket = choose_bucket(
+            size, self.dataset.resolution, self.buckets, bucket_no_upscale=self.dataset.bucket_no_upscale
+        )
+        if min(bucket) < PIXEL_STEP:
+            detail = f"{size[0]}x{size[1]}, with bucket_no_upscale both sides must be {PIXEL_STEP} or more"
+            raise MediaError(item.path, TOO_SMALL, detail)
+        return {"bucket": bucket, "crop": nabla_size(bucket) if self.nabla_resize else bucket}
+
+
+def _damaged(item: SourceItem, error: MediaError) -> SkippedItem:
+    return SkippedItem(name=item.path.name, reason=error.reason, detail=error.detail, is_failure=True)
+
+
+def _resampled(dataset: VideoDatasetConfig, times: Sequence[Fraction]) -> tuple[Sequence[int], str]:
+    """The frame numbers that stay at the target rate, and how they were chosen."""
+    if dataset.rates is None:
+        return range(len(times)), "all"
+    source, target = dataset.rates
+    if are_even(times):
+        return resample_even(len(times), source, target), f"{source} -> {target}"
+    return resample_by_time(times, target), f"time stamps -> {target}"
+
+
+def _folder_fingerprint(item: SourceItem) -> str:
+    digest = hashlib.sha256()
+    for path in frame_paths(item.path):
+        digest.update(f"{path.name}\0{source_fingerprint(path)}\0".encode("utf-8", "surrogatepass"))
+    return f"folder-{digest.hexdigest()[:32]}"
+
+
+def _notes(dataset: AnyDatasetConfig, results: Sequence[_ItemResult]) -> Iterator[str]:
+    if isinstance(dataset, ImageDatasetConfig):
+        return
+    longest = round_frames(1) if dataset.frame_extraction == "full" else max(dataset.target_frames)
+    short = [r for r in results if r.clips and r.total_frames is not None and r.total_frames < longest]
+    if short:
+        yield (
+            f"dataset {dataset.index}: {len(short)} videos are too short for some of target_frames "
+            f"{list(dataset.target_frames)} and give only the shorter clips, "
+            f"for example {short[0].name} ({short[0].total_frames} frames)"
+        )
+    if dataset.source_fps is None:
+        other = [r for r in results if r.fps is not None and abs(r.fps - 24) > Fraction(1, 2)]
+        if other:
+            yield (
+                f"dataset {dataset.index}: {len(other)} videos are not at about 24 frames a second, for "
+                f"example {other[0].name} ({float(other[0].fps or 0):g}); every frame is used as it is, so "
+                "motion changes its speed. Set source_fps to have frames dropped down to 24 a second"
+            )
+
+
+def cut_batches(clips: Sequence[PlannedClip], batch_size: int) -> tuple[tuple[PlannedClip, ...], ...]:
+    """Cut the full sorted list into batches of one shape; the last of a shape may be smaller.
+
+    Cut before leaving out what is cached already and before sharing out to processes, so that the batch a
+    clip is encoded in never changes.
+    """
+    batches: list[tuple[PlannedClip, ...]] = []
+    for _, group in itertools.groupby(clips, key=lambda clip: clip.shape):
+        members = tuple(group)
+        batches.extend(members[i : i + batch_size] for i in range(0, len(members), batch_size))
+    return tuple(batches)
+
+
+# ---------------------------------------------------------------------------------------------- pixels
+
+
+def load_clip(clip: PlannedClip) -> np.ndarray:
+    """Decode one clip: uint8 [F_px, H_px, W_px, 3], RGB; its first and last frame are clip[0] and clip[-1].
+
+    Raises:
+        MediaError: the source is damaged, or is no longer the one that was planned with.
+    """
+    frames = _load_frames((clip,))
+    return np.stack([frames[number] for number in clip.frame_numbers])
+
+
+def load_batches(batches: Iterable[Sequence[PlannedClip]], *, num_workers: int = 1) -> Iterator[LoadedBatch]:
+    """Decode batches in order, `num_workers` threads ahead of the caller.
+
+    Neighbouring cuts of one video are decoded in one pass. What is yielded does not depend on `num_workers`.
+    """
+    batches = [tuple(batch) for batch in batches]
+    clips = _in_order(_segments(itertools.chain.from_iterable(batches)), max(1, num_workers))
+    for batch in batches:
+        good: list[tuple[PlannedClip, np.ndarray]] = []
+        damaged: list[SkippedItem] = []
+        for clip in batch:
+            result = next(clips)()
+            if isinstance(result, SkippedItem):
+                damaged.append(result)
+            else:
+                good.append((clip, result))
+        yield LoadedBatch(
+            clips=tuple(clip for clip, _ in good),
+            pixels=tuple(pixels for _, pixels in good),
+            damaged=tuple(damaged),
+        )
+
+
+_Segment = tuple[PlannedClip, ...]
+_Load = Callable[[], "np.ndarray | SkippedItem"]
+
+
+def _segments(clips: Iterable[PlannedClip]) -> Iterator[_Segment]:
+    """Runs of clips that one pass over one source serves without holding more than _SEGMENT_BYTES."""
+    run: list[PlannedClip] = []
+    numbers: set[int] = set()
+    for clip in clips:
+        union = numbers.union(clip.frame_numbers)
+        frame_bytes = clip.crop[0] * clip.crop[1] * 3
+        fits = len(union) * frame_bytes <= _SEGMENT_BYTES
+        if run and (clip.item is not run[0].item or clip.shape != run[0].shape or not fits):
+            yield tuple(run)
+            run, union = [], set(clip.frame_numbers)
+        run.append(clip)
+        numbers = union
+    if run:
+        yield tuple(run)
+
+
+def _in_order(segments: Iterator[_Segment], num_workers: int) -> Iterator[_Load]:
+    """One loader per clip, in order, with the decoding under way in threads."""
+    with ThreadPoolExecutor(num_workers) as pool:
+        waiting: deque[tuple[_Segment, Future[dict[int, Frame] | MediaError]]] = deque()
+        try:
+            # One segment more than threads: all of them work while the caller uses the oldest.
+            for segment in itertools.islice(segments, num_workers + 1):
+                waiting.append((segment, pool.submit(_try_load, segment)))
+            while waiting:
+                segment, future = waiting.popleft()
+                frames = future.result()
+                del future
+                yield from (_clip_loader(clip, frames) for clip in segment)
+                del frames
+                for following in itertools.islice(segments, 1):
+                    waiting.append((following, pool.submit(_try_load, following)))
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _clip_loader(clip: PlannedClip, frames: dict[int, Frame] | MediaError) -> _Load:
+    def load() -> np.ndarray | SkippedItem:
+        if isinstance(frames, MediaError):
+            return _damaged(clip.item, frames)
+        return np.stack([frames[number] for number in clip.frame_numbers])
+
+    return load
+
+
+def _try_load(segment: _Segment) -> dict[int, Frame] | MediaError:
+    try:
+        return _load_frames(segment)
+    except MediaError as error:
+        return error
+
+
+def _load_frames(clips: _Segment) -> dict[int, Frame]:
+    """All frames that these clips of one source need, at their pixel size, by frame number."""
+    first = clips[0]
+    numbers = sorted({number for clip in clips for number in clip.frame_numbers})
+    frames = {number: resize_and_crop(frame, first.crop) for number, frame in _source_frames(first, numbers)}
+    is_folder = first.item.is_frame_folder
+    fingerprint = _folder_fingerprint(first.item) if is_folder else source_fingerprint(first.item.path)
+    if fingerprint != first.source_fingerprint:
+        raise MediaError(first.item.path, CHANGED, "start again when it is complete")
+    return frames
+
+
+def _source_frames(clip: PlannedClip, numbers: Sequence[int]) -> Iterator[tuple[int, Frame]]:
+    if clip.video is not None:
+        yield from read_frames(clip.item.path, clip.video, numbers)
+        return
+    paths = frame_paths(clip.item.path) if clip.item.is_frame_folder else [clip.item.path]
+    if len(paths) <= numbers[-1]:
+        raise MediaError(clip.item.path, CHANGED, "frames have disappeared")
+    for number in numbers:
+        frame = read_image(paths[number])
+        if (frame.shape[1], frame.shape[0]) != clip.source_size:
+            found, expected = f"{frame.shape[1]}x{frame.shape[0]}", "{}x{}".format(*clip.source_size)
+            raise MediaError(clip.item.path, CHANGED, f"{paths[number].name} is {found}, not {expected}")
+        yield number, frame
