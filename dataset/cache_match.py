@@ -124,8 +124,8 @@ def _mixed_encoders(matchers: Sequence[_Matcher]) -> list[str]:
             kind: CacheKind = "latents" if what == "VAEs" else "text"
             path = matchers[0].config_path
             problems.append(
-                f"the {'latent' if kind == 'latents' else 'text'} caches were made with {len(found)} different "
-                f"{what} (encoder_fingerprint: {', '.join(sorted(found))})\n{_commands(path, (kind,))}"
+                f"the {kind.removesuffix('s')} caches were made with {len(found)} different {what} "
+                f"(encoder_fingerprint: {', '.join(sorted(found))})\n{_commands(path, (kind,))}"
             )
     return problems
 
@@ -191,7 +191,9 @@ class _Matcher:
         except CacheError as error:
             return error.problems
         self.skipped = list(dict.fromkeys([*latents_skipped, *texts_skipped]))
-        left_out = {name for entry in self.skipped for name in (entry.name, Path(entry.name).stem)}
+        left_out = {
+            cache_base_name(name) for entry in self.skipped for name in (entry.name, Path(entry.name).stem)
+        }
         for base_name in sorted(latents):
             if base_name not in texts:
                 self._missing(base_name, left_out, NO_TEXT, self._no_texts)
@@ -205,11 +207,11 @@ class _Matcher:
         return self._messages()
 
     def _latent_files(self) -> tuple[dict[str, list[Path]], Sequence[SkippedItem]]:
-        """Latent files by base name, from the index or by looking."""
+        """Latent files by the base name as it stands in file names, from the index or by looking."""
         folder = self.dataset.cache_directory
         entry = self._entry("latents", self.dataset.settings_hash)
         if entry is not None:
-            files = {item.name: [folder / name for name in item.files] for item in entry.items}
+            files = {cache_base_name(i.name): [folder / name for name in i.files] for i in entry.items}
             return files, entry.skipped
         found: dict[str, list[Path]] = {}
         first: dict[tuple[str, int | None, int | None], Path] = {}
@@ -222,8 +224,8 @@ class _Matcher:
             other = first.setdefault((name.base_name, name.start, name.num_frames), path)
             if other is not path:
                 clashes.append(
-                    f"dataset {self.dataset.index}: {other} and {path} are two caches of the same item; delete "
-                    "the one that is out of date"
+                    f"dataset {self.dataset.index}: {other} and {path} are two caches of the same item; "
+                    "delete the one that is out of date"
                 )
         if clashes:
             raise CacheError(clashes)
@@ -241,13 +243,7 @@ class _Matcher:
         if entry is None:
             paths = {name: folder / text_cache_name(name) for name in latents}
             return {name: path for name, path in paths.items() if path.is_file()}, ()
-        files = {item.name: folder / item.files[0] for item in entry.items if item.files}
-        # Latents without an index are known by the name in the file, which is shortened when very long.
-        files |= {
-            cache_base_name(name): path for name, path in files.items() if cache_base_name(name) in latents
-        }
-        known = {name for name in files if name in latents or cache_base_name(name) not in latents}
-        return {name: files[name] for name in known}, entry.skipped
+        return {cache_base_name(i.name): folder / i.files[0] for i in entry.items if i.files}, entry.skipped
 
     def _entry(self, kind: CacheKind, settings_hash: str) -> IndexEntry | None:
         entries = read_index(self.dataset.cache_directory, kind)
@@ -256,8 +252,8 @@ class _Matcher:
         if settings_hash not in entries:
             what = "latents" if kind == "latents" else "captions"
             raise CacheError(
-                f"dataset {self.dataset.index}: the {what} in {self.dataset.cache_directory} were cached with "
-                f"other settings than {self.config_path} has now\n{_commands(self.config_path, (kind,))}"
+                f"dataset {self.dataset.index}: the {what} in {self.dataset.cache_directory} were cached "
+                f"with other settings than {self.config_path} has now\n{_commands(self.config_path, (kind,))}"
             )
         return entries[settings_hash]
 
