@@ -1,0 +1,126 @@
+"""Which frames are cut and kept, against tables worked out by hand."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from dataset.config import exact_rate
+from dataset.frames import (
+    CutRule,
+    FrameExtraction,
+    are_even,
+    cut_frames,
+    latent_frame_count,
+    resample_by_time,
+    resample_even,
+    round_frames,
+)
+
+
+def starts(total: int, mode: FrameExtraction, lengths: tuple[int, ...], **rule: int) -> dict[int, list[int]]:
+    """Starts by length."""
+    result: dict[int, list[int]] = {}
+    for cut in cut_frames(total, CutRule(frame_extraction=mode, target_frames=lengths, **rule)):
+        result.setdefault(cut.num_frames, []).append(cut.start)
+    return result
+
+
+def test_40_frames_are_cut_as_the_manual_says() -> None:
+    assert starts(40, "head", (1, 13, 25)) == {1: [0], 13: [0], 25: [0]}
+    assert starts(40, "chunk", (13, 25)) == {13: [0, 13, 26], 25: [0]}
+    assert starts(40, "slide", (1, 13, 25), frame_stride=10) == {
+        1: [0, 10, 20, 30],
+        13: [0, 10, 20],
+        25: [0, 10],
+    }
+    assert starts(40, "uniform", (1, 13, 25), frame_sample=4) == {
+        1: [0, 13, 26, 39],
+        13: [0, 9, 18, 27],
+        25: [0, 5, 10, 15],
+    }
+
+
+@pytest.mark.parametrize(
+    ("total", "max_frames", "length"),
+    [(20, 31, 17), (25, 31, 25), (35, 31, 29), (121, 129, 121), (150, 129, 129), (3, 129, 1)],
+)
+def test_full_takes_one_cut_rounded_down(total: int, max_frames: int, length: int) -> None:
+    assert starts(total, "full", (1,), max_frames=max_frames) == {length: [0]}
+
+
+def test_uniform_gives_each_start_once() -> None:
+    assert starts(26, "uniform", (25,), frame_sample=4) == {25: [0, 1]}
+
+
+@pytest.mark.parametrize("mode", ["head", "chunk", "slide", "uniform"])
+def test_a_clip_of_the_exact_length_is_cut_and_one_frame_less_is_not(mode: FrameExtraction) -> None:
+    rule = {"frame_sample": 3, "frame_stride": 4}
+    assert starts(25, mode, (25,), **rule) == {25: [0]}
+    assert starts(24, mode, (25,), **rule) == {}
+
+
+@pytest.mark.parametrize(
+    ("length", "rounded"),
+    [
+        (1, 1),
+        (2, 1),
+        (4, 1),
+        (5, 5),
+        (16, 13),
+        (17, 17),
+        (24, 21),
+        (80, 77),
+        (81, 81),
+        (124, 121),
+        (129, 129),
+    ],
+)
+def test_lengths_are_rounded_down_to_4k_plus_1(length: int, rounded: int) -> None:
+    assert round_frames(length) == rounded
+
+
+@pytest.mark.parametrize(("frames", "latents"), [(1, 1), (17, 5), (25, 7), (81, 21), (121, 31), (241, 61)])
+def test_four_frames_make_one_latent(frames: int, latents: int) -> None:
+    assert latent_frame_count(frames) == latents
+
+
+def test_30_fps_keeps_four_of_five_frames_and_never_drifts() -> None:
+    kept = resample_even(150, Fraction(30))
+    assert kept == [n for n in range(150) if n % 5 != 1]
+    assert len(kept) == 120
+
+
+@pytest.mark.parametrize(
+    ("total", "fps", "kept"), [(300, 60.0, 120), (125, 25.0, 120), (240, 23.976, 240), (80, 16.0, 80)]
+)
+def test_the_number_of_kept_frames_is_known(total: int, fps: float, kept: int) -> None:
+    assert len(resample_even(total, exact_rate(fps))) == kept
+
+
+def test_60_fps_keeps_these_frames() -> None:
+    assert resample_even(16, Fraction(60)) == [0, 3, 5, 8, 10, 13, 15]
+
+
+def test_uneven_times_keep_the_first_frame_of_each_slot() -> None:
+    times = [Fraction(ms, 1000) for ms in (0, 20, 40, 240, 260, 280, 480)]
+    assert resample_by_time(times) == [0, 3, 4, 6]  # slots of 41.7 ms: 0 0 0 5 6 6 11
+    assert not are_even(times)
+
+
+def test_rounded_clock_times_count_as_even() -> None:
+    assert are_even([Fraction(round(n * 1000 / 24), 1000) for n in range(100)])
+
+
+@pytest.mark.parametrize(
+    ("fps", "exact"),
+    [
+        (30.0, Fraction(30)),
+        (29.97, Fraction(30000, 1001)),
+        (23.976, Fraction(24000, 1001)),
+        (12.5, Fraction(25, 2)),
+    ],
+)
+def test_a_frame_rate_means_its_exact_fraction(fps: float, exact: Fraction) -> None:
+    assert exact_rate(fps) == exact
