@@ -1,0 +1,235 @@
+"""Frozen blocks whose weights live in host memory and travel to the device just before they are needed.
+
+Nothing ever travels back: the weights are frozen, so the host copy stays valid. A ring of device buffers
+holds the block that computes and those that come next. In a training step with gradient checkpointing the
+order is up through the blocks and down again; the last ones of the way up still serve the way down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNMENT = 64
+"""Bytes; every tensor of a packed block starts at a multiple of it."""
+
+
+class CopyEngine(Protocol):
+    """Moves packed blocks to the device, beside the computation."""
+
+    def start(self, host: Tensor, buffer: Tensor) -> Any:
+        """Begin copying `host` into `buffer` once all computation queued so far is done with the buffer.
+
+        Returns a ticket for `wait`.
+        """
+        ...
+
+    def wait(self, ticket: Any) -> None:
+        """Let the computation queued from now on see the copy."""
+        ...
+
+
+class DirectCopies:
+    """Copies at once, for devices that compute in the order of the program."""
+
+    def start(self, host: Tensor, buffer: Tensor) -> None:
+        buffer.copy_(host)
+
+    def wait(self, ticket: Any) -> None:
+        pass
+
+
+class StreamCopies:
+    """Copies on a side stream of a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def start(self, host: Tensor, buffer: Tensor) -> torch.cuda.Event:
+        copied = torch.cuda.Event()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            buffer.copy_(host, non_blocking=True)
+            copied.record()
+        return copied
+
+    def wait(self, ticket: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(ticket)
+
+
+def copy_engine(device: torch.device) -> CopyEngine:
+    """The engine that fits the device."""
+    return StreamCopies(device) if device.type == "cuda" else DirectCopies()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One frozen tensor of a block and its place in the packed bytes."""
+
+    tensor: Tensor
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def view_in(self, packed: Tensor) -> Tensor:
+        size = self.dtype.itemsize * self.shape.numel()
+        return packed[self.start : self.start + size].view(self.dtype).view(self.shape)
+
+
+class _PackedBlock:
+    """A block's frozen tensors in one piece of host memory."""
+
+    def __init__(self, tensors: Iterable[Tensor], *, pin: bool) -> None:
+        self._parts: list[_Part] = []
+        size = 0
+        for tensor in tensors:
+            self._parts.append(_Part(tensor, size, tensor.dtype, tensor.shape))
+            size += -(-tensor.numel() * tensor.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        for part in self._parts:
+            part.view_in(self.host).copy_(part.tensor.data)
+            part.tensor.data = _nowhere(part)
+
+    def attach(self, buffer: Tensor) -> None:
+        """Let the block compute with the copy in `buffer`."""
+        for part in self._parts:
+            part.tensor.data = part.view_in(buffer)
+
+    def detach(self) -> None:
+        """Leave the block without weights: a use at the wrong time is an error and not a wrong number."""
+        for part in self._parts:
+            part.tensor.data = _nowhere(part)
+
+    def restore(self, device: torch.device) -> None:
+        """Give the block weights of its own again."""
+        for part in self._parts:
+            part.tensor.data = part.view_in(self.host).to(device, copy=True)
+
+
+def _nowhere(part: _Part) -> Tensor:
+    return torch.empty(0, dtype=part.dtype)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One device buffer of the ring."""
+
+    buffer: Tensor
+    position: int | None = None
+    """Which swapped block it holds."""
+    ticket: Any = None
+
+
+class BlockSwap:
+    """Streams the frozen weights of some blocks through a ring of device buffers.
+
+    Args:
+        blocks: the swapped blocks in the order in which they run forward. Their parameters that require no
+            gradient and for which `travels(name)` holds are packed; all others stay where they are.
+        device: where the blocks compute.
+        ring_size: device buffers, at least 2: one computes while the next fills.
+        pin: page-locked host memory, which a device reads faster and beside the computation.
+        engine: how copies are made.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        device: torch.device,
+        *,
+        travels: Callable[[str], bool],
+        ring_size: int = 2,
+        pin: bool = False,
+        engine: CopyEngine | None = None,
+    ) -> None:
+        if ring_size < 2:
+            raise ValueError("a ring needs at least two buffers")
+        self._device = device
+        self._engine = engine or copy_engine(device)
+        self._packed = [
+            _PackedBlock((t for name, t in _frozen_tensors(block) if travels(name)), pin=pin)
+            for block in blocks
+        ]
+        largest = max(packed.host.numel() for packed in self._packed)
+        self._slots = [
+            _Slot(torch.empty(largest, dtype=torch.uint8, device=device))
+            for _ in range(min(ring_size, len(blocks)))
+        ]
+        self._last: int | None = None
+        self._hooks = [
+            block.register_forward_pre_hook(self._starter(position)) for position, block in enumerate(blocks)
+        ]
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that holds the swapped weights."""
+        return sum(packed.host.numel() for packed in self._packed)
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of the ring."""
+        return sum(slot.buffer.numel() for slot in self._slots)
+
+    def remove(self) -> None:
+        """Give every block its own weights on the device and stop."""
+        for hook in self._hooks:
+            hook.remove()
+        for packed in self._packed:
+            packed.restore(self._device)
+        self._slots.clear()
+
+    def _starter(self, position: int) -> Callable[..., None]:
+        def start(*_: object) -> None:
+            self._start(position)
+
+        return start
+
+    def _start(self, position: int) -> None:
+        """Called before a block runs, on the way up and again for its recompute on the way down."""
+        wanted = self._wanted(position)
+        for ahead in wanted:
+            if all(slot.position != ahead for slot in self._slots):
+                self._fetch(ahead, keep=wanted)
+        slot = next(slot for slot in self._slots if slot.position == position)
+        if slot.ticket is not None:
+            self._engine.wait(slot.ticket)
+            slot.ticket = None
+        self._packed[position].attach(slot.buffer)
+        self._last = position
+
+    def _wanted(self, position: int) -> list[int]:
+        """This block and those that come after it, as many as the ring holds."""
+        count, reach = len(self._packed), len(self._slots)
+        if not torch.is_grad_enabled():  # sampling passes through the blocks again and again
+            return [(position + step) % count for step in range(reach)]
+        if self._last is not None and position <= self._last:  # the recompute, on the way down
+            return list(range(position, max(position - reach, -1), -1))
+        return list(range(position, min(position + reach, count)))
+
+    def _fetch(self, position: int, keep: Sequence[int]) -> None:
+        slot = next(slot for slot in self._slots if slot.position not in keep)
+        if slot.position is not None:
+            if slot.ticket is not None:
+                self._engine.wait(slot.ticket)  # fetched but never used
+            self._packed[slot.position].detach()
+        slot.position = position
+        slot.ticket = self._engine.start(
+            self._packed[position].host, slot.buffer[: self._packed[position].host.numel()]
+        )
+
+
+def _frozen_tensors(block: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    for name, parameter in block.named_parameters():
+        if not parameter.requires_grad:
+            yield name, parameter
+    yield from block.named_buffers()
+
+
+def spread(count: int, total: int) -> list[int]:
+    """`count` of `total` indices, evenly spread: resident blocks compute while swapped ones travel."""
+    return [index * total // count for index in range(count)]
