@@ -1,6 +1,6 @@
 """Sets up the project and runs the whole path on small random models: cache, train, generate.
 
-    python3 quickstart.py          make .venv, install, build small models, teach them a real clip, make videos
+    python3 quickstart.py          make .venv, install, teach small models a real clip, make videos
     python3 quickstart.py test     make .venv, install, run every check and test
 
 Needs Python 3.11 or newer and nothing else; both commands may be run again.
