@@ -130,6 +130,8 @@ class _Packets:
     end: Fraction
     """End of the last frame in seconds."""
     declared_end: Fraction | None
+    slack: Fraction
+    """How much earlier than declared a whole file may end, in seconds."""
     declared_frames: int
     average_rate: Fraction | None
     can_be_trusted: bool
@@ -155,6 +157,7 @@ class _Packets:
         end = Fraction(0)
         if pts:
             end = (pts[-1] + (durations[pts[-1]] or _typical_step(pts))) * time_base
+        declared_end, slack = _declared_end(container, stream, _typical_step(pts) * time_base)
         # VP8 and old AVI files hold packets that show nothing.
         is_odd = stream.codec_context.name == "vp8" or "avi" in container.format.name.split(",")
         return cls(
@@ -162,7 +165,8 @@ class _Packets:
             time_base=time_base,
             is_cut=is_cut or _lost_its_end(container, stream),
             end=end,
-            declared_end=_declared_end(container, stream),
+            declared_end=declared_end,
+            slack=slack,
             declared_frames=stream.frames,
             average_rate=stream.average_rate,
             can_be_trusted=not without_time and len(set(pts)) == len(pts) and not is_odd,
@@ -179,17 +183,20 @@ def _lost_its_end(container: InputContainer, stream: VideoStream) -> bool:
     return container.format.name == "asf" and stream.duration is None and container.duration is None
 
 
-def _declared_end(container: InputContainer, stream: VideoStream) -> Fraction | None:
-    """When the last frame should end, in seconds, as far as the header tells."""
+def _declared_end(
+    container: InputContainer, stream: VideoStream, step: Fraction
+) -> tuple[Fraction | None, Fraction]:
+    """When the last frame should end, as far as the header tells, and how exact that is; in seconds."""
     tag = stream.metadata.get("DURATION", "")  # Matroska: 00:00:01.960000000
     if tag.count(":") == 2:
         hours, minutes, seconds = tag.split(":")
-        return Fraction(int(hours) * 3600 + int(minutes) * 60) + Fraction(seconds)
+        return Fraction(int(hours) * 3600 + int(minutes) * 60) + Fraction(seconds), step / 2
     if stream.duration is not None and stream.time_base is not None:
-        return (stream.duration + (stream.start_time or 0)) * stream.time_base
+        return (stream.duration + (stream.start_time or 0)) * stream.time_base, step / 2
     if container.duration is not None and len(container.streams) == 1:
-        return Fraction(container.duration + max(container.start_time or 0, 0), av.time_base)
-    return None
+        end = Fraction(container.duration + max(container.start_time or 0, 0), av.time_base)
+        return end, max(2 * step, Fraction(1, 10))
+    return None, step
 
 
 def _refuse_cut_file(path: Path, packets: _Packets) -> None:
@@ -197,8 +204,7 @@ def _refuse_cut_file(path: Path, packets: _Packets) -> None:
         raise MediaError(path, DAMAGED, "the file ends early")
     if packets.declared_end is None or not packets.pts:
         return
-    two_frames = 2 * _typical_step(packets.pts) * packets.time_base
-    if packets.declared_end - packets.end > max(two_frames, Fraction(1, 10)):
+    if packets.declared_end - packets.end > packets.slack:
         detail = f"ends after {float(packets.end):.2f} of {float(packets.declared_end):.2f} declared seconds"
         raise MediaError(path, DAMAGED, detail)
 

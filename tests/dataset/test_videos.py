@@ -1,0 +1,189 @@
+"""Videos: the right frames, upright, and damaged files found instead of shortened."""
+
+from __future__ import annotations
+
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from dataset.frames import are_even, resample_by_time
+from dataset.media import DAMAGED, UNREADABLE, MediaError
+from dataset.videos import probe_video, read_frames
+from tests.dataset.media_tools import (
+    cut_file,
+    flip_bytes,
+    numbered_frames,
+    numbers_of,
+    remux,
+    set_display_matrix,
+    write_video,
+)
+
+
+def read_all(path: Path) -> np.ndarray:
+    """Every frame of a video."""
+    info = probe_video(path)
+    return np.stack([frame for _, frame in read_frames(path, info, range(info.num_frames))])
+
+
+def refused(path: Path) -> MediaError:
+    """The error that a damaged file ends in."""
+    with pytest.raises(MediaError) as caught:
+        read_all(path)
+    assert str(path.parent) not in caught.value.detail
+    return caught.value
+
+
+@pytest.fixture
+def bunny(tmp_path: Path, media: Path) -> Path:
+    """A private copy of a real clip, with its index in front so that cutting leaves it readable."""
+    return remux(media / "bunny_25fps_49f.mp4", tmp_path / "bunny.mp4", movflags="faststart")
+
+
+def test_a_real_clip_is_described_from_its_packets(media: Path) -> None:
+    info = probe_video(media / "bunny_25fps_49f.mp4")
+    assert (info.size, info.num_frames, info.fps) == ((640, 360), 49, 25)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "libx264", {"crf": "4", "bf": "3", "g": "12"}),
+        ("a.mp4", "libx264", {"crf": "4", "bf": "3", "g": "10", "x264-params": "open-gop=1"}),
+        ("a.mkv", "libx264", {"crf": "4", "bf": "2"}),
+        ("a.webm", "libvpx-vp9", {"crf": "4", "b": "0"}),
+        ("a.webm", "libvpx", {"crf": "4", "b": "4M", "auto-alt-ref": "1", "lag-in-frames": "16"}),
+        ("a.avi", "mpeg4", {}),
+        ("a.mpg", "mpeg2video", {"bf": "2", "b": "4M"}),
+        ("a.mov", "libx265", {"crf": "4", "x265-params": "log-level=none:open-gop=1"}),
+    ],
+)
+def test_frames_come_in_presentation_order_and_are_all_there(
+    tmp_path: Path, name: str, codec: str, options: dict[str, str]
+) -> None:
+    path = write_video(tmp_path / name, numbered_frames(60), codec=codec, codec_options=options, fps=25)
+    assert numbers_of(read_all(path)) == list(range(60))
+
+
+def test_seeking_to_a_late_frame_gives_the_same_pixels(bunny: Path) -> None:
+    everything = read_all(bunny)
+    info = probe_video(bunny)
+    late = dict(read_frames(bunny, info, [40, 43]))
+    assert all(np.array_equal(everything[number], frame) for number, frame in late.items())
+    assert sorted(late) == [40, 43]
+
+
+def test_a_video_that_does_not_start_at_zero_loses_nothing(tmp_path: Path) -> None:
+    times = [5000 + 40 * n for n in range(20)]
+    path = write_video(tmp_path / "a.mkv", numbered_frames(20), fps=25, pts_ms=times)
+    assert numbers_of(read_all(path)) == list(range(20))
+
+
+def test_uneven_times_are_kept_and_choose_the_frames(tmp_path: Path) -> None:
+    times = [0, 20, 40, 240, 260, 280, 480, 500]
+    path = write_video(tmp_path / "a.mkv", numbered_frames(8), pts_ms=times)
+    info = probe_video(path)
+    assert info.times == tuple(Fraction(t, 1000) for t in times)
+    assert not are_even(info.times)
+    assert resample_by_time(info.times) == [0, 3, 4, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0)],
+)
+def test_the_display_matrix_is_applied_before_anything_is_measured(
+    tmp_path: Path, matrix: tuple[int, int, int, int]
+) -> None:
+    frame = np.zeros((48, 64, 3), np.uint8)
+    frame[:16, :16] = 255  # top left
+    path = write_video(tmp_path / "a.mp4", [frame] * 3)
+    set_display_matrix(path, *matrix)
+    a, b, c, d = matrix
+    width, height = (64, 48) if a else (48, 64)
+    assert probe_video(path).size == (width, height)
+    shown = read_all(path)[0]
+    # The matrix moves the corner (0, 0) of a picture that starts at the origin again afterwards.
+    left = (a or c) > 0
+    top = (d or b) > 0
+    assert shown[4 if top else height - 5, 4 if left else width - 5].min() > 200
+    assert shown[height - 5 if top else 4, width - 5 if left else 4].max() < 50
+
+
+def test_a_quarter_turn_is_clockwise(tmp_path: Path) -> None:
+    frame = np.zeros((48, 64, 3), np.uint8)
+    frame[:, :32] = 255  # the left half is at the top after a turn clockwise
+    path = write_video(tmp_path / "a.mp4", [frame])
+    set_display_matrix(path, 0, 1, -1, 0)
+    shown = read_all(path)[0]
+    assert shown[:24].mean() > 220
+    assert shown[-24:].mean() < 30
+
+
+def test_odd_sizes_are_read(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", numbered_frames(3, 85, 49))
+    assert probe_video(path).size == (85, 49)
+    assert read_all(path).shape == (3, 49, 85, 3)
+
+
+def test_an_empty_file_and_noise_cannot_be_opened(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"")
+    assert refused(path).detail == "the file is empty"
+    path.write_bytes(np.random.default_rng(0).bytes(20_000))
+    assert refused(path).reason == UNREADABLE
+
+
+def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert refused(path).detail == "holds no video"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 0.97])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_a_cut_file_is_damaged_before_anything_is_decoded(bunny: Path, suffix: str, share: float) -> None:
+    path = remux(
+        bunny, bunny.with_name(f"cut{suffix}"), **({"movflags": "faststart"} if suffix != ".mkv" else {})
+    )
+    cut_file(path, share)
+    with pytest.raises(MediaError) as caught:
+        probe_video(path)
+    assert caught.value.reason in {DAMAGED, UNREADABLE}
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.avi", "mpeg4"), ("a.webm", "libvpx-vp9"), ("a.flv", "flv")])
+def test_other_containers_do_not_get_shorter_either(tmp_path: Path, name: str, codec: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3), dtype=np.uint8)
+    path = write_video(tmp_path / name, list(noise), codec=codec)
+    assert len(read_all(path)) == 40
+    cut_file(path, 0.6)
+    assert refused(path).reason in {DAMAGED, UNREADABLE}
+
+
+@pytest.mark.parametrize("start", [0.5, 0.6, 0.75])
+def test_frames_that_the_decoder_had_to_guess_are_refused(bunny: Path, start: float) -> None:
+    flip_bytes(bunny, start, 2500)
+    assert refused(bunny).reason == DAMAGED
+
+
+def test_damage_behind_the_wanted_frames_is_not_decoded(bunny: Path) -> None:
+    """`head` must not pay for the rest of the file."""
+    flip_bytes(bunny, 0.75, 2500)
+    info = probe_video(bunny)
+    assert len(list(read_frames(bunny, info, range(5)))) == 5
+
+
+def test_a_video_keeps_its_frames_when_renamed_to_an_odd_name(tmp_path: Path, media: Path) -> None:
+    for name in ("日本 語 🐈.mp4", "-dash %d [x].mp4", "file:colon.mp4"):
+        path = Path(shutil.copy(media / "coffee_pan_24fps_49f.mp4", tmp_path / name))
+        assert probe_video(path).num_frames == 49
