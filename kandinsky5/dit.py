@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from kandinsky5.layers import (
     MAX_TEXT_POSITIONS,
@@ -22,6 +23,8 @@ from kandinsky5.layers import (
 )
 from kandinsky5.nabla import MaskObserver, from_fractal, make_plan, to_fractal
 from kandinsky5.tasks import DitParams, NablaParams
+from modules.activation_offload import ActivationOffload
+from modules.attention import keep_attention_outputs
 
 NUM_TIMESTEPS = 1000
 """The model receives timestep = NUM_TIMESTEPS * sigma."""
@@ -83,6 +86,8 @@ class DiffusionTransformer3D(nn.Module):
         )
         self.compute_dtype = compute_dtype
         self.gradient_checkpointing = False
+        self.kept_attention_blocks = 0
+        self.activation_offload: ActivationOffload | None = None
         self.nabla_observer: MaskObserver | None = None
         head_dim = sum(axes_dims)
         block_sizes = (model_dim, ff_dim, time_dim, head_dim)
@@ -173,7 +178,7 @@ class DiffusionTransformer3D(nn.Module):
             visual = visual + residual.residual
         else:
             before = visual
-            for block in self.visual_blocks():
+            for index, block in enumerate(self.visual_blocks()):
                 visual = self._run(
                     block,
                     visual,
@@ -182,6 +187,7 @@ class DiffusionTransformer3D(nn.Module):
                     rotary,
                     text_mask,
                     plan,
+                    keeps_attention=index < self.kept_attention_blocks,
                 )
             if residual is not None:
                 residual.residual = visual - before
@@ -189,12 +195,17 @@ class DiffusionTransformer3D(nn.Module):
             visual = from_fractal(visual, grid)
         return self.out_layer(visual, activated_time, grid)
 
-    def _run(self, block: nn.Module, *inputs: object) -> Tensor:
+    def _run(self, block: nn.Module, *inputs: object, keeps_attention: bool = False) -> Tensor:
         """One block, recomputed in the backward when gradient checkpointing is on."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return block(*inputs)
+        offload = nullcontext() if self.activation_offload is None else self.activation_offload.hooks()
+        contexts = keep_attention_outputs if keeps_attention else noop_context_fn
+        with offload:
             # No random numbers are drawn inside that the recompute would have to repeat.
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return block(*inputs)
+            return checkpoint(
+                block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+            )
 
 
 def _triple(values: tuple[int, int, int]) -> tuple[int, int, int]:

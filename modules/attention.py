@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+_ATTENTION_OPERATORS = frozenset({
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_attention_math.default,
+})
+
+
+def keep_attention_outputs() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """A `context_fn` for torch.utils.checkpoint: everything is recomputed but the attention itself."""
+
+    def policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        kept = operator in _ATTENTION_OPERATORS
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
@@ -12,7 +35,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, key_mask: Tensor | N
     Args:
         query: [B, N, heads, d].
         key, value: [B, L, heads, d].
-        key_mask: [B, L] bool, true where a key may be seen; None where all may (faster than an all-true mask).
+        key_mask: [B, L] bool, true where a key may be seen; None where all may, which is faster.
     Returns:
         [B, N, heads, d].
     """

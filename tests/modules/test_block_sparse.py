@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from kandinsky5.nabla import dense_masked_attention
 from modules import block_sparse
 from modules.block_sparse import flex_block_attention, gathered_block_attention
+from tests.flops import count_flops
 
 BLOCK = 64
 SHAPE = (2, 12 * BLOCK, 2, 16)  # [B, N, heads, d]
@@ -50,7 +50,7 @@ def attention_flops(density: float, *, backward: bool) -> int:
     kept = round(12 * density)
     mask = torch.zeros(2, 2, 12, 12, dtype=torch.bool)
     mask[..., :kept] = True
-    with FlopCounterMode(display=False) as counter:
+    with count_flops() as counter:
         inputs = [tensor.requires_grad_(backward) for tensor in tensors]
         out = gathered_block_attention(*inputs, mask, BLOCK)
         if backward:
@@ -62,6 +62,8 @@ def attention_flops(density: float, *, backward: bool) -> int:
 def test_work_follows_density(backward: bool) -> None:
     """Fails if attention is computed densely and masked afterwards."""
     full = attention_flops(1.0, backward=backward)
+    scores = 2 * 2 * 768 * 768 * 16 * 2  # [B, heads, N, N] from d channels
+    assert full == scores * (2 + (2 + 5 if backward else 0))  # the gathered keys' attention is made again
     assert attention_flops(0.5, backward=backward) == full // 2
     assert attention_flops(0.25, backward=backward) == full // 4
 

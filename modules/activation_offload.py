@@ -1,0 +1,123 @@
+"""Keeps what autograd saves in host memory between the forward and the backward pass."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class TensorMover(Protocol):
+    """Copies tensors to host memory and back, beside the computation."""
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """Begin a copy to host memory; the tensor may be released at once."""
+        ...
+
+    def to_device(self, host: Tensor, device: torch.device) -> Tensor:
+        """Begin the copy back."""
+        ...
+
+    def wait(self, tensor: Tensor) -> None:
+        """Let the computation queued from now on see a tensor that is on its way back."""
+        ...
+
+
+class DirectMover:
+    """Copies at once, for devices that compute in the order of the program."""
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=True)
+
+    def to_device(self, host: Tensor, device: torch.device) -> Tensor:
+        return host.to(device)
+
+    def wait(self, tensor: Tensor) -> None:
+        pass
+
+
+class StreamMover:
+    """Copies through page-locked memory on a side stream of a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        # torch's allocator keeps freed page-locked memory for the next step.
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(tensor.detach(), non_blocking=True)
+        tensor.record_stream(self._stream)
+        return host
+
+    def to_device(self, host: Tensor, device: torch.device) -> Tensor:
+        with torch.cuda.stream(self._stream):
+            return host.to(device, non_blocking=True)
+
+    def wait(self, tensor: Tensor) -> None:
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        tensor.record_stream(current)
+
+
+def tensor_mover(device: torch.device) -> TensorMover:
+    """The mover that fits the device."""
+    return StreamMover(device) if device.type == "cuda" else DirectMover()
+
+
+@dataclass(slots=True)
+class _Offloaded:
+    """One saved tensor that is away."""
+
+    index: int
+    host: Tensor
+    device: torch.device
+    returning: Tensor | None = None
+
+
+class ActivationOffload:
+    """Sends large saved tensors to host memory and brings each back one ahead of its use.
+
+    Args:
+        min_bytes: smaller tensors stay where they are.
+    """
+
+    def __init__(self, mover: TensorMover, *, min_bytes: int) -> None:
+        self._mover = mover
+        self._min_bytes = min_bytes
+        self._away: dict[int, _Offloaded] = {}
+        self._count = 0
+
+    def hooks(self) -> AbstractContextManager[None]:
+        """Around the part of the forward pass whose saved tensors go to the host."""
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Offloaded:
+        if not tensor.requires_grad or tensor.numel() * tensor.element_size() < self._min_bytes:
+            return tensor
+        entry = _Offloaded(self._count, self._mover.to_host(tensor), tensor.device)
+        self._away[self._count] = entry
+        self._count += 1
+        return entry
+
+    def _unpack(self, saved: Tensor | _Offloaded) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        self._return(saved)
+        assert saved.returning is not None
+        self._mover.wait(saved.returning)
+        tensor, saved.returning = saved.returning, None
+        self._away.pop(saved.index, None)
+        if saved.index - 1 in self._away:  # the backward pass asks in the opposite order
+            self._return(self._away[saved.index - 1])
+        return tensor
+
+    def _return(self, entry: _Offloaded) -> None:
+        if entry.returning is None:
+            entry.returning = self._mover.to_device(entry.host, entry.device)
