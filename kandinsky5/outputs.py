@@ -67,11 +67,11 @@ class OutputNames:
         if makes_many and not is_folder and self._suffix:
             raise ConfigError(f"--output {path}: several videos need a folder, not one file name")
         if makes_many or is_folder:
-            self._folder, self._stem, self._suffix = path, None, ""
+            self.folder, self._stem, self._suffix = path, None, ""
         else:
-            self._folder = path.parent
+            self.folder = path.parent
             self._stem = path.name.removesuffix(path.suffix) if self._suffix else path.name
-        check_folder(self._folder)
+        check_folder(self.folder)
         if self._suffix != ".png" and config.output_type in {"video", "both"}:
             check_video_encoder()
 
@@ -81,13 +81,14 @@ class OutputNames:
         return self._suffix == ".png" and self._config.output_type == "video"
 
     def paths(self, seed: int, num_frames: int) -> OutputPaths:
-        """Free names for one result (or the same ones again with --overwrite)."""
+        """Free names for one result in `folder` (with --overwrite the given name, free or not)."""
         stem = self._stem
         if stem is None:
             now = datetime.now()
             stem = f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}_{seed}"
         wanted = self._paths(stem, num_frames)
-        if self._config.overwrite or not wanted.existing():
+        may_replace = self._config.overwrite and self._stem is not None
+        if may_replace or not wanted.existing():
             return wanted
         for number in itertools.count(1):
             paths = self._paths(f"{stem}-{number}", num_frames)
@@ -109,10 +110,10 @@ class OutputNames:
             f"{stem}.safetensors" if self._suffix == ".safetensors" else f"{stem}_latent.safetensors"
         )
         return OutputPaths(
-            video=self._folder / f"{stem}.mp4" if makes_video and not is_image else None,
-            image=self._folder / f"{stem}.png" if makes_video and is_image else None,
-            frames=self._folder / stem if kind in {"images", "latent_images"} else None,
-            latent=self._folder / latent_name if kind in {"latent", "both", "latent_images"} else None,
+            video=self.folder / f"{stem}.mp4" if makes_video and not is_image else None,
+            image=self.folder / f"{stem}.png" if makes_video and is_image else None,
+            frames=self.folder / stem if kind in {"images", "latent_images"} else None,
+            latent=self.folder / latent_name if kind in {"latent", "both", "latent_images"} else None,
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -73,6 +73,7 @@ def write_video(
                 src_color_range=ColorRange.JPEG,
                 dst_color_range=ColorRange.MPEG,
                 dst_colorspace=Colorspace.ITU709,
+                interpolation=Interpolation.AREA,  # measured: loses least of the colour
             )
             frame.pts = index
             frame.time_base = 1 / Fraction(fps)

@@ -41,8 +41,7 @@ class VideoRequest:
     """One video or image to make, every setting decided."""
 
     prompt: str
-    negative_prompt: str | None
-    """None: the official default."""
+    negative_prompt: str
     width: int
     height: int
     num_frames: int
@@ -76,6 +75,7 @@ def resolve_request(
     *,
     size_divisor: int,
     default_frames: int,
+    default_negative_prompt: str,
     lora_count: int = 0,
 ) -> VideoRequest:
     """Fill in the task's defaults and check everything that needs no model.
@@ -86,6 +86,7 @@ def resolve_request(
     Args:
         size_divisor: what width and height must be multiples of: 16, or 128 with NABLA attention.
         default_frames: pixel frames where the spec names none.
+        default_negative_prompt: where the spec names none; an empty one in the spec stays empty.
         lora_count: how many multipliers a spec may give at most.
     Raises:
         ConfigError: with all problems of this request.
@@ -103,7 +104,7 @@ def resolve_request(
         raise ConfigError(problems)
     return VideoRequest(
         prompt=(spec.prompt or "").strip(),
-        negative_prompt=spec.negative_prompt,
+        negative_prompt=default_negative_prompt if spec.negative_prompt is None else spec.negative_prompt,
         width=width,
         height=height,
         num_frames=num_frames,
@@ -113,7 +114,7 @@ def resolve_request(
         seed=DEFAULT_SEED if spec.seed is None else spec.seed,
         image=spec.image,
         image_last=spec.image_last,
-        has_own_size=spec.width is not None or spec.height is not None,
+        has_own_size=spec.image is None or spec.width is not None,
         lora_multiplier=spec.lora_multiplier,
         where=spec.where,
     )

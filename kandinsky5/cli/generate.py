@@ -43,7 +43,6 @@ _EPILOG = (
 )
 _UNAVAILABLE = {
     "blocks_to_swap": "--blocks_to_swap",
-    "fp8_fast": "--fp8_fast",
     "compile": "--compile",
     "compile_args": "--compile_args",
     "flash_attn": "--flash_attn",
@@ -51,7 +50,6 @@ _UNAVAILABLE = {
     "sage_attn": "--sage_attn",
     "xformers": "--xformers",
     "fp8_llm": "--fp8_llm",
-    "quantized_qwen": "--quantized_qwen",
 }
 """Options whose machinery this version does not have: destination -> spelling. A set one is refused."""
 _WITHOUT_EFFECT = {
@@ -115,7 +113,8 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
         device=args.device,
         dit=DitConfig(
             dtype=args.dtype,
-            fp8_base=args.fp8_base or args.fp8_scaled,
+            fp8_base=args.fp8_base or args.fp8_scaled or args.fp8_fast,
+            fp8_fast=args.fp8_fast,
             offload_dit_during_sampling=args.offload_dit_during_sampling,
             disable_numpy_memmap=args.disable_numpy_memmap,
             no_weight_check=args.no_weight_check,
@@ -123,7 +122,9 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
             cpu_noise=args.cpu_noise,
         ),
         text=TextEncoderConfig(
-            text_encoder_cpu=args.text_encoder_cpu, prompt_templates=args.prompt_templates
+            text_encoder_cpu=args.text_encoder_cpu,
+            quantized_qwen=args.quantized_qwen,
+            prompt_templates=args.prompt_templates,
         ),
         vae=VaeConfig(vae_dtype=args.vae_dtype, tile_px=_tile_px(args)),
         lora=LoraConfig(
@@ -330,7 +331,7 @@ def _add_dit_options(parser: Parser) -> None:
     add("--fp8", dest="fp8_base", action="store_true", help=argparse.SUPPRESS)
     add("--fp8_base", action="store_true", help="hold the large weights in fp8, one scale per row")
     add("--fp8_scaled", action="store_true", help="the same as --fp8_base")
-    add("--fp8_fast", action="store_true", help="multiply in fp8")
+    add("--fp8_fast", action="store_true", help="multiply in fp8 too; implies --fp8_base")
     add("--blocks_to_swap", type=non_negative_int, default=0, metavar="N", help="blocks kept in host memory")
     add(
         "--use_pinned_memory_for_block_swap",

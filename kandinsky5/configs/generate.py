@@ -32,6 +32,8 @@ class DitConfig:
     dtype: str | None = None
     """A dtype word; None: bfloat16 on CUDA, float32 on the CPU."""
     fp8_base: bool = False
+    fp8_fast: bool = False
+    """Multiply in float8 too; acts with fp8_base."""
     offload_dit_during_sampling: bool = False
     disable_numpy_memmap: bool = False
     no_weight_check: bool = False
@@ -45,6 +47,7 @@ class TextEncoderConfig:
     """How prompts are encoded."""
 
     text_encoder_cpu: bool = False
+    quantized_qwen: bool = False
     prompt_templates: Path | None = None
 
 

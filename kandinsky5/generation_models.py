@@ -1,0 +1,229 @@
+"""The models of the generation script: checked from their headers first, loaded when their stage begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kandinsky5.checkpoints import build_meta_dit, check_dit_file, file_name_warning, load_dit
+from kandinsky5.configs.generate import GenerateConfig
+from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.prompt_templates import PromptTemplates
+from kandinsky5.text_encoders import (
+    TextEncoders,
+    check_text_encoder_paths,
+    default_qwen_dtype,
+    load_text_encoders,
+)
+from kandinsky5.vae import VideoVAE, check_vae_file, load_vae
+from modules.dtypes import dtype_from_word
+from modules.errors import ConfigError, ModelFileError, ResourceError
+from modules.fp8 import check_fp8_matmul
+from modules.logs import get_logger
+from networks.lora import LoRANetwork
+from networks.lora_files import LoadedLora, read_lora
+from networks.lora_kandinsky import create_network_from_weights, is_target_name, linear_layer_sizes
+
+log = get_logger(__name__)
+
+
+def pick_device(word: str | None) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        ResourceError: it is unknown or not there.
+    """
+    if word is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(word)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ResourceError(f"--device {word} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def compute_dtype(word: str | None, device: torch.device) -> torch.dtype:
+    """What the user asked for, else bfloat16 on an accelerator and float32 on the CPU."""
+    if word is not None:
+        return dtype_from_word(word)
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def vae_dtype(word: str | None, device: torch.device) -> torch.dtype:
+    """What the user asked for, else float16 on an accelerator and float32 on the CPU."""
+    if word is not None:
+        return dtype_from_word(word)
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def check_models(config: GenerateConfig, device: torch.device) -> None:
+    """Read headers and file lists of all models that will be loaded; takes no time and little memory.
+
+    Raises:
+        ModelFileError: with every problem found.
+        ResourceError: the device cannot multiply in float8.
+    """
+    if config.dit.fp8_fast:
+        check_fp8_matmul(device)
+    problems: list[str] = []
+    try:
+        info = check_dit_file(config.models.dit, config.task.dit_params)
+        log.info("DiT: %s", info.describe())
+    except ModelFileError as error:
+        problems += error.problems
+    try:
+        check_vae_file(config.models.vae)
+    except ModelFileError as error:
+        problems += error.problems
+    problems += check_text_encoder_paths(config.models.text_encoder_qwen, config.models.text_encoder_clip)
+    if problems:
+        raise ModelFileError(problems)
+    warning = file_name_warning(config.models.dit, is_i2v=config.task.is_i2v)
+    if warning:
+        log.warning("%s", warning)
+
+
+def read_loras(config: GenerateConfig) -> tuple[LoadedLora, ...]:
+    """Read and check the LoRA files, with the multipliers of the command line.
+
+    Raises:
+        ModelFileError: with the problems of all files.
+    """
+    given, count = config.lora.lora_multiplier, len(config.lora.lora_weight)
+    if given and len(given) < count:
+        log.info("%d multipliers for %d LoRAs: the rest are 1.0", len(given), count)
+    if not count:
+        return ()
+    layers = linear_layer_sizes(build_meta_dit(config.task.dit_params, torch.float32))
+    loras: list[LoadedLora] = []
+    problems: list[str] = []
+    for path, multiplier in zip(
+        config.lora.lora_weight, (*given, *[1.0] * (count - len(given))), strict=True
+    ):
+        try:
+            lora = read_lora(
+                path,
+                layers,
+                allow_partial=config.lora.lora_allow_partial,
+                include_patterns=config.lora.include_patterns,
+                exclude_patterns=config.lora.exclude_patterns,
+            )
+        except ModelFileError as error:
+            problems += error.problems
+            continue
+        loras.append(lora.with_multiplier(multiplier))
+    if problems:
+        raise ModelFileError(problems)
+    if config.lora.lora_mode == "runtime":
+        for lora in loras:
+            _check_runtime(lora)
+    return tuple(loras)
+
+
+def _check_runtime(lora: LoadedLora) -> None:
+    others = [name for name in lora.plain_layers() if not is_target_name(name)]
+    if others:
+        raise ConfigError(
+            f"{lora.path}: {len(others)} layers can only be merged, first {others[0]}: use --lora_mode merge"
+        )
+
+
+def trigger_words(config: GenerateConfig, loras: Sequence[LoadedLora]) -> tuple[str, ...]:
+    """The words that the LoRAs in use want before the prompt."""
+    triggers = tuple(lora.trigger for lora in loras if lora.trigger and lora.multiplier != 0)
+    if triggers:
+        what = "not used (--no_lora_trigger)" if config.lora.no_lora_trigger else "put before the prompt"
+        log.info("trigger words of the LoRA, %s: %s", what, ", ".join(triggers))
+    return () if config.lora.no_lora_trigger else triggers
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingModel:
+    """The DiT with what was applied to it."""
+
+    dit: DiffusionTransformer3D
+    networks: tuple[LoRANetwork, ...]
+    """Run-time LoRAs, in the order of the command line; empty when they are merged."""
+
+    def set_multipliers(self, multipliers: Sequence[float]) -> None:
+        """Set the strengths of run-time LoRAs; merged ones keep theirs."""
+        for network, multiplier in zip(self.networks, multipliers, strict=False):
+            network.set_multiplier(multiplier)
+
+    def to(self, device: torch.device) -> None:
+        self.dit.to(device)
+        for network in self.networks:
+            network.to(device)
+
+
+class ModelLoader:
+    """Loads the models of one run as its options say; keeps none of them."""
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        loras: Sequence[LoadedLora],
+        device: torch.device,
+        templates: PromptTemplates | None,
+    ) -> None:
+        self.config = config
+        self.templates = templates
+        self.loras = loras
+        self.device = device
+        self.compute_dtype = compute_dtype(config.dit.dtype, device)
+
+    def text_encoders(self) -> TextEncoders:
+        device = torch.device("cpu") if self.config.text.text_encoder_cpu else self.device
+        log.info("loading the text encoders")
+        params = self.config.task.dit_params
+        return load_text_encoders(
+            self.config.models.text_encoder_qwen,
+            self.config.models.text_encoder_clip,
+            device=device,
+            dtype=default_qwen_dtype(device),
+            qwen_max_length=self.config.task.qwen_max_length,
+            clip_max_length=self.config.task.clip_max_length,
+            require_official_crop=not self.config.task.is_tiny,
+            is_quantized=self.config.text.quantized_qwen,
+            expected_dims=(params.in_text_dim, params.in_text_dim2),
+            templates=self.templates,
+        )
+
+    def vae(self) -> VideoVAE:
+        log.info("loading the VAE")
+        dtype = vae_dtype(self.config.vae.vae_dtype, self.device)
+        return load_vae(self.config.models.vae, dtype=dtype, device=self.device)
+
+    def dit(self) -> SamplingModel:
+        log.info("loading the DiT")
+        is_merged = self.config.lora.lora_mode == "merge"
+        active = [lora for lora in self.loras if lora.multiplier != 0]
+        dit = load_dit(
+            self.config.models.dit,
+            self.config.task.dit_params,
+            device=self.device,
+            compute_dtype=self.compute_dtype,
+            fp8=self.config.dit.fp8_base,
+            fp8_fast=self.config.dit.fp8_fast,
+            loras=active if is_merged else (),
+            use_mmap=not self.config.dit.disable_numpy_memmap,
+            check_finite=not self.config.dit.no_weight_check,
+        )
+        dit.requires_grad_(False).eval()
+        networks = () if is_merged else tuple(self._beside(dit, lora) for lora in self.loras)
+        return SamplingModel(dit, networks)
+
+    def _beside(self, dit: DiffusionTransformer3D, lora: LoadedLora) -> LoRANetwork:
+        network = create_network_from_weights(dit, lora, network_dropout=None, network_args={}, seed=0)
+        network.requires_grad_(False).eval().to(self.device)
+        network.set_multiplier(lora.multiplier)
+        return network
+
+
+def empty_device_cache(device: torch.device) -> None:
+    """Give freed memory back, so that the next model finds it in one piece."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

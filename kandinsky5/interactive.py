@@ -1,0 +1,111 @@
+"""Prompts from the console, with the models kept in memory between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from kandinsky5.generation import Run
+from kandinsky5.generation_models import SamplingModel, empty_device_cache
+from kandinsky5.prompts import parse_prompt_line
+from kandinsky5.run_settings import repeat_command
+from kandinsky5.sampling_pipeline import encode_images, encode_prompts
+from kandinsky5.text_encoders import TextEncoders
+from kandinsky5.vae import VideoVAE
+from modules.errors import UserError
+from modules.logs import get_logger
+
+log = get_logger(__name__)
+
+_HELP = (
+    "One prompt per line, settings after it: --w 512 --h 512 --f 121 --d SEED --s STEPS --g GUIDANCE "
+    "--n NEGATIVE --i IMAGE --m LORA_MULTIPLIER. Ctrl+C stops the current one, Ctrl+D (Ctrl+Z on Windows) "
+    "ends."
+)
+
+
+class _HeldModels:
+    """Models loaded at first use and then kept; on an accelerator the DiT may make room for the others."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._encoders: TextEncoders | None = None
+        self._vae: VideoVAE | None = None
+        self._model: SamplingModel | None = None
+        self._offloads = run.config.dit.offload_dit_during_sampling and run.device.type != "cpu"
+
+    def encoders(self) -> TextEncoders:
+        self._move_dit_out()
+        if self._encoders is None:
+            self._encoders = self._run.loader.text_encoders()
+        return self._encoders
+
+    def vae(self) -> VideoVAE:
+        self._move_dit_out()
+        if self._vae is None:
+            self._vae = self._run.loader.vae()
+        return self._vae
+
+    def model(self) -> SamplingModel:
+        if self._model is None:
+            self._model = self._run.loader.dit()
+        elif self._offloads:
+            self._model.to(self._run.device)
+        return self._model
+
+    def _move_dit_out(self) -> None:
+        if self._model is not None and self._offloads:
+            self._model.to(torch.device("cpu"))
+            empty_device_cache(self._run.device)
+
+
+def run_interactive(run: Run, read_line: Callable[[], str] | None = None) -> None:
+    """Make one video per line until the input ends; a wrong line or an interrupted one is only reported.
+
+    Args:
+        read_line: gives the next line and raises EOFError at the end; default is the console.
+    """
+    read = read_line or _console()
+    models = _HeldModels(run)
+    log.info("%s", _HELP)
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            continue  # nothing is running: only the half-typed line goes
+        if not line:
+            continue
+        try:
+            _make(run, models, line)
+        except UserError as error:
+            for problem in error.problems:
+                log.error("%s", problem)
+        except KeyboardInterrupt:
+            log.warning("stopped; the models stay loaded")
+
+
+def _make(run: Run, models: _HeldModels, line: str) -> None:
+    (spec,) = parse_prompt_line(line, "prompt").checked()
+    request = run.resolve(spec)
+    log.info("to make this again:\n  %s", repeat_command(run.config, request))
+    (text,) = encode_prompts(models.encoders(), [request], run.triggers)
+    image = (
+        None
+        if request.image is None
+        else encode_images(models.vae(), request, tile_px=run.config.vae.tile_px)
+    )
+    sampled = run.sample(models.model(), request, text, image)
+    run.write(models.vae() if run.needs_pixels() else None, sampled)
+
+
+def _console() -> Callable[[], str]:
+    """Line input with editing and history where prompt_toolkit is installed."""
+    try:
+        from prompt_toolkit import PromptSession  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return lambda: input("> ")
+    session = PromptSession()
+    return lambda: session.prompt("> ")

@@ -1,0 +1,136 @@
+"""The command line of generation: what it accepts, refuses and answers at once."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kandinsky5.cli.generate import parse_generate
+from kandinsky5.configs.generate import GenerateConfig
+from modules.errors import ConfigError
+
+BASE = ("--prompt", "a cat", "--output", "out.mp4")
+
+
+def parse(*words: str) -> GenerateConfig:
+    return parse_generate([*BASE, *words])
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_generate(list(words))
+    return str(caught.value)
+
+
+def test_the_documented_command_line_is_understood() -> None:
+    config = parse_generate(
+        shlex.split("""--task k5-pro-t2v-5s-sd --dit d.safetensors --vae v.safetensors
+        --text_encoder_qwen Qwen/Qwen2.5-VL-7B-Instruct --text_encoder_clip openai/clip-vit-large-patch14
+        --offload_dit_during_sampling --fp8_base --dtype bfloat16
+        --prompt cat --negative_prompt bad --frames 17 --steps 50 --guidance 5 --scheduler_scale 10 --seed 42
+        --width 512 --height 512 --output output.mp4 --lora_weight l.safetensors --lora_multiplier 1.0""")
+    )
+    assert config.dit.fp8_base
+    assert config.dit.dtype == "bfloat16"
+    assert (config.spec.width, config.spec.height, config.spec.frames) == (512, 512, 17)
+    assert (config.lora.lora_weight, config.lora.lora_multiplier) == ((Path("l.safetensors"),), (1.0,))
+    assert config.models.text_encoder_qwen == "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+def test_sibling_spellings_mean_the_same() -> None:
+    theirs = parse_generate(
+        shlex.split("""--prompt p --video_size 256 512 --video_length 21 --infer_steps 9
+        --guidance_scale 2 --flow_shift 7 --save_path o.mp4 --image_path i.png --end_image_path e.png
+        --fp8 --attn_mode torch""")
+    )
+    ours = parse_generate(
+        shlex.split("""--prompt p --height 256 --width 512 --frames 21 --steps 9 --guidance 2
+        --scheduler_scale 7 --output o.mp4 --image i.png --image_last e.png --fp8_base --sdpa""")
+    )
+    assert theirs == ours
+
+
+def test_paths_default_to_the_tasks() -> None:
+    config = parse("--task", "k5-lite-t2v-5s-sd")
+    assert config.models.dit == Path("weights/model/kandinsky5lite_t2v_sft_5s.safetensors")
+    assert config.models.text_encoder_clip == str(Path("weights/text_encoder2"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--compile",), ("--blocks_to_swap", "2"), ("--flash3",), ("--attn_mode", "sageattn"), ("--fp8_llm",)],
+)
+def test_options_without_machinery_are_refused_by_name(words: tuple[str, ...]) -> None:
+    message = refusal(*BASE, *words)
+    assert "is not available in this version" in message
+
+
+def test_options_without_effect_say_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("k5"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="k5"):
+        parse("--lycoris", "--compile_mode", "default", "--vae_chunk_size", "4", "--blocks_to_swap", "0")
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["no effect"] * 3
+
+
+def test_one_attention_at_a_time() -> None:
+    assert "--sdpa and --xformers" in refusal(*BASE, "--sdpa", "--xformers")
+
+
+def test_exactly_one_source_of_prompts(tmp_path: Path) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat\n", encoding="utf-8")
+    assert "none was given" in refusal("--output", "o.mp4")
+    assert "--prompt and --from_file" in refusal(*BASE, "--from_file", str(prompts))
+    assert "no such file" in refusal("--output", "o", "--from_file", "missing.txt")
+    assert "--output is missing" in refusal("--prompt", "x")
+
+
+def test_multipliers_never_outnumber_loras() -> None:
+    assert "at most one for each" in refusal(*BASE, "--lora_weight", "a", "--lora_multiplier", "1", "0.5")
+
+
+def test_outputs_of_another_kind_are_refused() -> None:
+    assert ".txt" in refusal("--prompt", "x", "--output", "o.txt")
+    assert "--output_type latent" in refusal("--prompt", "x", "--output", "o.safetensors")
+
+
+def test_nabla_options_override_the_task_or_need_the_switch() -> None:
+    assert parse().dit.nabla is None
+    config = parse("--task", "k5-pro-t2v-10s-sd", "--nabla_P", "0.7", "--no_nabla_add_sta")
+    assert config.dit.nabla is not None
+    assert (config.dit.nabla.P, config.dit.nabla.wT, config.dit.nabla.add_sta) == (0.7, 11, False)
+    assert "--force_nabla_attention" in refusal(*BASE, "--nabla_P", "0.7")
+    forced = parse("--force_nabla_attention", "--nabla_wH", "5").dit.nabla
+    assert forced is not None
+    assert forced.wH == 5
+
+
+def test_patterns_must_compile() -> None:
+    assert "regular expression" in refusal(*BASE, "--lora_weight", "a", "--include_patterns", "(")
+
+
+def test_a_tile_size_switches_tiling_on() -> None:
+    assert parse("--vae_spatial_tile_sample_min_size", "128").vae.tile_px == 128
+    assert parse("--vae_tiling").vae.tile_px is not None
+
+
+@pytest.mark.parametrize("words", [("--promt", "x"), ("--seed", "-1"), ("--crf", "60"), ("--steps", "0")])
+def test_wrong_options_end_with_code_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_generate([*BASE, *words])
+    assert caught.value.code == 2
+    assert words[0] in capsys.readouterr().err
+
+
+def test_help_is_quick_and_names_hidden_spellings(root: Path) -> None:
+    command = [sys.executable, "-X", "importtime", str(root / "kandinsky5_generate_video.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
+    assert "torch" not in {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert "--video_size" in result.stdout
