@@ -5,14 +5,28 @@ Source: kandinskylab/kandinsky-5:kandinsky/magcache_utils.py.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kandinsky5.dit import BlockResidual
 
 DEFAULT_THRESHOLD = 0.12
 DEFAULT_MAX_SKIPS = 2
 DEFAULT_RETENTION = 0.2
+
+
+_RATIOS_FILE = Path(__file__).with_name("magcache_ratios.json")
+
+
+def task_ratios(task_name: str) -> list[float] | None:
+    """The official ratios of a task, conditional and unconditional in turn from the second step on.
+
+    None for tasks that have none: pretrained, distilled and tiny ones.
+    Source: kandinskylab/kandinsky-5:configs/*.yaml.
+    """
+    return json.loads(_RATIOS_FILE.read_text(encoding="utf-8")).get(task_name)
 
 
 def resample_nearest(values: Sequence[float], count: int) -> list[float]:
