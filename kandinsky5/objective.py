@@ -34,9 +34,7 @@ class Objective:
     seed: int
     device: torch.device
 
-    def training_losses(
-        self, batch: CachedBatch, item_keys: Sequence[str], step: int
-    ) -> tuple[Tensor, Tensor]:
+    def training_losses(self, batch: CachedBatch, step: int) -> tuple[Tensor, Tensor]:
         """One forward pass for the whole batch.
 
         Returns:
@@ -44,9 +42,9 @@ class Objective:
         """
         size = (batch.latents.shape[-2], batch.latents.shape[-1])
         quantiles = batch.timestep_quantiles
-        sigma = draw_sigmas(self.timesteps, self.seed, step, item_keys, size, quantiles)
-        noise = draw_noise(self.seed, step, item_keys, batch.latents.shape[1:])
-        use = self._draw_conditioned(item_keys, step)
+        sigma = draw_sigmas(self.timesteps, self.seed, step, batch.item_keys, size, quantiles)
+        noise = draw_noise(self.seed, step, batch.item_keys, batch.latents.shape[1:])
+        use = self._draw_conditioned(batch.item_keys, step)
         losses = self.losses(batch, noise, sigma, use)
         return losses * loss_weight(self.timesteps, sigma).to(self.device, non_blocking=True), sigma
 

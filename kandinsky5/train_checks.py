@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataset.cached_dataset import CachedDataset
 from dataset.config import DatasetConfig
-from kandinsky5.checkpoints import check_dit_file
+from kandinsky5.checkpoints import check_dit_file, file_name_warning
 from kandinsky5.configs.train import ModelConfig, OptimizerConfig, SavingConfig, TrainConfig
 from kandinsky5.metrics import check_tensorboard
 from kandinsky5.saving import OutputNames, delete_result
@@ -33,6 +33,9 @@ def check_files(config: TrainConfig) -> None:
         ModelFileError, ConfigError, ResourceError: each with what to do.
     """
     check_dit_file(config.model.dit, config.model.dit_params)
+    warning = file_name_warning(config.model.dit, is_i2v=config.model.task.is_i2v)
+    if warning is not None:
+        log.warning("%s", warning)
     missing = [
         path for path in [*config.model.base_weights, config.network.network_weights] if path is not None
     ]
@@ -105,8 +108,8 @@ def check_sizes(config: TrainConfig, data: CachedDataset) -> None:
     Raises:
         ConfigError: a bucket that block-sparse attention or first-and-last conditioning cannot take.
     """
-    shapes = sorted({plan.latent_shape for plan in data.epoch_batches(1)})
-    problems = []
+    shapes = sorted({item.shape for item in data.items})
+    problems = _text_width_problems(config, data)
     for frames, height, width in shapes:
         where = f"{width * 8}x{height * 8} pixels, {frames * 4 - 3} frames"
         if config.model.nabla is not None and (height % 16 or width % 16):
@@ -123,6 +126,17 @@ def check_sizes(config: TrainConfig, data: CachedDataset) -> None:
     if problems:
         raise ConfigError(problems)
     _hint_at_other_scale(config.model.task, ((height, width) for _, height, width in shapes))
+
+
+def _text_width_problems(config: TrainConfig, data: CachedDataset) -> list[str]:
+    params = config.model.dit_params
+    wanted = (params.in_text_dim, params.in_text_dim2)
+    if data.text_dims == wanted:
+        return []
+    return [
+        f"the text caches are {data.text_dims[0]} and {data.text_dims[1]} wide, the model takes "
+        f"{wanted[0]} and {wanted[1]}: made with other encoders than those of {config.model.task.name}"
+    ]
 
 
 def _hint_at_other_scale(task: Task, sizes: Iterable[tuple[int, int]]) -> None:

@@ -1,8 +1,8 @@
 """Which batches make which optimizer step: arithmetic on the step number alone, so a run resumes anywhere.
 
 An optimizer step takes `gradient_accumulation_steps * num_processes` consecutive batches in the epoch's
-order. Steps never cross the end of an epoch: its last one takes what is left. Every clip of a step weighs the same,
-whatever batch it came in, so neither short batches nor the number of processes change the average.
+order. Steps never cross the end of an epoch: its last one takes what is left. Every clip of a step weighs the
+same, whatever batch it came in, so neither short batches nor the number of processes change the average.
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ class MicroBatch:
     """One forward and backward pass of one process."""
 
     plan: BatchPlan
-    item_keys: tuple[str, ...]
-    """Unlike those of the plan, different for a clip that occurs twice in one step (`num_repeats`)."""
     position: int
     """Number of the batch within the step, over all processes."""
     is_filler: bool
@@ -86,36 +84,19 @@ class PlanSequence:
             self._epoch = epoch
         start = index * self._length.batches_per_step
         group = self._batches[start : start + self._length.batches_per_step]
-        keys = _distinct_keys([batch.item_keys for batch in group])
         rounds = -(-len(group) // self._length.num_processes)
         micro_batches = []
         for number in range(rounds):
             position = number * self._length.num_processes + self._process_index
             chosen = min(position, len(group) - 1)
             micro_batches.append(
-                MicroBatch(
-                    group[chosen], keys[chosen], position, position >= len(group), number == rounds - 1
-                )
+                MicroBatch(group[chosen], position, position >= len(group), number == rounds - 1)
             )
         return StepPlan(step, epoch, tuple(micro_batches), sum(len(batch.item_keys) for batch in group))
 
     def steps(self, start: int) -> Iterator[StepPlan]:
         """From step `start` to the end of the run."""
         return (self.step(step) for step in range(start, self._length.total_steps))
-
-
-def _distinct_keys(batches: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """The second and later occurrences of a clip get a number, and so noise of their own."""
-    seen: dict[str, int] = {}
-    distinct = []
-    for keys in batches:
-        row = []
-        for key in keys:
-            count = seen.get(key, 0)
-            seen[key] = count + 1
-            row.append(f"{key}#{count}" if count else key)
-        distinct.append(tuple(row))
-    return distinct
 
 
 class _RunOrder(Sampler[BatchPlan]):

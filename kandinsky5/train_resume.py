@@ -106,7 +106,8 @@ def restore(
         old, new = saved.run.network, identity
         raise ConfigError(
             f"--resume {saved.folder.name}: its LoRA has {old['layers']} layers of rank {old['rank']} and "
-            f"alpha {old['alpha']:g}, this run's {new['layers']} of rank {new['rank']} and alpha {new['alpha']:g}. "
+            f"alpha {old['alpha']:g}, this run's {new['layers']} of rank {new['rank']} and "
+            f"alpha {new['alpha']:g}. "
             "Give the options of the first run."
         )
     network.load_state_dict(dict(saved.lora))

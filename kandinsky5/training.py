@@ -266,12 +266,13 @@ class Trainer:
         word = take_control_word(self.output.names) if self.accelerator.is_main_process else ""
         asked = stop.exit_code if stop.is_set() else _STOP_WORD_CODE if word == "stop" else 0
         loss, norm_value, request = self._share(losses, norm, asked)
+        rates = learning_rates(self.optimizer)
         if math.isfinite(loss) and math.isfinite(norm_value):
             self._update()
         else:
             self._skip_or_stop(plan, loss, norm_value, sigmas)
         self.step += 1
-        self._log_step(plan, loss, norm_value, sigmas, metrics, bar)
+        self._log_step(plan, loss, norm_value, sigmas, rates, metrics, bar)
         if word == "save" and self.accelerator.is_main_process:
             self.output.save_all("step", self.step, self._run_state(), self.schedule)
         return request
@@ -286,7 +287,7 @@ class Trainer:
             # Gradients are exchanged once per step, after its last pass.
             quiet = nullcontext() if micro.is_last else self.accelerator.no_sync(self.runner)
             with quiet:
-                losses, sigma = self.objective.training_losses(batch, micro.item_keys, plan.step)
+                losses, sigma = self.objective.training_losses(batch, plan.step)
                 share = losses.sum() / plan.num_items
                 if micro.is_filler:
                     share = share * 0.0
@@ -348,6 +349,7 @@ class Trainer:
         loss: float,
         norm: float,
         sigmas: list[float],
+        rates: dict[str, float],
         metrics: Metrics | None,
         bar: tqdm,
     ) -> None:
@@ -358,7 +360,6 @@ class Trainer:
         bar.set_postfix(avr_loss=f"{average:.4f}", refresh=False)
         if metrics is None:
             return
-        rates = learning_rates(self.optimizer)
         metrics.write(
             "step",
             self.step,
@@ -463,12 +464,13 @@ def _next_batch(batches: Iterator[CachedBatch]) -> CachedBatch:
 
 
 def _items(plan: StepPlan) -> list[str]:
-    return [key for micro in plan.micro_batches if not micro.is_filler for key in micro.item_keys]
+    return [key for micro in plan.micro_batches if not micro.is_filler for key in micro.plan.item_keys]
 
 
 def _out_of_memory_advice(step: int, error: torch.OutOfMemoryError) -> str:
     return (
         f"out of device memory in step {step + 1}: {str(error).splitlines()[0]}\n"
         "What helps most, in this order: --gradient_checkpointing, --fp8_base, a smaller resolution, "
-        "fewer frames or a smaller batch_size in the dataset file. States saved before stay; go on with --resume auto."
+        "fewer frames or a smaller batch_size in the dataset file.\n"
+        "States saved before stay; go on with --resume auto."
     )

@@ -22,15 +22,17 @@ class Validation:
     """Measures a dataset; the base model's numbers are taken once."""
 
     def __init__(self, data: CachedDataset, objective: Objective, network: LoRANetwork) -> None:
-        self._batches = [data.load_batch(plan) for plan in self._distinct(data.epoch_batches(1))]
+        self._data = data
+        self._plans = self._distinct(data.epoch_batches(1))
         self._objective = objective
         self._network = network
         self._base: list[list[float]] | None = None
 
     @staticmethod
     def _distinct(plans: Sequence[BatchPlan]) -> list[BatchPlan]:
-        """Every set of clips once, in an order that no seed decides."""
-        return sorted(set(plans), key=lambda plan: plan.item_keys)
+        """Every set of clips once (datasets may repeat them), in the order of the dataset file."""
+        by_clips = {tuple(sorted(set(plan.items))): plan for plan in plans}
+        return [by_clips[clips] for clips in sorted(by_clips)]
 
     def measure(self) -> dict[str, Any]:
         """Mean losses with and without the LoRA: per dataset, per noise level, and over all.
@@ -50,7 +52,8 @@ class Validation:
     def _losses(self) -> list[list[float]]:
         """Per clip and noise level, on the order of the batches."""
         rows = []
-        for batch in self._batches:
+        for plan in self._plans:
+            batch = self._data.load_batch(plan)
             count = len(batch.item_keys)
             use = torch.ones(count, dtype=torch.bool)
             levels = []
@@ -61,7 +64,7 @@ class Validation:
         return rows
 
     def _summary(self, losses: list[list[float]], base: list[list[float]]) -> dict[str, Any]:
-        indexes = [batch.dataset_index for batch in self._batches for _ in batch.item_keys]
+        indexes = [self._data.items[i].dataset_index for plan in self._plans for i in plan.items]
         pairs = (("loss", torch.tensor(losses)), ("base_loss", torch.tensor(base)))
         owner = torch.tensor(indexes)
         return {

@@ -69,10 +69,12 @@ def multiplier(settings: ScheduleSettings) -> Multiplier:
     if settings.name == "piecewise_constant":
         return _piecewise(str(settings.arguments.get("step_rules", "")))
     after = _after_warmup(settings)
+    # As in transformers, this one alone warms up from its floor.
+    start = (settings.min_lr_ratio or 0.0) if settings.name == "warmup_stable_decay" else 0.0
 
     def factor(step: int) -> float:
         if step < settings.warmup_steps:
-            return step / settings.warmup_steps
+            return start + (1.0 - start) * step / settings.warmup_steps
         return after(step)
 
     return factor

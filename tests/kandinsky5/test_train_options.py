@@ -1,0 +1,180 @@
+"""The training command line: what is refused, what wins, and that it never waits for torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kandinsky5.cli.train import parse_train
+from kandinsky5.configs.train import ShowTimestepsConfig, TrainConfig
+from modules.errors import ConfigError
+
+BASE = ["--task", "k5-tiny-t2v", "--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "name"]
+
+# The training command of the user guide, with its placeholders.
+GUIDE = """--mixed_precision bf16 --dataset_config path/to/dataset.toml --task k5-pro-t2v-5s-sd
+--dit path/to/kandinsky5pro_t2v_pretrain_5s.safetensors --text_encoder_qwen Qwen/Qwen2.5-VL-7B-Instruct
+--text_encoder_clip openai/clip-vit-large-patch14 --vae path/to/vae/diffusion_pytorch_model.safetensors
+--fp8_base --sdpa --gradient_checkpointing --max_data_loader_n_workers 1 --persistent_data_loader_workers
+--learning_rate 1e-4 --optimizer_type AdamW8Bit --optimizer_args weight_decay=0.001 betas=(0.9,0.95)
+--max_grad_norm 1.0 --lr_scheduler constant_with_warmup --lr_warmup_steps 100
+--network_module networks.lora_kandinsky --network_dim 32 --network_alpha 32 --timestep_sampling shift
+--discrete_flow_shift 5.0 --output_dir path/to/output --output_name k5_lora --save_every_n_epochs 1
+--max_train_epochs 50 --scheduler_scale 10.0"""
+
+
+def parse(*words: str) -> TrainConfig:
+    config = parse_train([*BASE, *words])
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def problems_of(*words: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_train(list(words))
+    return caught.value.problems
+
+
+def test_the_guides_command_is_taken_as_it_stands() -> None:
+    config = parse_train(GUIDE.split())
+    assert isinstance(config, TrainConfig)
+    assert config.optimizer.optimizer_args == {"weight_decay": 0.001, "betas": (0.9, 0.95)}
+    assert config.run.max_train_epochs == 50
+    assert config.model.fp8_base
+    assert config.timesteps.discrete_flow_shift == 5.0
+
+
+def test_help_knows_every_option_and_needs_no_torch(root: Path) -> None:
+    code = (
+        "import sys; from kandinsky5_train_network import main\n"
+        "try: main(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True
+    )
+    for word in GUIDE.split():
+        assert not word.startswith("--") or word in result.stdout
+
+
+def test_everything_wrong_is_said_at_once() -> None:
+    problems = problems_of(
+        "--task", "k5-pro", "--flash_attn", "--sdpa", "--optimizer_args", "x", "--fp8_scaled"
+    )
+    text = "\n".join(problems)
+    expected = (
+        "--dataset_config is required",
+        "--output_name is required",
+        "only one attention",
+        "unknown task",
+    )
+    for part in (*expected, "name=value", "--fp8_scaled needs --fp8_base"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mixed_precision", "fp16"], "fp16"),
+        (["--lr_warmup_steps", "5"], "constant_with_warmup"),
+        (["--lr_scheduler", "reduce_lr_on_plateau"], "use cosine"),
+        (["--blocks_to_swap", "2"], "--gradient_checkpointing"),
+        (["--gradient_checkpointing_cpu_offload"], "needs --gradient_checkpointing"),
+        (["--dim_from_weights"], "--network_weights"),
+        (["--base_weights_multiplier", "0.5"], "1 values for 0 files"),
+        (["--network_module", "networks.other"], "networks.lora_kandinsky"),
+        (["--override_dit", '{"depth": 3}'], "model_dim"),
+        (["--override_dit", "{"], "no JSON"),
+        (["--log_with", "wandb"], "tensorboard"),
+        (["--huggingface_repo_id", "me/it"], "not available"),
+        (["--sage_attn"], "cannot train"),
+        (["--min_timestep", "800", "--max_timestep", "200"], "below"),
+        (["--output_name", "a/b"], "--output_dir"),
+        (["--nabla_P", "3", "--force_nabla_attention"], "at most 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_way_out(words: list[str], message: str) -> None:
+    assert message in "\n".join(problems_of(*BASE, *words))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--max_train_steps", "0"],
+        ["--learning_rate", "nan"],
+        ["--max_train_step", "5"],
+        ["--lr_warmup_steps", "150%"],
+    ],
+)
+def test_wrong_words_and_abbreviations_end_with_code_2(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_train([*BASE, *words])
+    assert caught.value.code == 2
+
+
+def test_options_without_effect_are_said_in_the_log() -> None:
+    notes = "\n".join(parse("--split_attn", "--vae", "x", "--nabla_wT", "3").notes)
+    for part in ("--split_attn has no effect", "--vae: only used for samples", "--nabla_wT without effect"):
+        assert part in notes
+
+
+def test_untouched_defaults_get_one_hint_and_chosen_ones_none() -> None:
+    assert any("--discrete_flow_shift 5.0" in note for note in parse().notes)
+    assert not parse("--network_dim", "8").notes
+
+
+def test_shares_of_the_run_are_told_from_step_counts() -> None:
+    scheduler = ("--lr_scheduler", "cosine", "--lr_warmup_steps")
+    assert [parse(*scheduler, word).optimizer.lr_warmup_steps for word in ("10%", "0.25", "7")] == [
+        0.1,
+        0.25,
+        7,
+    ]
+
+
+def test_nabla_options_override_the_tasks() -> None:
+    config = parse_train([*BASE, "--task", "k5-tiny-nabla", "--nabla_P", "0.5", "--no_nabla_add_sta"])
+    assert isinstance(config, TrainConfig)
+    assert config.model.nabla is not None
+    assert (config.model.nabla.P, config.model.nabla.add_sta, config.model.nabla.wT) == (0.5, False, 3)
+
+
+def test_a_configuration_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'task = "k5-tiny-t2v"\ndataset_config = "d.toml"\n[any]\noutput_dir = "o"\noutput_name = "n"\n'
+        "network_dim = 8\nlearning_rate = 1e-4\ngradient_checkpointing = true\n"
+        'optimizer_args = ["eps=1e-6"]\n',
+        encoding="utf-8",
+    )
+    # The extension may be left out.
+    config = parse_train(["--config_file", str(file.with_suffix("")), "--network_dim", "16"])
+    assert isinstance(config, TrainConfig)
+    assert (config.network.network_dim, config.optimizer.learning_rate) == (16, 1e-4)
+    assert config.model.gradient_checkpointing
+    assert config.optimizer.optimizer_args == {"eps": 1e-6}
+
+
+def test_a_configuration_file_is_checked_like_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('netwrok_dim = 8\nsdpa = 1\nseed = true\ntask = ["a"]\n', encoding="utf-8")
+    text = "\n".join(problems_of("--config_file", str(file)))
+    for part in (
+        "did you mean network_dim",
+        "sdpa is a switch",
+        "seed needs a value",
+        "task takes one value",
+    ):
+        assert part in text
+    assert "no such file" in problems_of("--config_file", str(tmp_path / "other"))[0]
+
+
+def test_secrets_stay_out_of_the_recorded_options() -> None:
+    assert not {"wandb_api_key", "huggingface_token"} & set(parse().options)
+
+
+def test_showing_timesteps_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse_train(["--show_timesteps", "console"])
+    assert isinstance(config, ShowTimestepsConfig)

@@ -1,0 +1,104 @@
+"""Training in-process on the small DiT and random caches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataset.cache_files import LatentCacheMeta, TextCacheMeta, write_latent_cache, write_text_cache
+from dataset.cache_names import text_cache_name, video_cache_name
+from kandinsky5_train_network import main
+from modules.tensor_files import read_tensors, write_tensors
+from tests.tiny import tiny_dit
+
+Clip = tuple[int, int, int, int]
+CLIPS: tuple[Clip, ...] = ((2, 4, 4, 5), (2, 4, 4, 7), (2, 4, 4, 6), (3, 2, 8, 5), (3, 2, 8, 9))
+"""(latent_frames, latent_height, latent_width, text tokens) of the clips of a small dataset."""
+
+
+def write_dit(folder: Path) -> Path:
+    """The small DiT as a file in the dtypes of the published ones."""
+    path = folder / "tiny.safetensors"
+    write_tensors(path, {key: value.detach() for key, value in tiny_dit().state_dict().items()})
+    return path
+
+
+def write_dataset(
+    folder: Path, clips: Sequence[Clip] = CLIPS, *, batch_size: int = 1, resolution: int = 32
+) -> Path:
+    """Caches with random tensors, and the dataset file for them; the clips themselves do not exist."""
+    cache = folder / "cache"
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(5)
+    for number, (frames, height, width, tokens) in enumerate(clips):
+        name = f"clip{number}"
+        meta = LatentCacheMeta(
+            width=width * 8,
+            height=height * 8,
+            frame_count=4 * frames - 3,
+            frame_start=0,
+            crop=f"{width * 8}x{height * 8}",
+            fps="all",
+            dtype="float32",
+            vae_tile="none",
+            source_fingerprint="none",
+            encoder_fingerprint="none",
+        )
+        write_latent_cache(
+            cache / video_cache_name(name, 0, 4 * frames - 3, width * 8, height * 8),
+            torch.randn(16, frames, height, width, generator=generator),
+            torch.randn(16, 2, height, width, generator=generator),
+            meta,
+        )
+        text_meta = TextCacheMeta(
+            caption1=name,
+            template="video",
+            qwen_max_length=256,
+            clip_max_length=77,
+            encoder_fingerprint="none",
+        )
+        write_text_cache(
+            cache / text_cache_name(name),
+            torch.randn(tokens, 64, generator=generator),
+            torch.randn(32, generator=generator),
+            text_meta,
+        )
+    path = folder / "dataset.toml"
+    path.write_text(
+        f"[general]\nresolution = [{resolution}, {resolution}]\nenable_bucket = true\n\n[[datasets]]\n"
+        f"video_directory = {json.dumps((folder / 'clips').as_posix())}\n"
+        f"cache_directory = {json.dumps(cache.as_posix())}\n"
+        f'caption_extension = ".txt"\ntarget_frames = [5, 9]\nbatch_size = {batch_size}\n',
+        encoding="utf-8",
+    )
+    return path
+
+
+def train(
+    dit: Path, dataset: Path, output: Path, *extra: object, task: str = "k5-tiny-t2v"
+) -> list[dict[str, Any]]:
+    """Run the training script; returns the records of its metrics."""
+    base = ("--task", task, "--dit", dit, "--dataset_config", dataset, "--output_dir", output)
+    settings = (
+        *("--output_name", "lora", "--network_dim", 4, "--network_alpha", 4, "--learning_rate", 1e-3),
+        *("--timestep_sampling", "shift", "--discrete_flow_shift", 5.0, "--seed", 3),
+        *("--max_data_loader_n_workers", 0),
+    )
+    main([str(word) for word in (*base, *settings, *extra)])
+    return metrics(output)
+
+
+def metrics(output: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, of one kind or all."""
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return [record for record in records if kind is None or record["kind"] == kind]
+
+
+def lora_bytes(path: Path) -> dict[str, bytes]:
+    """Tensor name -> its bytes."""
+    return {name: value.view(torch.uint8).numpy().tobytes() for name, value in read_tensors(path)[0].items()}
