@@ -1,0 +1,146 @@
+"""The official prompt templates and negative prompt, taken from diffusers and checked by hash.
+
+The texts are not part of this project: they are read from the installed diffusers, brought to the wording the
+models were trained with (one word is spelt "promt" there), and compared with known hashes, so that a changed
+diffusers is noticed instead of shifting every embedding.
+
+`python -m kandinsky5.prompt_templates FILE` saves them for `--prompt_templates FILE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kandinsky5.cli.common import Parser, user_errors
+from modules.errors import ConfigError, ResourceError
+from modules.files import write_json
+from modules.logs import get_logger
+
+log = get_logger(__name__)
+
+ContentType = Literal["video", "image"]
+"""Which template a caption goes through: clips of one frame take `image`, longer ones `video`."""
+
+_PLACE = "{}"
+_SHA256 = {
+    "video": "09efacd0c7584e236b605dfa1d8b76e87051f5d4ca99f79243e46cbec993c3bc",
+    "image": "04de998d6e835997641241c6d0ec3dc0fab9e8c70f87dccf98333822ccdff04f",
+    "negative_prompt": "0c7acab80fec7c0fc9195770616e90570e9a33cb4a1826f11a65215582119e82",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTemplates:
+    """What the models were trained with, to the byte."""
+
+    video: str
+    image: str
+    """Chat templates with one place `{}` for the caption."""
+    negative_prompt: str
+    """The official default for video."""
+
+    def parts(self, content: ContentType) -> tuple[str, str]:
+        """The text before and after the caption."""
+        before, _, after = (self.video if content == "video" else self.image).partition(_PLACE)
+        return before, after
+
+
+def load_prompt_templates(file: Path | None = None) -> PromptTemplates:
+    """The templates from the installed diffusers, or from a file that `save_prompt_templates` wrote.
+
+    Raises:
+        ConfigError: `file` cannot be used.
+        ResourceError: the installed diffusers has other texts.
+    """
+    if file is not None:
+        texts, origin = _read_file(file), f"--prompt_templates {file}"
+    else:
+        texts, origin = _read_diffusers()
+    wrong = [name for name, digest in _SHA256.items() if _sha256(texts.get(name, "")) != digest]
+    if not wrong:
+        return PromptTemplates(**texts)
+    what = (
+        f"{origin}: {' and '.join(wrong)} is not the text that Kandinsky 5 was trained with "
+        "(its SHA-256 differs)"
+    )
+    if file is not None:
+        raise ConfigError(what)
+    raise ResourceError(
+        f"{what}\nInstall the tested version: pip install 'diffusers>=0.42,<0.43'. Or save the texts where "
+        "that version is installed, with python -m kandinsky5.prompt_templates FILE, and give "
+        "--prompt_templates FILE"
+    )
+
+
+def save_prompt_templates(file: Path, templates: PromptTemplates) -> None:
+    """Write the templates for `--prompt_templates`."""
+    write_json(file, asdict(templates))
+
+
+def _read_file(file: Path) -> dict[str, str]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prompt_templates {file}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):
+        raise ConfigError(f"--prompt_templates {file}: must be a JSON table of texts: {', '.join(_SHA256)}")
+    return {name: content.get(name, "") for name in _SHA256}
+
+
+def _read_diffusers() -> tuple[dict[str, str], str]:
+    """The three texts, "" for what is not found, and where they come from."""
+    try:
+        import diffusers
+        from diffusers.pipelines.kandinsky5 import pipeline_kandinsky
+        from diffusers.pipelines.kandinsky5.pipeline_kandinsky_t2i import Kandinsky5T2IPipeline
+    except ImportError as error:
+        raise ResourceError(
+            f"the prompt templates are read from diffusers, which cannot be imported ({error}). "
+            "Install the tested version: pip install 'diffusers>=0.42,<0.43'"
+        ) from error
+    quoted = re.search(r'negative_prompt\s*=\s*"([^"]*)"', pipeline_kandinsky.EXAMPLE_DOC_STRING)
+    texts = {
+        "video": _template_of(pipeline_kandinsky.Kandinsky5T2VPipeline),
+        "image": _template_of(Kandinsky5T2IPipeline),
+        "negative_prompt": quoted.group(1) if quoted else "",
+    }
+    return texts, f"diffusers {diffusers.__version__}"
+
+
+def _template_of(pipeline_class: Any) -> str:
+    """A pipeline's template in the official spelling; the template is set by its constructor alone."""
+    components = [name for name in inspect.signature(pipeline_class.__init__).parameters if name != "self"]
+    pipeline = pipeline_class(**dict.fromkeys(components))
+    return pipeline.prompt_template.replace("prompt engineer", "promt engineer")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        "python -m kandinsky5.prompt_templates",
+        "Save the official prompt templates of the installed diffusers for --prompt_templates.",
+    )
+    parser.add_argument("file", type=Path, help="JSON file to write")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with user_errors(argv):
+        file = _parse(argv).file
+        save_prompt_templates(file, load_prompt_templates())
+        log.info("wrote %s", file)
+
+
+if __name__ == "__main__":
+    main()

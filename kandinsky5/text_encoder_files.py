@@ -1,0 +1,346 @@
+"""Finds the folders of the text encoders and reads from them only what encoding captions needs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky5.weight_checks import WeightHash, describe_mismatch, kind_of_model
+from modules.errors import ModelFileError, ResourceError
+from modules.logs import get_logger
+from modules.tensor_files import TensorFile, TensorInfo, read_header
+
+log = get_logger(__name__)
+
+EncoderKind = Literal["qwen", "clip"]
+
+_FLAGS = {"qwen": "--text_encoder_qwen", "clip": "--text_encoder_clip"}
+_NAMES = {"qwen": "Qwen2.5-VL", "clip": "a CLIP text encoder"}
+_EXAMPLES = {"qwen": "Qwen/Qwen2.5-VL-7B-Instruct", "clip": "openai/clip-vit-large-patch14"}
+_MODEL_TYPES = {"qwen": ("qwen2_5_vl", "qwen2_5_vl_text"), "clip": ("clip", "clip_text_model")}
+# Where diffusers' folders keep the tokenizer of the encoder beside it.
+_TOKENIZER_SIBLINGS = {"qwen": "tokenizer", "clip": "tokenizer_2"}
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
+_INDEX = "model.safetensors.index.json"
+_SINGLE_FILE = "model.safetensors"
+
+# In the order in which they are tried: a longer prefix before the one it begins with.
+_PREFIXES = {
+    "qwen": ("model.language_model.", "language_model.model.", "language_model.", "model."),
+    "clip": ("text_model.",),
+}
+_LEFT_OUT = {
+    "qwen": ("visual.", "model.visual.", "lm_head.", "language_model.lm_head."),
+    "clip": ("vision_model.", "logit_scale", "text_projection.", "visual_projection."),
+}
+_IGNORED_SUFFIXES = ("position_ids", "rotary_emb.inv_freq")  # tables that are computed, found in old files
+_WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEncoder:
+    """A text model on its device, its tokenizer, and the hash that stands for both."""
+
+    model: Any
+    tokenizer: Any
+    fingerprint: str
+    folder: Path
+
+
+def check_text_encoder(name: str, kind: EncoderKind) -> list[str]:
+    """Problems that can be seen without loading; hub ids are only looked at, not downloaded."""
+    try:
+        folder = _local_folder(name, kind)
+        if folder is not None:
+            _check_folder(folder, kind)
+    except ModelFileError as error:
+        return error.problems
+    return []
+
+
+def load_qwen(name: str, *, device: torch.device, dtype: torch.dtype, is_quantized: bool) -> LoadedEncoder:
+    """The language model of Qwen2.5-VL without vision tower and head, weights in `dtype` or 4-bit NF4."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+    folder = resolve_folder(name, "qwen")
+    config = _read_model_config(folder, "qwen")
+    model = _without_weights(lambda: Qwen2_5_VLTextModel(config))
+    if is_quantized:
+        return _load(model, folder, "qwen", _nf4_placer(model, device, dtype), device, "nf4")
+    return _load(model, folder, "qwen", _plain_placer(model, device, dtype), device, "")
+
+
+def load_clip(name: str, *, device: torch.device) -> LoadedEncoder:
+    """CLIP's text model in float32, from its own folder or a whole CLIPModel's."""
+    from transformers import CLIPTextModel
+
+    folder = resolve_folder(name, "clip")
+    config = _read_model_config(folder, "clip")
+    model = _without_weights(lambda: CLIPTextModel(config))
+    return _load(model, folder, "clip", _plain_placer(model, device, torch.float32), device, "")
+
+
+def resolve_folder(name: str, kind: EncoderKind) -> Path:
+    """The folder a `--text_encoder_*` value means; a hub id is downloaded or taken from the hub's cache.
+
+    Raises:
+        ModelFileError: neither a usable folder nor a model that can be had.
+    """
+    folder = _local_folder(name, kind)
+    if folder is None:
+        folder = _download(name, kind)
+    _check_folder(folder, kind)
+    return folder
+
+
+def _local_folder(name: str, kind: EncoderKind) -> Path | None:
+    """The folder, or None for what must be a hub id."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    hint = f"give a folder with config.json, weights and tokenizer, or a hub id such as {_EXAMPLES[kind]}"
+    if path.exists():
+        raise ModelFileError(f"{_FLAGS[kind]} {name}: is a file; {hint}")
+    if not _HUB_ID.fullmatch(name):
+        raise ModelFileError(f"{_FLAGS[kind]} {name}: no such folder; {hint}")
+    return None
+
+
+def _download(name: str, kind: EncoderKind) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelFileError(
+            f"{_FLAGS[kind]} {name}: no such folder, and it cannot be had from the Hugging Face hub "
+            f"({reason}). Download it once with a connection, or give the path of a local copy"
+        ) from error
+
+
+def _check_folder(folder: Path, kind: EncoderKind) -> None:
+    config = _read_json(folder / "config.json", kind)
+    found = config.get("model_type")
+    if found not in _MODEL_TYPES[kind]:
+        raise ModelFileError(
+            f"{_FLAGS[kind]} {folder}: config.json describes {found or 'no transformers model'}, "
+            f"not {_NAMES[kind]}"
+        )
+    tokenizer = _tokenizer_folder(folder, kind)
+    for path in (folder / "config.json", tokenizer / "tokenizer_config.json"):
+        # Such a model brings its own Python code. Nothing here would run it; saying so beats ignoring it.
+        if path.is_file() and "auto_map" in _read_json(path, kind):
+            raise ModelFileError(
+                f"{_FLAGS[kind]} {folder}: {path.name} names code of its own (auto_map): refused"
+            )
+    for file in _weight_files(folder, kind):
+        read_header(file)
+
+
+def _tokenizer_folder(folder: Path, kind: EncoderKind) -> Path:
+    candidates = (folder, folder.parent / _TOKENIZER_SIBLINGS[kind])
+    for candidate in candidates:
+        if any((candidate / name).is_file() for name in _TOKENIZER_FILES):
+            return candidate
+    raise ModelFileError(
+        f"{_FLAGS[kind]} {folder}: no {' or '.join(_TOKENIZER_FILES)} there, nor in {candidates[1]}"
+    )
+
+
+def _weight_files(folder: Path, kind: EncoderKind) -> list[Path]:
+    index = folder / _INDEX
+    if not index.is_file():
+        if (folder / _SINGLE_FILE).is_file():
+            return [folder / _SINGLE_FILE]
+        raise ModelFileError(f"{_FLAGS[kind]} {folder}: holds neither {_SINGLE_FILE} nor {_INDEX}")
+    weight_map = _read_json(index, kind).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelFileError(f"{_FLAGS[kind]} {index}: has no weight_map")
+    files = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelFileError(
+            f"{_FLAGS[kind]} {folder}: {len(missing)} of {len(files)} weight files are missing: "
+            f"{', '.join(missing)}. Copy or download them again"
+        )
+    return files
+
+
+def _read_json(path: Path, kind: EncoderKind) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelFileError(f"{_FLAGS[kind]} {path.parent}: has no {path.name}") from error
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{_FLAGS[kind]} {path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelFileError(f"{_FLAGS[kind]} {path}: is not a JSON table")
+    return content
+
+
+def _read_model_config(folder: Path, kind: EncoderKind) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelFileError(f"{_FLAGS[kind]} {folder}: config.json cannot be used: {error}") from error
+    return getattr(config, "text_config", None) or config
+
+
+def _without_weights(build: Callable[[], Any]) -> Any:
+    """A model whose parameters take no memory yet; computed tables (buffers) are real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return build().requires_grad_(False).eval()
+
+
+Placer = Callable[[str, Tensor], None]
+"""Puts one tensor, given by its name in the model, into the model."""
+
+
+def _load(
+    model: Any, folder: Path, kind: EncoderKind, place: Placer, device: torch.device, quantization: str
+) -> LoadedEncoder:
+    """Stream the weights in: besides the model itself, one tensor is held at a time."""
+    from transformers import AutoTokenizer
+
+    expected = {_plain_name(name, kind): name for name in model.state_dict()}
+    files = {file: _wanted(file, kind) for file in _weight_files(folder, kind)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _check_weights(folder, kind, files, {plain: shapes[name] for plain, name in expected.items()})
+    tokenizer_folder = _tokenizer_folder(folder, kind)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelFileError(
+            f"{_FLAGS[kind]} {tokenizer_folder}: tokenizer cannot be loaded: {error}"
+        ) from error
+    fingerprint = WeightHash(
+        kind,
+        quantization,
+        json.dumps(_stable_config(_read_json(folder / "config.json", kind)), sort_keys=True),
+        json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])),
+    )
+    for plain, tensor in _read_weights(files):
+        fingerprint.add(plain, tensor)
+        place(expected[plain], tensor)
+    model.to(device)
+    return LoadedEncoder(model, tokenizer, fingerprint.hexdigest(), folder)
+
+
+def _wanted(file: Path, kind: EncoderKind) -> dict[str, tuple[str, TensorInfo]]:
+    """Of one file: name in the model without prefix -> (name in the file, where it lies)."""
+    return {
+        _plain_name(name, kind): (name, info)
+        for name, info in read_header(file).tensors.items()
+        if not name.startswith(_LEFT_OUT[kind]) and not name.endswith(_IGNORED_SUFFIXES)
+    }
+
+
+def _plain_name(name: str, kind: EncoderKind) -> str:
+    for prefix in _PREFIXES[kind]:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def _check_weights(
+    folder: Path,
+    kind: EncoderKind,
+    files: dict[Path, dict[str, tuple[str, TensorInfo]]],
+    expected: dict[str, tuple[int, ...]],
+) -> None:
+    found = {plain: info for wanted in files.values() for plain, (_, info) in wanted.items()}
+    problem = describe_mismatch({plain: info.shape for plain, info in found.items()}, expected)
+    if problem:
+        look = kind_of_model(found)
+        hint = f"this looks like {look}; " if look and len(found.keys() & expected.keys()) == 0 else ""
+        raise ModelFileError(f"{_FLAGS[kind]} {folder}: weights do not fit config.json: {hint}{problem}")
+    odd = [f"{plain} ({info.dtype})" for plain, info in found.items() if info.dtype not in _WEIGHT_DTYPES]
+    if odd:
+        raise ModelFileError(
+            f"{_FLAGS[kind]} {folder}: {len(odd)} weights are neither float32, float16 nor bfloat16, "
+            f"first: {odd[0]}. Give the unquantised model; --quantized_qwen makes it 4-bit while loading"
+        )
+
+
+def _read_weights(files: dict[Path, dict[str, tuple[str, TensorInfo]]]) -> Iterator[tuple[str, Tensor]]:
+    for file, wanted in files.items():
+        with TensorFile(file) as opened:
+            for plain, (name, _) in wanted.items():
+                yield plain, opened.read(name)
+
+
+def _plain_placer(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Placer:
+    def place(name: str, tensor: Tensor) -> None:
+        module, leaf = _owner(model, name)
+        setattr(module, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+
+    return place
+
+
+def _nf4_placer(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Placer:
+    """4-bit NF4 with double quantisation for the Linears of the layers, `dtype` for the rest."""
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError as error:
+        raise ResourceError(
+            f"--quantized_qwen needs bitsandbytes, which cannot be imported ({error}): "
+            "pip install bitsandbytes"
+        ) from error
+    place_plain = _plain_placer(model, device, dtype)
+    for path, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            parent, leaf = _owner(model, path)
+            with torch.device("meta"):
+                quantized = Linear4bit(
+                    linear.in_features,
+                    linear.out_features,
+                    bias=linear.bias is not None,
+                    compute_dtype=dtype,
+                    compress_statistics=True,
+                    quant_type="nf4",
+                )
+            setattr(parent, leaf, quantized.requires_grad_(False))
+
+    def place(name: str, tensor: Tensor) -> None:
+        module, leaf = _owner(model, name)
+        if not isinstance(module, Linear4bit) or leaf != "weight":
+            place_plain(name, tensor)
+            return
+        weight: Any = Params4bit(
+            tensor.contiguous(),
+            requires_grad=False,
+            compress_statistics=True,  # pyright: ignore[reportCallIssue]
+            quant_type="nf4",  # pyright: ignore[reportCallIssue]
+            module=module,  # pyright: ignore[reportCallIssue]
+        )
+        module.weight = weight.to(device)
+
+    return place
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _stable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what says nothing about the numbers."""
+    incidental = ("transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype")
+    return {name: value for name, value in config.items() if name not in incidental}
