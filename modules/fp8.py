@@ -83,6 +83,26 @@ def normalise_scale(scale: Tensor, out_features: int) -> Tensor:
     return values
 
 
+def quantise_like(
+    values: Tensor, dtype: torch.dtype, scale_shape: tuple[int, ...] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Round float32 values [out, in] to a float8 type with scales of a given layout.
+
+    Args:
+        scale_shape: one of the shapes that `dequantise` takes; None for a plain cast, which saturates.
+    Returns:
+        (weight [out, in], scale float32 of `scale_shape` or None).
+    """
+    limit = torch.finfo(dtype).max
+    if scale_shape is None:
+        return values.clamp(-limit, limit).to(dtype), None
+    groups = torch.Size(scale_shape).numel()
+    grouped = values.reshape(groups, -1)
+    scale = grouped.abs().amax(dim=1, keepdim=True) / limit
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (grouped / scale).to(dtype).view(values.shape), scale.view(scale_shape)
+
+
 def check_fp8_matmul(device: torch.device) -> None:
     """Refuse devices without float8 matrix units.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +20,10 @@ class LayerFactors(ABC):
 
     ROLES: ClassVar[tuple[str, ...]] = ()
     """Role names that must all be there."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same factors on another device."""
+        return replace(self, tensors={role: tensor.to(device) for role, tensor in self.tensors.items()})
 
     @property
     @abstractmethod

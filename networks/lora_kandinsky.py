@@ -56,6 +56,11 @@ def known_layer_names() -> list[str]:
     return [*sizes, *outside, "out_layer.out_layer", "out_layer.modulation.out_layer"]
 
 
+def is_target_name(layer: str) -> bool:
+    """Whether a dotted name is one of the ten kinds of attention and feed-forward layers in the blocks."""
+    return _TARGET.fullmatch(layer) is not None
+
+
 def linear_layer_sizes(model: nn.Module) -> dict[str, LayerSizes]:
     """Every linear layer of a model (on any device, meta included) by its dotted name."""
     return {name: (layer.out_features, layer.in_features) for name, layer in _linear_layers(model)}
@@ -92,7 +97,7 @@ def target_module_names(
     chosen = []
     for name in linear_names:
         is_skipped = _matches(excludes, name) and not _matches(includes, name)
-        is_chosen = _TARGET.fullmatch(name) is not None and not is_skipped
+        is_chosen = is_target_name(name) and not is_skipped
         if is_chosen:
             chosen.append(name)
         if verbose:
@@ -100,7 +105,7 @@ def target_module_names(
     if not chosen:
         raise ConfigError(
             "--network_args: the patterns leave no layer to train. They must match whole names such as "
-            f"{next((name for name in linear_names if _TARGET.fullmatch(name)), '(none in this model)')}"
+            f"{next((name for name in linear_names if is_target_name(name)), '(none in this model)')}"
         )
     return chosen
 

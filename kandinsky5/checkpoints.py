@@ -1,0 +1,291 @@
+"""DiT checkpoints: checked by their headers, then streamed tensor by tensor into a model on the device.
+
+A weight is read, moved to the device, joined with its LoRAs, cast or quantised, and only then is the next one
+read. So the host never holds more than what is to stay there and one tensor, and a 38 GB file loads on a
+machine with less memory than that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky5.dit import DiffusionTransformer3D, is_float32_island
+from kandinsky5.tasks import DitParams
+from modules.dtypes import dtype_name
+from modules.errors import ModelFileError
+from modules.fp8 import FP8_DTYPES, Fp8Linear, dequantise, normalise_scale, quantise_rows
+from modules.logs import get_logger
+from modules.tensor_files import TensorInfo
+from modules.weight_files import WeightFiles, find_weight_files, open_weight_files
+from networks.lora_files import LoadedLora
+from networks.lora_kandinsky import is_target_name
+from networks.merging import add_deltas, find_scale_name, is_merged_layer, write_merged
+
+log = get_logger(__name__)
+
+_PREFIXES = ("", "model.diffusion_model.")
+_WEIGHT_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, *FP8_DTYPES})
+# What float8 checkpoints in ComfyUI's layouts hold beside the weights.
+_FP8_EXTRAS = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
+_FP8_MARK = "scaled_fp8"
+_SHOWN_NAMES = 5
+
+_FOREIGN_MODELS = (
+    (("lora_A", "lora_down", "lora_unet_", "hada_w1_a"), "a LoRA file; it belongs behind --lora_weight"),
+    (("encoder.down_blocks.", "decoder.up_blocks.", "encoder.conv_in."), "a VAE; it belongs behind --vae"),
+    (("double_blocks.", "single_blocks."), "a Flux or HunyuanVideo model"),
+    (("blocks.0.self_attn.", "patch_embedding."), "a Wan model"),
+    (("transformer_blocks.0.attn.", "transformer_blocks.0.attn1."), "a model of another family"),
+    (("visual.blocks.", "model.layers.", "model.language_model."), "a Qwen text encoder"),
+    (("text_model.", "vision_model."), "a CLIP model"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DitFileInfo:
+    """What the headers of a DiT checkpoint say."""
+
+    files: tuple[Path, ...]
+    prefix: str
+    """Before every key; empty in the published files."""
+    tensors: Mapping[str, TensorInfo]
+    """By the model's own keys."""
+
+    @property
+    def is_fp8(self) -> bool:
+        return any(info.dtype in FP8_DTYPES for info in self.tensors.values())
+
+    def describe(self) -> str:
+        """Files, size and dtypes in a few words."""
+        elements: Counter[str] = Counter()
+        for info in self.tensors.values():
+            elements[dtype_name(info.dtype)] += (info.end - info.start) // info.dtype.itemsize
+        size = sum(info.end - info.start for info in self.tensors.values()) / 2**30
+        parts = ", ".join(f"{count / 1e6:.1f} M {name}" for name, count in elements.most_common())
+        return f"{self.files[0].name}: {len(self.files)} file(s), {size:.2f} GiB, {parts}"
+
+
+def build_meta_dit(params: DitParams, compute_dtype: torch.dtype) -> DiffusionTransformer3D:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return DiffusionTransformer3D(**params.as_kwargs(), compute_dtype=compute_dtype)
+
+
+def check_dit_file(path: Path, params: DitParams) -> DitFileInfo:
+    """Check that `path` holds every tensor of the model and nothing else; only headers are read.
+
+    Args:
+        path: a file, a shard or index of several, or a diffusers folder (`transformer/` or its parent).
+    Raises:
+        ModelFileError: missing, damaged, another kind of model, or another size; the first names are told.
+    """
+    files = find_weight_files(path, subfolder="transformer")
+    with open_weight_files(files) as weights:
+        return _check_tensors(path, files, weights.tensors, params)
+
+
+def _check_tensors(
+    path: Path, files: tuple[Path, ...], found: Mapping[str, TensorInfo], params: DitParams
+) -> DitFileInfo:
+    expected = {
+        key: tuple(tensor.shape)
+        for key, tensor in build_meta_dit(params, torch.bfloat16).state_dict().items()
+    }
+    prefix = max(_PREFIXES, key=lambda prefix: sum(prefix + key in found for key in expected))
+    tensors = {key: found[prefix + key] for key in expected if prefix + key in found}
+    if len(tensors) < len(expected) // 4:
+        raise ModelFileError(f"{path}: not a Kandinsky 5 DiT{_foreign_hint(found)}")
+    extra = [name for name in found if name.removeprefix(prefix) not in expected]
+    missing = [key for key in expected if key not in tensors]
+    odd_shapes = [
+        f"{key} {list(info.shape)} instead of {list(expected[key])}"
+        for key, info in tensors.items()
+        if info.shape != expected[key]
+    ]
+    problems = [
+        _listed(path, "tensors are missing", missing),
+        _listed(path, "tensors do not belong to the model", _unexplained(extra, prefix, tensors)),
+        _listed(path, "tensors have another shape (is this another model size or task?)", odd_shapes),
+        _listed(
+            path,
+            "tensors have a dtype that cannot be used",
+            [f"{key} {dtype_name(i.dtype)}" for key, i in tensors.items() if i.dtype not in _WEIGHT_DTYPES],
+        ),
+    ]
+    if any(problems):
+        raise ModelFileError([problem for problem in problems if problem])
+    return DitFileInfo(files, prefix, tensors)
+
+
+def _unexplained(extra: Sequence[str], prefix: str, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """The names among `extra` that are not companions of a float8 weight."""
+    is_fp8 = any(info.dtype in FP8_DTYPES for info in tensors.values())
+    return [
+        name
+        for name in extra
+        if not (is_fp8 and (name.endswith(_FP8_EXTRAS) or name.removeprefix(prefix) == _FP8_MARK))
+    ]
+
+
+def _listed(path: Path, what: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    more = ", ..." if len(names) > _SHOWN_NAMES else ""
+    return f"{path}: {len(names)} {what}: {', '.join(names[:_SHOWN_NAMES])}{more}"
+
+
+def _foreign_hint(found: Mapping[str, TensorInfo]) -> str:
+    for marks, kind in _FOREIGN_MODELS:
+        for name in found:
+            if any(mark in name for mark in marks):
+                return f": this looks like {kind} (key {name})"
+    return f"; its first keys: {', '.join(list(found)[:_SHOWN_NAMES]) or 'none'}"
+
+
+def file_name_warning(path: Path, *, is_i2v: bool) -> str | None:
+    """A warning when the file's name says T2V and the task I2V, or the reverse; the tensors cannot tell."""
+    name = path.name.lower()
+    said, wanted = ("t2v", "i2v") if is_i2v else ("i2v", "t2v")
+    if said in name and wanted not in name:
+        return f"{path.name} sounds like a {said.upper()} model, but the task is {wanted.upper()}"
+    return None
+
+
+def load_dit(
+    path: Path,
+    params: DitParams,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    fp8: bool = False,
+    fp8_fast: bool = False,
+    loras: Sequence[LoadedLora] = (),
+    use_mmap: bool = True,
+    check_finite: bool = True,
+    placement: Callable[[str], torch.device] | None = None,
+) -> DiffusionTransformer3D:
+    """Load a DiT, frozen, with every weight cast, merged and quantised on `device` as it is read.
+
+    Args:
+        compute_dtype: of activations and of all weights but the float32 islands, which keep the file's dtype.
+        fp8: attention and feed-forward layers of the blocks become `Fp8Linear`.
+        fp8_fast: they multiply in float8 too (`check_fp8_matmul` first).
+        loras: merged before quantisation, in float32 with one rounding.
+        check_finite: search every tensor for NaN and infinity.
+        placement: where each tensor finally lies, by its key; everything on `device` when None.
+    Raises:
+        ModelFileError: see `check_dit_file`; or a tensor holds NaN or infinite values.
+    """
+    files = find_weight_files(path, subfolder="transformer")
+    with open_weight_files(files, use_mmap=use_mmap) as weights:
+        info = _check_tensors(path, files, weights.tensors, params)
+        dit = build_meta_dit(params, compute_dtype)
+        reader = _WeightReader(weights, info, device, check_finite=check_finite)
+        if info.is_fp8 and fp8 and loras:
+            log.warning("%s is float8 already: merging a LoRA rounds its weights a second time", path.name)
+        quantised: dict[str, tuple[Tensor, Tensor]] = {}
+        # In file order: a hard disk then reads straight through.
+        for key in sorted(info.tensors, key=lambda key: info.tensors[key].start):
+            layer, _, name = key.rpartition(".")
+            target_device = placement(key) if placement else device
+            if fp8 and name == "weight" and is_target_name(layer):
+                weight8, scale = reader.read_fp8(key, loras)
+                quantised[layer] = weight8.to(target_device), scale.to(target_device)
+                continue
+            tensor = reader.read(key, loras)
+            dtype = compute_dtype
+            if is_float32_island(key) and info.tensors[key].dtype not in FP8_DTYPES:
+                dtype = info.tensors[key].dtype
+            _set_parameter(dit, key, tensor.to(dtype).to(target_device))
+        reader.raise_if_not_finite(path)
+    for layer, (weight8, scale) in quantised.items():
+        plain = dit.get_submodule(layer)
+        assert isinstance(plain, nn.Linear)
+        linear = Fp8Linear(weight8, scale, plain.bias, compute_dtype=compute_dtype, use_fast=fp8_fast)
+        dit.set_submodule(layer, linear)
+    dit.reset_buffers(device)
+    _assert_materialised(dit)
+    return dit.requires_grad_(False)
+
+
+class _WeightReader:
+    """Reads tensors by the model's keys onto the device, and notes which of them are not finite."""
+
+    def __init__(
+        self, weights: WeightFiles, info: DitFileInfo, device: torch.device, *, check_finite: bool
+    ) -> None:
+        self._weights, self._info, self._device = weights, info, device
+        self._check_finite = check_finite
+        self._finite: dict[str, Tensor] = {}
+
+    def read(self, key: str, loras: Sequence[LoadedLora]) -> Tensor:
+        """The tensor with its LoRAs; float32 if it was float8 or merged, else in the file's dtype."""
+        tensor = self._raw(key)
+        layer, _, name = key.rpartition(".")
+        if tensor.dtype in FP8_DTYPES:
+            tensor = dequantise(tensor, self._scale(layer), torch.float32)
+        return add_deltas(tensor, layer, loras) if name == "weight" else tensor
+
+    def read_fp8(self, key: str, loras: Sequence[LoadedLora]) -> tuple[Tensor, Tensor]:
+        """(weight, scale) in float8; a float8 tensor that no LoRA changes is taken as it is."""
+        layer = key.rpartition(".")[0]
+        if self._info.tensors[key].dtype in FP8_DTYPES and not is_merged_layer(layer, loras):
+            weight8 = self._raw(key)
+            return weight8, normalise_scale(self._scale(layer), weight8.shape[0])
+        return quantise_rows(self.read(key, loras))
+
+    def raise_if_not_finite(self, path: Path) -> None:
+        """Ask the device once, at the end, about all tensors."""
+        if not self._finite:
+            return
+        flags = torch.stack(list(self._finite.values())).tolist()
+        bad = [key for key, is_finite in zip(self._finite, flags, strict=True) if not is_finite]
+        if bad:
+            raise ModelFileError(
+                f"{_listed(path, 'tensors hold NaN or infinite values', bad)}\n"
+                "Download the file again; --no_weight_check loads it nevertheless."
+            )
+
+    def _raw(self, key: str) -> Tensor:
+        tensor = self._weights.read(self._info.prefix + key).to(self._device)
+        if self._check_finite:
+            values = tensor.half() if tensor.dtype in FP8_DTYPES else tensor
+            low, high = values.aminmax()  # both are NaN if any value is
+            self._finite[key] = low.isfinite() & high.isfinite()
+        return tensor
+
+    def _scale(self, layer: str) -> Tensor:
+        name = find_scale_name(self._weights.tensors, self._info.prefix + layer)
+        if name is None:  # a plain cast to float8
+            return torch.ones((), device=self._device)
+        return self._weights.read(name).to(self._device)
+
+
+def _set_parameter(dit: nn.Module, key: str, tensor: Tensor) -> None:
+    layer, _, name = key.rpartition(".")
+    setattr(dit.get_submodule(layer), name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _assert_materialised(dit: nn.Module) -> None:
+    left = [name for name, tensor in [*dit.named_parameters(), *dit.named_buffers()] if tensor.is_meta]
+    assert not left, f"left without memory: {left}"
+
+
+def save_merged_model(
+    path: Path, params: DitParams, loras: Sequence[LoadedLora], output: Path, *, device: torch.device
+) -> None:
+    """Write the checkpoint with LoRAs added: same keys and dtypes, metadata kept, tensor by tensor.
+
+    Raises:
+        ModelFileError: see `check_dit_file`.
+        ConfigError: `output` exists.
+    """
+    info = check_dit_file(path, params)
+    with open_weight_files(info.files) as weights:
+        write_merged(weights, output, loras, prefix=info.prefix, device=device)

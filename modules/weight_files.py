@@ -1,0 +1,120 @@
+"""The safetensors files of one model, whether it comes as one file, as shards or as a folder, read as one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from modules.errors import ModelFileError
+from modules.tensor_files import TensorFile, TensorInfo
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_INDEX_SUFFIX = ".safetensors.index.json"
+_MAX_INDEX_BYTES = 64 * 2**20
+
+
+def find_weight_files(path: Path, *, subfolder: str) -> tuple[Path, ...]:
+    """The files that together hold the model at `path`.
+
+    Args:
+        path: a .safetensors file, one shard of several (`name-00001-of-00003.safetensors`), their
+            `.safetensors.index.json`, or a folder with one of these; a folder may hold them in `subfolder`.
+    Raises:
+        ModelFileError: nothing there, nothing usable, more than one choice, or a shard is missing.
+    """
+    if path.is_dir():
+        inner = path / subfolder
+        return _files_of_folder(inner if inner.is_dir() else path)
+    if not path.is_file():
+        raise ModelFileError(f"{path}: no such file or folder")
+    if path.name.endswith(_INDEX_SUFFIX):
+        return _files_of_index(path)
+    if path.suffix != ".safetensors":
+        raise ModelFileError(f"{path}: not a .safetensors file; other formats can run programs when opened")
+    return _files_of_shard(path) if _SHARD.fullmatch(path.name) else (path,)
+
+
+def _files_of_folder(folder: Path) -> tuple[Path, ...]:
+    indices = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
+    if len(indices) == 1:
+        return _files_of_index(indices[0])
+    files = sorted(folder.glob("*.safetensors"))
+    stems = {match["stem"] if (match := _SHARD.fullmatch(file.name)) else file.name for file in files}
+    if not files:
+        raise ModelFileError(f"{folder}: a folder without .safetensors files; name the model file itself")
+    if len(stems) > 1 or len(indices) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise ModelFileError(f"{folder}: holds several models; name one file ({names}, ...)")
+    return _files_of_shard(files[0]) if _SHARD.fullmatch(files[0].name) else (files[0],)
+
+
+def _files_of_shard(path: Path) -> tuple[Path, ...]:
+    match = _SHARD.fullmatch(path.name)
+    assert match is not None
+    count = int(match["count"])
+    names = [f"{match['stem']}-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
+    return _existing(path.parent, names)
+
+
+def _files_of_index(path: Path) -> tuple[Path, ...]:
+    if path.stat().st_size > _MAX_INDEX_BYTES:
+        raise ModelFileError(f"{path}: too large for an index of shards")
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelFileError(f"{path}: not a usable index of shards ({error})") from error
+    if outside or not names:
+        raise ModelFileError(f"{path}: must name files of its own folder, got {outside or 'none'}")
+    return _existing(path.parent, sorted(names))
+
+
+def _existing(folder: Path, names: list[str]) -> tuple[Path, ...]:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelFileError(
+            f"{folder}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing[:5])}. "
+            "Download them again."
+        )
+    return tuple(folder / name for name in names)
+
+
+class WeightFiles:
+    """Open safetensors files, addressed by tensor name; see `open_weight_files`."""
+
+    def __init__(self, files: Mapping[Path, TensorFile]) -> None:
+        self._file_by_tensor: dict[str, TensorFile] = {}
+        self.metadata: dict[str, str] = {}
+        for path, file in files.items():
+            repeated = self._file_by_tensor.keys() & file.header.tensors.keys()
+            if repeated:
+                raise ModelFileError(
+                    f"{path}: tensor {min(repeated)} is in another file of the model as well"
+                )
+            self._file_by_tensor |= dict.fromkeys(file.header.tensors, file)
+            self.metadata |= file.header.metadata
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: file.header.tensors[name] for name, file in self._file_by_tensor.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """A private copy of one tensor, on the CPU, in the file's dtype."""
+        return self._file_by_tensor[name].read(name)
+
+
+@contextmanager
+def open_weight_files(paths: tuple[Path, ...], *, use_mmap: bool = True) -> Iterator[WeightFiles]:
+    """Open the files for the length of the block; only their headers are read at first."""
+    files: dict[Path, TensorFile] = {}
+    try:
+        for path in paths:
+            files[path] = TensorFile(path, use_mmap=use_mmap)
+        yield WeightFiles(files)
+    finally:
+        for file in files.values():
+            file.close()

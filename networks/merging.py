@@ -1,0 +1,91 @@
+"""Adding adapters to the weights they belong to, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modules.errors import ConfigError
+from modules.fp8 import FP8_DTYPES, dequantise, quantise_like
+from modules.logs import get_logger
+from modules.tensor_files import write_tensor_stream
+from modules.weight_files import WeightFiles
+from networks.lora_files import LoadedLora
+
+log = get_logger(__name__)
+
+SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
+"""After a layer's name: where float8 checkpoints keep the scale of its weight."""
+
+
+def is_merged_layer(layer: str, loras: Sequence[LoadedLora]) -> bool:
+    """Whether any LoRA changes the weight of this layer."""
+    return any(layer in lora.layers and lora.multiplier != 0.0 for lora in loras)
+
+
+def add_deltas(weight: Tensor, layer: str, loras: Sequence[LoadedLora]) -> Tensor:
+    """weight [out, in] plus the changes of all LoRAs, summed in float32 on the weight's device: float32.
+
+    A layer that no LoRA changes comes back as it is.
+    """
+    if not is_merged_layer(layer, loras):
+        return weight
+    total = weight.to(torch.float32, copy=True)
+    for lora in loras:
+        factors = lora.layers.get(layer)
+        if factors is not None and lora.multiplier != 0.0:
+            total += factors.to(weight.device).delta().mul_(lora.multiplier)
+    return total
+
+
+def write_merged(
+    files: WeightFiles, output: Path, loras: Sequence[LoadedLora], *, prefix: str, device: torch.device
+) -> None:
+    """Write the checkpoint with the LoRAs added: same keys, shapes and dtypes, one tensor at a time.
+
+    Weights in float8 are widened, changed and rounded again, with scales of the same layout. The metadata is
+    kept and gains `ss_merged_loras`, a JSON list of names and multipliers.
+
+    Args:
+        prefix: what stands before the layer names in the file's keys.
+    """
+    layout = {name: (info.dtype, info.shape) for name, info in files.tensors.items()}
+    if output.exists():
+        raise ConfigError(f"{output}: exists already; choose another name for the merged model")
+
+    def read(name: str) -> Tensor:
+        layer, role = name.removeprefix(prefix).rpartition(".")[::2]
+        is_scale = f".{role}" in SCALE_SUFFIXES
+        if not is_merged_layer(layer, loras) or not (is_scale or role == "weight"):
+            return files.read(name)
+        weight, scale = _merged_tensors(files, f"{prefix}{layer}", layer, loras, device)
+        if is_scale:
+            assert scale is not None
+            return scale.cpu().to(layout[name][0])
+        return weight.cpu()
+
+    merged = [{"name": lora.path.name, "multiplier": lora.multiplier} for lora in loras]
+    metadata = {**files.metadata, "ss_merged_loras": json.dumps(merged, ensure_ascii=False)}
+    write_tensor_stream(output, layout, read, metadata)
+
+
+def _merged_tensors(
+    files: WeightFiles, base: str, layer: str, loras: Sequence[LoadedLora], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """The merged weight in the file's dtype and its scale, if the file has one."""
+    weight = files.read(f"{base}.weight").to(device)
+    if weight.dtype not in FP8_DTYPES:
+        return add_deltas(weight, layer, loras).to(weight.dtype), None
+    scale_name = find_scale_name(files.tensors, base)
+    scale = files.read(scale_name).to(device) if scale_name else torch.ones((), device=device)
+    values = add_deltas(dequantise(weight, scale, torch.float32), layer, loras)
+    return quantise_like(values, weight.dtype, tuple(scale.shape) if scale_name else None)
+
+
+def find_scale_name(names: Mapping[str, object], base: str) -> str | None:
+    """The key that holds the float8 scale of the layer whose full name is `base`."""
+    return next((f"{base}{suffix}" for suffix in SCALE_SUFFIXES if f"{base}{suffix}" in names), None)
