@@ -57,11 +57,11 @@ class TextEncoders:
         """Encode captions in one batch, padded to the longest.
 
         Args:
-            captions: used as they are except for white space at both ends; no character has a special meaning.
+            captions: used as they are but for white space at both ends; no character is special.
             content: which template: `image` for clips of one frame, else `video`.
         Returns:
-            One entry per caption on the CPU: text_embeds [L, in_text_dim] bfloat16, only the real tokens after the
-            template part, L at most the token limit; pooled_embed [in_text_dim2] float32.
+            One entry per caption on the CPU: text_embeds [L, in_text_dim] bfloat16, only the real tokens after
+            the template part, L at most the token limit; pooled_embed [in_text_dim2] float32.
         """
         texts = [caption.strip() for caption in captions]
         qwen_tokens = [self._qwen_tokens.encode(text, content) for text in texts]
@@ -86,8 +86,8 @@ class TextEncoders:
     def _run_qwen(self, sequences: list[list[int]], crop: int) -> list[Tensor]:
         """Hidden states after the final norm, without the first `crop`; one [L, D] per sequence.
 
-        No attention mask: the model is causal and the padding stands on the right, so that real tokens do not see
-        it, and a caption that is alone in its batch is computed without any padding.
+        No attention mask: the model is causal and the padding stands on the right, so that real tokens do not
+        see it, and a caption that is alone in its batch is computed without any padding.
         """
         qwen, _ = self._loaded()
         longest = max(len(ids) for ids in sequences)
@@ -115,9 +115,7 @@ class TextEncoders:
                 )
         if not self._has_told_of_clip and any(tokens.lost_text for tokens in clip_tokens):
             self._has_told_of_clip = True
-            log.info(
-                "CLIP reads the first 75 or so tokens of a caption; longer captions reach the model through Qwen"
-            )
+            log.info("CLIP reads only the beginning of long captions; the model sees all of it through Qwen")
 
 
 def load_text_encoders(
@@ -139,7 +137,7 @@ def load_text_encoders(
         qwen, clip: a folder or a hub id each.
         dtype: of Qwen's weights and computation; CLIP is always float32, as officially.
         qwen_max_length: tokens kept after the template part. clip_max_length: with start and end token.
-        require_official_crop: refuse a tokenizer that is not Qwen2.5-VL's; None: for models of the real width.
+        require_official_crop: refuse a tokenizer that is not Qwen2.5-VL's; None: if the width is the real one.
         is_quantized: Qwen's Linear weights as 4-bit NF4.
         expected_dims: the DiT's in_text_dim and in_text_dim2.
         templates: None reads them from diffusers.
@@ -152,9 +150,9 @@ def load_text_encoders(
     qwen_config = loaded_qwen.model.config
     check_tokenizer(loaded_qwen.tokenizer, qwen_config.vocab_size, str(loaded_qwen.folder), is_chat=True)
     qwen_tokens = QwenTokens(loaded_qwen.tokenizer, templates, qwen_max_length)
-    if require_official_crop or (
-        require_official_crop is None and qwen_config.hidden_size == _PUBLISHED_WIDTH
-    ):
+    if require_official_crop is None:
+        require_official_crop = qwen_config.hidden_size == _PUBLISHED_WIDTH
+    if require_official_crop:
         qwen_tokens.check_official_crops(str(loaded_qwen.folder))
     loaded_clip = load_clip(clip, device=device)
     clip_config = loaded_clip.model.config
