@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from kandinsky5.layers import (
     MAX_TEXT_POSITIONS,
     MAX_VISUAL_POSITIONS,
+    Attention,
     OutLayer,
     RotaryAngles,
     TextBlock,
@@ -24,7 +25,7 @@ from kandinsky5.layers import (
 from kandinsky5.nabla import MaskObserver, from_fractal, make_plan, to_fractal
 from kandinsky5.tasks import DitParams, NablaParams
 from modules.activation_offload import ActivationOffload
-from modules.attention import keep_attention_outputs
+from modules.attention import AttentionBackend, KeyMask, keep_attention_outputs
 
 NUM_TIMESTEPS = 1000
 """The model receives timestep = NUM_TIMESTEPS * sigma."""
@@ -85,6 +86,7 @@ class DiffusionTransformer3D(nn.Module):
             instruct_type=instruct_type,
         )
         self.compute_dtype = compute_dtype
+        self.attention_backend: AttentionBackend = "sdpa"
         self.gradient_checkpointing = False
         self.kept_attention_blocks = 0
         self.activation_offload: ActivationOffload | None = None
@@ -105,6 +107,13 @@ class DiffusionTransformer3D(nn.Module):
         )
         self.out_layer = OutLayer(model_dim, time_dim, out_visual_dim, patch)
 
+    def set_attention_backend(self, backend: AttentionBackend) -> None:
+        """Choose the library that computes attention (`check_attention_backend` first)."""
+        self.attention_backend = backend
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+
     def text_blocks(self) -> list[TextBlock]:
         """The text blocks in order."""
         return [block for block in self.text_transformer_blocks if isinstance(block, TextBlock)]
@@ -124,8 +133,8 @@ class DiffusionTransformer3D(nn.Module):
         pooled = self.pooled_text_embeddings(pooled_text_embed.to(self.compute_dtype))
         return self.time_embeddings(timestep) + pooled.float()
 
-    def refine_text(self, text_embed: Tensor, activated_time: Tensor, text_mask: Tensor | None) -> Tensor:
-        """text_embed [B, L, dim], text_mask [B, L] bool or None -> what the video attends to, [B, L, D]."""
+    def refine_text(self, text_embed: Tensor, activated_time: Tensor, text_mask: KeyMask | None) -> Tensor:
+        """text_embed [B, L, dim], silu(time_embed) [B, E] -> what the video attends to, [B, L, D]."""
         text = self.text_embeddings(text_embed.to(self.compute_dtype))
         rotary = self.text_rotary((text.shape[1],), (1.0,))
         for block in self.text_blocks():
@@ -163,7 +172,8 @@ class DiffusionTransformer3D(nn.Module):
             ValueError: the latents are longer than the model's position tables, or unfit for NABLA.
         """
         activated_time = F.silu(self.embed_time(timestep, pooled_text_embed))
-        text = self.refine_text(text_embed, activated_time, text_mask)
+        keys = None if text_mask is None else KeyMask.for_backend(text_mask, self.attention_backend)
+        text = self.refine_text(text_embed, activated_time, keys)
         patches = self.visual_embeddings(x.to(self.compute_dtype))  # [B, f, h, w, D]
         grid = (patches.shape[1], patches.shape[2], patches.shape[3])
         rotary = self.visual_rotary(grid, scale_factor)  # [f, h, w, 1, d/2]
@@ -185,7 +195,7 @@ class DiffusionTransformer3D(nn.Module):
                     text,
                     block.modulations(activated_time, self.compute_dtype),
                     rotary,
-                    text_mask,
+                    keys,
                     plan,
                     keeps_attention=index < self.kept_attention_blocks,
                 )

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kandinsky5.nabla import NablaPlan, nabla_attention
-from modules.attention import attention
+from modules.attention import AttentionBackend, KeyMask, attention
 from modules.fused_ops import gated_sum, layer_norm, modulated_layer_norm, rms_norm_rotate
 
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
@@ -163,6 +163,7 @@ class Attention(nn.Module):
     def __init__(self, model_dim: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
+        self.backend: AttentionBackend = "sdpa"
         self.to_query = nn.Linear(model_dim, model_dim)
         self.to_key = nn.Linear(model_dim, model_dim)
         self.to_value = nn.Linear(model_dim, model_dim)
@@ -176,14 +177,14 @@ class Attention(nn.Module):
         source: Tensor,
         *,
         rotary: Tensor | None = None,
-        key_mask: Tensor | None = None,
+        keys: KeyMask | None = None,
         nabla: NablaPlan | None = None,
     ) -> Tensor:
         """Attend from tokens [B, N, D] to source [B, L, D] (the tokens themselves in self-attention).
 
         Args:
             rotary: [N, 1, d/2] complex, for queries and keys; None rotates nothing.
-            key_mask: [B, L] bool, true where a key may be seen.
+            keys: which tokens of the source are real; None where all are.
             nabla: block-sparse attention; tokens are then in fractal order.
         Returns:
             [B, N, D].
@@ -194,7 +195,7 @@ class Attention(nn.Module):
         key = rms_norm_rotate(key, self.key_norm.weight, RMS_NORM_EPS, rotary)
         value = self._split(self.to_value(source))
         if nabla is None:
-            mixed = attention(query, key, value, key_mask=key_mask)
+            mixed = attention(query, key, value, keys=keys, backend=self.backend)
         else:
             mixed = nabla_attention(query, key, value, nabla, layer=id(self))
         return self.out_layer(mixed.flatten(-2))
@@ -230,12 +231,12 @@ class TextBlock(nn.Module):
         return self.text_modulation.branches(activated_time, dtype)
 
     def forward(
-        self, text: Tensor, modulations: tuple[Modulation, ...], rotary: Tensor, text_mask: Tensor | None
+        self, text: Tensor, modulations: tuple[Modulation, ...], rotary: Tensor, text_mask: KeyMask | None
     ) -> Tensor:
-        """text [B, L, D], text_mask [B, L] bool or None -> [B, L, D]."""
+        """text [B, L, D], text_mask or None where all tokens are real -> [B, L, D]."""
         self_mod, ff_mod = modulations
         normed = modulated_layer_norm(text, self_mod.weight, self_mod.shift)
-        attended = self.self_attention(normed, normed, rotary=rotary, key_mask=text_mask)
+        attended = self.self_attention(normed, normed, rotary=rotary, keys=text_mask)
         text = gated_sum(text, attended, self_mod.gate)
         normed = modulated_layer_norm(text, ff_mod.weight, ff_mod.shift)
         return gated_sum(text, self.feed_forward(normed), ff_mod.gate)
@@ -261,16 +262,16 @@ class VisualBlock(nn.Module):
         text: Tensor,
         modulations: tuple[Modulation, ...],
         rotary: Tensor,
-        text_mask: Tensor | None,
+        text_mask: KeyMask | None,
         nabla: NablaPlan | None,
     ) -> Tensor:
-        """visual [B, N, D], text [B, L, D], text_mask [B, L] bool or None -> [B, N, D]."""
+        """visual [B, N, D], text [B, L, D], text_mask or None where all tokens are real -> [B, N, D]."""
         self_mod, cross_mod, ff_mod = modulations
         normed = modulated_layer_norm(visual, self_mod.weight, self_mod.shift)
         attended = self.self_attention(normed, normed, rotary=rotary, nabla=nabla)
         visual = gated_sum(visual, attended, self_mod.gate)
         normed = modulated_layer_norm(visual, cross_mod.weight, cross_mod.shift)
-        visual = gated_sum(visual, self.cross_attention(normed, text, key_mask=text_mask), cross_mod.gate)
+        visual = gated_sum(visual, self.cross_attention(normed, text, keys=text_mask), cross_mod.gate)
         normed = modulated_layer_norm(visual, ff_mod.weight, ff_mod.shift)
         return gated_sum(visual, self.feed_forward(normed), ff_mod.gate)
 
