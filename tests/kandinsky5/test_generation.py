@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import kandinsky5.generation as generation
 import kandinsky5.outputs as outputs
 import kandinsky5.sampling_pipeline as pipeline
 from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.interactive import run_interactive
 from kandinsky5.outputs import read_latents
+from kandinsky5.text_encoders import TextEncoders, load_text_encoders
 from kandinsky5_generate_video import main
 from modules.tensor_files import read_header, read_tensors, write_tensors
 
@@ -42,8 +42,31 @@ def models(tiny_models: Path) -> dict[str, Path]:
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from a second thread, and wait long for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_models: Path) -> TextEncoders:
+    folders = str(tiny_models / "text_encoder"), str(tiny_models / "text_encoder2")
+    return load_text_encoders(*folders, device="cpu", dtype=torch.float32)
+
+
 @pytest.fixture
-def run(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generate:
+def run(script: Generate, encoders: TextEncoders, monkeypatch: pytest.MonkeyPatch) -> Generate:
+    """`script` with text encoders that were loaded once for all tests."""
+    monkeypatch.setattr(encoders, "free", lambda: None)
+    monkeypatch.setattr(generation.ModelLoader, "text_encoders", lambda _self: encoders)
+    return script
+
+
+@pytest.fixture
+def script(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generate:
     """main() with the small models and sizes; options given again win."""
     monkeypatch.chdir(tmp_path)
 
@@ -97,12 +120,12 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_prompt_becomes_a_video_that_reads_back(
-    run: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[np.ndarray] = []
     decode = generation.decode_frames
     monkeypatch.setattr(generation, "decode_frames", lambda *a, **k: made.append(decode(*a, **k)) or made[0])
-    run("--prompt", "猫 cat", "--output", "新しい/動画.mp4", "--fps", 12)
+    script("--prompt", "猫 cat", "--output", "新しい/動画.mp4", "--fps", 12)
     path = tmp_path / "新しい" / "動画.mp4"
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -542,7 +565,7 @@ def test_a_latent_file_must_hold_a_latent(
 
 
 def test_interactive_keeps_the_models_and_survives_wrong_lines(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = iter(["a cat --d 1", "", "a dog --q 3", "a dog --d 2 --s 1"])
     loads: list[str] = []
@@ -558,9 +581,7 @@ def test_interactive_keeps_the_models_and_survives_wrong_lines(
         raise EOFError
 
     monkeypatch.setattr("builtins.input", console)
-    paths = [str(word) for pair in models.items() for word in pair]
-    main(["--task", "k5-tiny-t2v", *paths, *SMALL, "--interactive", "--output", str(tmp_path / "out")])
+    script("--interactive", "--output", "out")
     assert sorted(loads) == ["dit", "text_encoders", "vae"]
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert [name.rsplit("_", 1)[1] for name in names] == ["1.mp4", "2.mp4"]
-    assert callable(run_interactive)
