@@ -1,11 +1,7 @@
 """Training's view of a dataset: cached clips in batches, in an order that depends on (seed, epoch) alone.
 
-data = CachedDataset(config, seed=42)
-sampler = EpochSampler(data)
-loader = DataLoader(data, sampler=sampler, batch_size=None, num_workers=2, persistent_workers=True)
-for epoch in range(1, epochs + 1):
-    sampler.set_epoch(epoch)
-    for batch in loader:  # CachedBatch
+`epoch_batches(epoch)` lists plans; a plan is all that a loader process needs, so that
+`DataLoader(data, sampler=<plans>, batch_size=None)` reads ahead in any number of processes without state.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from dataset.cache_files import read_latent_cache, read_text_cache
 from dataset.cache_match import CachedItem, DatasetSummary, MatchOptions, match_caches, summary_table
@@ -220,36 +216,3 @@ def _group(items: Sequence[CachedItem]) -> list[list[int]]:
     for position, item in enumerate(items):
         groups.setdefault((item.dataset_index, item.shape), []).append(position)
     return [groups[key] for key in sorted(groups)]
-
-
-class EpochSampler(Sampler[BatchPlan]):
-    """Gives one process its batches of an epoch; the loader's processes get whole plans and need no state."""
-
-    def __init__(self, data: CachedDataset, *, process_index: int = 0, num_processes: int = 1) -> None:
-        self._data = data
-        self._process_index = process_index
-        self._num_processes = num_processes
-        self._batches: list[BatchPlan] = []
-        self.set_epoch(1)
-
-    def set_epoch(self, epoch: int, *, skip: int = 0) -> None:
-        """Go to an epoch (counted from 1), leaving out the first `skip` batches of this process, unread.
-
-        Every process gets equally many batches: where they do not come out even, the epoch's first ones are
-        trained a second time.
-        """
-        batches = self._data.epoch_batches(epoch)
-        if not batches:
-            self._batches = []
-            return
-        padding = -len(batches) % self._num_processes
-        batches += [batches[i % len(batches)] for i in range(padding)]
-        self._batches = batches[self._process_index :: self._num_processes][skip:]
-
-    def __iter__(self) -> Iterator[BatchPlan]:
-        """The batches in order."""
-        return iter(self._batches)
-
-    def __len__(self) -> int:
-        """Batches left for this process in this epoch."""
-        return len(self._batches)

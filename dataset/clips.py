@@ -1,8 +1,7 @@
 """What there is to encode, and its pixels: plans clips from headers, then decodes them ahead of the encoder.
 
-plan = plan_clips(dataset, list_items(dataset), nabla_resize=False)
-for loaded in load_batches(cut_batches(plan.clips, batch_size=4), num_workers=4):
-    loaded.clips, loaded.pixels  # equally long; what could not be decoded is in loaded.damaged
+`plan_clips` lists the clips of a dataset, `cut_batches` groups them, `load_batches` yields their pixels in
+order; clips that cannot be decoded come as `LoadedBatch.damaged`.
 """
 
 from __future__ import annotations

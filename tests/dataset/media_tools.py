@@ -53,13 +53,15 @@ def numbers_of(pixels: np.ndarray) -> list[int]:
     return [round((float(frame.mean()) - 8) / NUMBER_STEP) for frame in pixels]
 
 
-def remux(source: Path, target: Path, **options: str) -> Path:
-    """Copy the stream of a video into another container, untouched."""
+def remux(source: Path, target: Path, *, start_frame: int = 0, **options: str) -> Path:
+    """Copy the stream of a video into another container; time zero may be moved to a later frame."""
     with av.open(str(source)) as reader, av.open(str(target), "w", options=options) as writer:
         stream = reader.streams.video[0]
         copy = writer.add_stream_from_template(stream)
+        shift = round(start_frame / stream.average_rate / stream.time_base)
         for packet in reader.demux(stream):
             if packet.dts is not None:
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
                 packet.stream = copy
                 writer.mux(packet)
     return target

@@ -83,6 +83,25 @@ def test_a_video_that_does_not_start_at_zero_loses_nothing(tmp_path: Path) -> No
     assert numbers_of(read_all(path)) == list(range(20))
 
 
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        ("libx264", {"crf": "4", "bf": "3", "g": "12"}),
+        ("libx265", {"crf": "4", "x265-params": "log-level=none:open-gop=1:keyint=12:min-keyint=12"}),
+    ],
+)
+def test_frames_before_an_edit_list_are_not_shown(
+    tmp_path: Path, codec: str, options: dict[str, str]
+) -> None:
+    """What cutting without encoding leaves behind: the frames from the last key frame on, hidden."""
+    source = write_video(tmp_path / "a.mp4", numbered_frames(50), fps=25, codec=codec, codec_options=options)
+    path = remux(source, tmp_path / "b.mp4", start_frame=5, avoid_negative_ts="disabled")
+    info = probe_video(path)
+    assert info.num_frames == 45
+    assert numbers_of(read_all(path)) == list(range(5, 50))
+    assert numbers_of(np.stack([frame for _, frame in read_frames(path, info, [40])])) == [45]
+
+
 def test_uneven_times_are_kept_and_choose_the_frames(tmp_path: Path) -> None:
     times = [0, 20, 40, 240, 260, 280, 480, 500]
     path = write_video(tmp_path / "a.mkv", numbered_frames(8), pts_ms=times)
