@@ -42,6 +42,7 @@ _LEFT_OUT = {
     "qwen": ("visual.", "model.visual.", "lm_head.", "language_model.lm_head."),
     "clip": ("vision_model.", "logit_scale", "text_projection.", "visual_projection."),
 }
+_NF4 = "nf4"
 _IGNORED_SUFFIXES = ("position_ids", "rotary_emb.inv_freq")  # tables that are computed, found in old files
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -67,6 +68,13 @@ def check_text_encoder(name: str, kind: EncoderKind) -> list[str]:
     return []
 
 
+def encoder_fingerprint(name: str, kind: EncoderKind, *, is_quantized: bool) -> str:
+    """What the loaded encoder's `fingerprint` will be; reads only the beginnings of the weights."""
+    folder = resolve_folder(name, kind)
+    files = {file: _wanted(file, kind) for file in _weight_files(folder, kind)}
+    return _fingerprint(folder, kind, files, _load_tokenizer(folder, kind), _NF4 if is_quantized else "")
+
+
 def load_qwen(name: str, *, device: torch.device, dtype: torch.dtype, is_quantized: bool) -> LoadedEncoder:
     """The language model of Qwen2.5-VL without vision tower and head, weights in `dtype` or 4-bit NF4."""
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
@@ -75,7 +83,7 @@ def load_qwen(name: str, *, device: torch.device, dtype: torch.dtype, is_quantiz
     config = _read_model_config(folder, "qwen")
     model = _without_weights(lambda: Qwen2_5_VLTextModel(config))
     if is_quantized:
-        return _load(model, folder, "qwen", _nf4_placer(model, device, dtype), device, "nf4")
+        return _load(model, folder, "qwen", _nf4_placer(model, device, dtype), device, _NF4)
     return _load(model, folder, "qwen", _plain_placer(model, device, dtype), device, "")
 
 
@@ -210,41 +218,51 @@ def _without_weights(build: Callable[[], Any]) -> Any:
 Placer = Callable[[str, Tensor], None]
 """Puts one tensor, given by its name in the model, into the model."""
 
+WantedTensors = dict[Path, dict[str, tuple[str, TensorInfo]]]
+"""Per weight file: name in the model without prefix -> (name in the file, where it lies)."""
+
 
 def _load(
     model: Any, folder: Path, kind: EncoderKind, place: Placer, device: torch.device, quantization: str
 ) -> LoadedEncoder:
     """Stream the weights in: besides the model itself, one tensor is held at a time."""
-    from transformers import AutoTokenizer
-
     expected = {_plain_name(name, kind): name for name in model.state_dict()}
     files = {file: _wanted(file, kind) for file in _weight_files(folder, kind)}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _check_weights(folder, kind, files, {plain: shapes[name] for plain, name in expected.items()})
-    tokenizer_folder = _tokenizer_folder(folder, kind)
+    for plain, tensor in _read_weights(files):
+        place(expected[plain], tensor)
+    model.to(device)
+    tokenizer = _load_tokenizer(folder, kind)
+    return LoadedEncoder(model, tokenizer, _fingerprint(folder, kind, files, tokenizer, quantization), folder)
+
+
+def _load_tokenizer(folder: Path, kind: EncoderKind) -> Any:
+    from transformers import AutoTokenizer
+
+    source = _tokenizer_folder(folder, kind)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_folder, local_files_only=True, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelFileError(
-            f"{_FLAGS[kind]} {tokenizer_folder}: tokenizer cannot be loaded: {error}"
-        ) from error
-    fingerprint = WeightHash(
+        raise ModelFileError(f"{_FLAGS[kind]} {source}: tokenizer cannot be loaded: {error}") from error
+
+
+def _fingerprint(
+    folder: Path, kind: EncoderKind, files: WantedTensors, tokenizer: Any, quantization: str
+) -> str:
+    weights = WeightHash(
         kind,
         quantization,
         json.dumps(_stable_config(_read_json(folder / "config.json", kind)), sort_keys=True),
         json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])),
     )
-    for plain, tensor in _read_weights(files):
-        fingerprint.add(plain, tensor)
-        place(expected[plain], tensor)
-    model.to(device)
-    return LoadedEncoder(model, tokenizer, fingerprint.hexdigest(), folder)
+    for file, wanted in files.items():
+        weights.add_file(file, {plain: info for plain, (_, info) in wanted.items()})
+    return weights.hexdigest()
 
 
 def _wanted(file: Path, kind: EncoderKind) -> dict[str, tuple[str, TensorInfo]]:
-    """Of one file: name in the model without prefix -> (name in the file, where it lies)."""
+    """What a weight file holds of the text model."""
     return {
         _plain_name(name, kind): (name, info)
         for name, info in read_header(file).tensors.items()
@@ -262,7 +280,7 @@ def _plain_name(name: str, kind: EncoderKind) -> str:
 def _check_weights(
     folder: Path,
     kind: EncoderKind,
-    files: dict[Path, dict[str, tuple[str, TensorInfo]]],
+    files: WantedTensors,
     expected: dict[str, tuple[int, ...]],
 ) -> None:
     found = {plain: info for wanted in files.values() for plain, (_, info) in wanted.items()}
@@ -279,7 +297,7 @@ def _check_weights(
         )
 
 
-def _read_weights(files: dict[Path, dict[str, tuple[str, TensorInfo]]]) -> Iterator[tuple[str, Tensor]]:
+def _read_weights(files: WantedTensors) -> Iterator[tuple[str, Tensor]]:
     for file, wanted in files.items():
         with TensorFile(file) as opened:
             for plain, (name, _) in wanted.items():

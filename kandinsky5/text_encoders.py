@@ -15,7 +15,13 @@ from torch import Tensor
 
 from kandinsky5.conditioning import TextConditioning
 from kandinsky5.prompt_templates import ContentType, PromptTemplates, load_prompt_templates
-from kandinsky5.text_encoder_files import LoadedEncoder, check_text_encoder, load_clip, load_qwen
+from kandinsky5.text_encoder_files import (
+    LoadedEncoder,
+    check_text_encoder,
+    encoder_fingerprint,
+    load_clip,
+    load_qwen,
+)
 from kandinsky5.text_tokens import CaptionTokens, ClipTokens, QwenTokens, check_tokenizer
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
@@ -38,7 +44,7 @@ class TextEncoders:
         templates: PromptTemplates,
     ) -> None:
         self.templates = templates
-        self.fingerprint = hashlib.sha256(f"{qwen.fingerprint} {clip.fingerprint}".encode()).hexdigest()
+        self.fingerprint = _join_fingerprints(qwen.fingerprint, clip.fingerprint)
         """Stands for weights, configurations, tokenizers and quantisation; independent of paths."""
         self._qwen: LoadedEncoder | None = qwen
         self._clip: LoadedEncoder | None = clip
@@ -60,8 +66,8 @@ class TextEncoders:
             captions: used as they are but for white space at both ends; no character is special.
             content: which template: `image` for clips of one frame, else `video`.
         Returns:
-            One entry per caption on the CPU: text_embeds [L, in_text_dim] bfloat16, only the real tokens after
-            the template part, L at most the token limit; pooled_embed [in_text_dim2] float32.
+            One entry per caption on the CPU: text_embeds [L, in_text_dim] bfloat16, only the real tokens
+            after the template part, L at most the token limit; pooled_embed [in_text_dim2] float32.
         """
         texts = [caption.strip() for caption in captions]
         qwen_tokens = [self._qwen_tokens.encode(text, content) for text in texts]
@@ -137,7 +143,7 @@ def load_text_encoders(
         qwen, clip: a folder or a hub id each.
         dtype: of Qwen's weights and computation; CLIP is always float32, as officially.
         qwen_max_length: tokens kept after the template part. clip_max_length: with start and end token.
-        require_official_crop: refuse a tokenizer that is not Qwen2.5-VL's; None: if the width is the real one.
+        require_official_crop: refuse a tokenizer that is not Qwen2.5-VL's; None: if the width is real.
         is_quantized: Qwen's Linear weights as 4-bit NF4.
         expected_dims: the DiT's in_text_dim and in_text_dim2.
         templates: None reads them from diffusers.
@@ -159,7 +165,8 @@ def load_text_encoders(
     check_tokenizer(loaded_clip.tokenizer, clip_config.vocab_size, str(loaded_clip.folder), is_chat=False)
     if not 3 <= clip_max_length <= clip_config.max_position_embeddings:
         raise ConfigError(
-            f"--clip_max_length must lie within 3 .. {clip_config.max_position_embeddings}, got {clip_max_length}"
+            f"--clip_max_length must lie within 3 .. {clip_config.max_position_embeddings}, "
+            f"got {clip_max_length}"
         )
     clip_tokens = ClipTokens(loaded_clip.tokenizer, clip_max_length)
     encoders = TextEncoders(loaded_qwen, loaded_clip, qwen_tokens, clip_tokens, templates)
@@ -185,9 +192,25 @@ def check_text_encoder_paths(qwen: str, clip: str) -> list[str]:
     return [*check_text_encoder(qwen, "qwen"), *check_text_encoder(clip, "clip")]
 
 
+def text_encoder_fingerprint(qwen: str, clip: str, *, is_quantized: bool) -> str:
+    """What `TextEncoders.fingerprint` will be, without loading the weights.
+
+    Raises:
+        ModelFileError: a folder cannot be used.
+    """
+    return _join_fingerprints(
+        encoder_fingerprint(qwen, "qwen", is_quantized=is_quantized),
+        encoder_fingerprint(clip, "clip", is_quantized=False),
+    )
+
+
 def default_qwen_dtype(device: torch.device | str) -> torch.dtype:
     """bfloat16, the weights' own, on accelerators; float32 on the CPU."""
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def _join_fingerprints(qwen: str, clip: str) -> str:
+    return hashlib.sha256(f"{qwen} {clip}".encode()).hexdigest()
 
 
 def _shorten(text: str) -> str:

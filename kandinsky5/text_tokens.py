@@ -51,8 +51,8 @@ class QwenTokens:
         counted = {content: len(before) for content, (before, _) in self._parts.items()}
         if counted != OFFICIAL_CROP:
             raise ModelFileError(
-                f"{source}: its tokenizer makes {counted['video']} / {counted['image']} tokens of the video / "
-                f"image prompt template; Qwen2.5-VL-7B-Instruct's makes {OFFICIAL_CROP['video']} / "
+                f"{source}: its tokenizer makes {counted['video']} / {counted['image']} tokens of the video "
+                f"/ image prompt template; Qwen2.5-VL-7B-Instruct's makes {OFFICIAL_CROP['video']} / "
                 f"{OFFICIAL_CROP['image']}. Copy the tokenizer files of Qwen/Qwen2.5-VL-7B-Instruct there"
             )
 
@@ -89,8 +89,8 @@ def check_tokenizer(tokenizer: Any, vocab_size: int, source: str, *, is_chat: bo
     """Refuse a tokenizer that belongs to another model than the embedding table of `vocab_size` rows."""
     if len(tokenizer) > vocab_size:
         raise ModelFileError(
-            f"{source}: its tokenizer has {len(tokenizer)} tokens, but the model's embedding has {vocab_size} "
-            "rows; tokenizer and weights belong to different models"
+            f"{source}: its tokenizer has {len(tokenizer)} tokens, but the model's embedding has "
+            f"{vocab_size} rows; tokenizer and weights belong to different models"
         )
     if is_chat and _TURN_START not in tokenizer.get_added_vocab():
         raise ModelFileError(f"{source}: its tokenizer has no {_TURN_START} token, so it is not Qwen2.5-VL's")

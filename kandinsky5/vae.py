@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kandinsky5.vae_attention import FrameCausalMidBlock
-from kandinsky5.vae_files import check_vae_file, read_vae, vae_from_config
+from kandinsky5.vae_files import check_vae_file, read_vae, vae_fingerprint, vae_from_config
 from kandinsky5.vae_tiles import TileGrid, Tiling, map_tiles, map_windows
 from modules.errors import DataError
 from modules.logs import get_logger
@@ -30,6 +30,7 @@ __all__ = [
     "pixels_to_uint8",
     "square_tiles",
     "uint8_to_pixels",
+    "vae_fingerprint",
     "vae_from_config",
 ]
 
@@ -142,8 +143,8 @@ def load_vae(path: Path, *, dtype: torch.dtype, device: torch.device | str) -> V
     Raises:
         ModelFileError: nothing usable there, or the tensors are not those of this VAE.
     """
-    model, fingerprint = read_vae(path, dtype=dtype, device=torch.device(device))
-    return VideoVAE(model, fingerprint)
+    model = read_vae(path, dtype=dtype, device=torch.device(device))
+    return VideoVAE(model, vae_fingerprint(path))
 
 
 def square_tiles(tile_px: int | None) -> TileGrid | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +54,34 @@ def check_vae_file(path: Path) -> None:
     _check_tensors(file, config, _read_shapes(file))
 
 
-def read_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
-    """The model on `device` in `dtype`, and the fingerprint of its configuration and weights."""
+def vae_fingerprint(path: Path) -> str:
+    """Stands for configuration and weights in caches; independent of paths, quick to take, without loading.
+
+    Raises:
+        ModelFileError: as `check_vae_file`.
+    """
+    file = _find_weights(path)
+    config, _ = _read_config(file)
+    _check_tensors(file, config, _read_shapes(file))
+    weights = WeightHash(json.dumps(_effective_config(config), sort_keys=True))
+    if file.suffix == ".safetensors":
+        tensors = read_header(file).tensors
+        weights.add_file(file, {_plain_name(name): info for name, info in tensors.items()})
+    else:
+        for name, tensor in _read_torch_file(file).items():
+            weights.add(name, tensor)
+    return weights.hexdigest()
+
+
+def read_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """diffusers' model on `device` in `dtype`."""
     file = _find_weights(path)
     config, note = _read_config(file)
     if note:
         log.warning("%s", note)
     _check_tensors(file, config, _read_shapes(file))
-    fingerprint = WeightHash(json.dumps(_effective_config(config), sort_keys=True))
-    tensors = {}
-    for name, tensor in _iterate_tensors(file):
-        fingerprint.add(name, tensor)
-        tensors[name] = tensor.to(device, dtype)
-    return vae_from_config(config, tensors), fingerprint.hexdigest()
+    tensors = {name: tensor.to(device, dtype) for name, tensor in _iterate_tensors(file)}
+    return vae_from_config(config, tensors)
 
 
 def _find_weights(path: Path) -> Path:
@@ -137,7 +152,7 @@ def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return _shapes(_read_torch_file(file))
 
 
-def _iterate_tensors(file: Path) -> Any:
+def _iterate_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, CPU tensor in the file's dtype), one at a time."""
     if file.suffix != ".safetensors":
         yield from _read_torch_file(file).items()

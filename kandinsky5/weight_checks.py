@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 
 from modules.dtypes import dtype_name
+from modules.tensor_files import TensorInfo
 
 _SHOWN = 5
 _FINGERPRINT_BYTES = 1024
@@ -70,10 +72,21 @@ class WeightHash:
         self._entries: dict[str, str] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """`tensor` lies on the CPU, in the file's dtype."""
+        """Take in a CPU tensor in the file's dtype."""
         flat = tensor.reshape(-1)[: _FINGERPRINT_BYTES // tensor.dtype.itemsize].contiguous()
-        digest = hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
-        self._entries[name] = f"{dtype_name(tensor.dtype)} {list(tensor.shape)} {digest}"
+        self._add(name, tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes())
+
+    def add_file(self, file: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        """Take in tensors of a safetensors file under the names given here, reading only their beginnings."""
+        with file.open("rb") as stream:
+            for name, info in tensors.items():
+                stream.seek(info.start)
+                start = stream.read(min(_FINGERPRINT_BYTES, info.end - info.start))
+                self._add(name, info.dtype, info.shape, start)
+
+    def _add(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], start: bytes) -> None:
+        digest = hashlib.sha256(start).hexdigest()
+        self._entries[name] = f"{dtype_name(dtype)} {list(shape)} {digest}"
 
     def hexdigest(self) -> str:
         lines = [*self._settings, *(f"{name} {self._entries[name]}" for name in sorted(self._entries))]
