@@ -16,10 +16,8 @@ Content = Literal["video", "image"]
 LATENT_SUFFIX = "_k5.safetensors"
 TEXT_SUFFIX = "_k5_te.safetensors"
 
-MAX_NAME_BYTES = 255
-"""What common file systems allow."""
 _MAX_BASE_BYTES = 200
-"""Leaves room for the longest suffix, `_SSSSSSSS-FFFFFF_WWWWWxHHHHH_k5.safetensors`, and some."""
+"""File systems allow 255: the rest is for the suffix, at most `_SSSSSSSS-FFFFFF_WWWWWxHHHHH_k5.safetensors`."""
 
 _LATENT_NAME = re.compile(
     r"(?P<base>.+?)(?:_(?P<start>\d{5,})-(?P<frames>\d{3,})(?:-\d+)?)?_(?P<width>\d{4,})x(?P<height>\d{4,})"

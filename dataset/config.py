@@ -28,7 +28,7 @@ from dataset.config_keys import (
     nearest_key,
 )
 from dataset.config_text import ConfigText, read_config_text
-from dataset.frames import CutRule, FrameExtraction, frames_needed, round_frames
+from dataset.frames import CutRule, FrameExtraction, round_frames
 from modules.errors import ConfigError
 
 
@@ -185,11 +185,6 @@ class VideoDatasetConfig(_CommonConfig):
     def text_settings_hash(self) -> str:
         """Names the index entry of this dataset's captions."""
         return _hash(self._text_settings(self.template))
-
-    @property
-    def frames_needed(self) -> int | None:
-        """How many frames from a video's start can ever be used; None when its length decides."""
-        return frames_needed(self.cut_rule)
 
 
 AnyDatasetConfig = ImageDatasetConfig | VideoDatasetConfig

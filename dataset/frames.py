@@ -79,15 +79,6 @@ def _starts(total: int, length: int, rule: CutRule) -> Sequence[int]:
             return (0,)
 
 
-def frames_needed(rule: CutRule) -> int | None:
-    """How many frames from the start a rule can ever ask for; None when the video's length decides."""
-    if rule.frame_extraction == "full":
-        return rule.max_frames
-    if rule.frame_extraction == "head" or (rule.frame_extraction == "uniform" and rule.frame_sample == 1):
-        return max(rule.target_frames)
-    return None
-
-
 def resample_even(total: int, source_fps: Fraction, target_fps: Fraction = MODEL_FPS) -> list[int]:
     """The numbers of the frames kept from an evenly spaced video: the first of each slot of 1/target_fps.
 
