@@ -177,7 +177,6 @@ class TextCacheInfo:
 
     embeds_key: str
     pooled_key: str
-    num_tokens: int
     embed_dims: tuple[int, int]
     """Width of the token embeddings and of the pooled one."""
     metadata: Mapping[str, str]
@@ -291,7 +290,6 @@ def inspect_text_cache(path: Path) -> TextCacheInfo:
     return TextCacheInfo(
         embeds_key=keys["text_embeds"],
         pooled_key=keys["pooled_embed"],
-        num_tokens=embeds[0],
         embed_dims=(embeds[1], pooled[0]),
         metadata=header.metadata,
         # musubi-tuner writes no template, because it knows only one.

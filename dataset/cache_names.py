@@ -17,7 +17,7 @@ LATENT_SUFFIX = "_k5.safetensors"
 TEXT_SUFFIX = "_k5_te.safetensors"
 
 _MAX_BASE_BYTES = 200
-"""File systems allow 255: the rest is for the suffix, at most `_SSSSSSSS-FFFFFF_WWWWWxHHHHH_k5.safetensors`."""
+"""File systems allow 255: the rest is for suffixes up to `_SSSSSSSS-FFFFFF_WWWWWxHHHHH_k5.safetensors`."""
 
 _LATENT_NAME = re.compile(
     r"(?P<base>.+?)(?:_(?P<start>\d{5,})-(?P<frames>\d{3,})(?:-\d+)?)?_(?P<width>\d{4,})x(?P<height>\d{4,})"
