@@ -19,14 +19,17 @@ from kandinsky5.generation_models import (
     SamplingModel,
     check_models,
     empty_device_cache,
+    magcache_ratios,
     pick_device,
     read_loras,
     trigger_words,
 )
+from kandinsky5.magcache import MagCache
 from kandinsky5.outputs import OutputNames, OutputPaths, check_free_space, read_latents, write_outputs
 from kandinsky5.prompt_templates import load_prompt_templates
 from kandinsky5.prompts import PromptSpec, read_prompt_file
 from kandinsky5.run_settings import latent_metadata, repeat_command, settings_metadata, used_multipliers
+from kandinsky5.sampling import uses_guidance
 from kandinsky5.sampling_pipeline import (
     RequestText,
     decode_frames,
@@ -187,6 +190,7 @@ class Run:
         """Sample one request, with a progress bar."""
         config = self.config
         model.set_multipliers(used_multipliers(config, request))
+        magcache = self._magcache(request)
         size = f"{request.width}x{request.height}, {request.num_frames} frames"
         with _device_memory_named(request), tqdm(total=request.steps, desc=size, unit="step") as progress:
 
@@ -201,9 +205,12 @@ class Run:
                 nabla=config.dit.nabla,
                 image_latents=image_latents,
                 device=self.device,
+                magcache=magcache,
                 noise_device=torch.device("cpu") if config.dit.cpu_noise else self.device,
                 on_step=advance,
             )
+        if magcache is not None:
+            log.info("MagCache skipped %d of %d passes", sum(magcache.skipped), len(magcache.skipped))
         return Sampled(request, latents.cpu())
 
     def write(self, vae: VideoVAE | None, sampled: Sampled) -> list[Path]:
@@ -230,6 +237,19 @@ class Run:
 
     def needs_pixels(self) -> bool:
         return self.config.output.output_type != "latent"
+
+    def _magcache(self, request: VideoRequest) -> MagCache | None:
+        settings, ratios = self.config.dit.magcache, magcache_ratios(self.config)
+        if settings is None or ratios is None:
+            return None
+        return MagCache(
+            ratios,
+            request.steps,
+            uses_guidance=uses_guidance(request.guidance),
+            threshold=settings.magcache_threshold,
+            max_skips=settings.magcache_k,
+            retention=settings.magcache_retention_ratio,
+        )
 
     def _metadata(self, request: VideoRequest) -> dict[str, str]:
         if self.config.output.no_metadata:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,8 @@ import torch
 from kandinsky5.checkpoints import build_meta_dit, check_dit_file, file_name_warning, load_dit
 from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.magcache import task_ratios
+from kandinsky5.offload import max_blocks_to_swap, swap_blocks, swapped_blocks
 from kandinsky5.prompt_templates import PromptTemplates
 from kandinsky5.text_encoders import (
     TextEncoders,
@@ -18,6 +20,7 @@ from kandinsky5.text_encoders import (
     load_text_encoders,
 )
 from kandinsky5.vae import VideoVAE, check_vae_file, load_vae
+from modules.attention import check_attention_backend
 from modules.dtypes import dtype_from_word
 from modules.errors import ConfigError, ModelFileError, ResourceError
 from modules.fp8 import check_fp8_matmul
@@ -66,8 +69,7 @@ def check_models(config: GenerateConfig, device: torch.device) -> None:
         ModelFileError: with every problem found.
         ResourceError: the device cannot multiply in float8.
     """
-    if config.dit.fp8_fast:
-        check_fp8_matmul(device)
+    check_dit_options(config, device)
     problems: list[str] = []
     try:
         info = check_dit_file(config.models.dit, config.task.dit_params)
@@ -84,6 +86,37 @@ def check_models(config: GenerateConfig, device: torch.device) -> None:
     warning = file_name_warning(config.models.dit, is_i2v=config.task.is_i2v)
     if warning:
         log.warning("%s", warning)
+
+
+def check_dit_options(config: GenerateConfig, device: torch.device) -> None:
+    """What depends on the model's size, the device and installed packages.
+
+    Raises:
+        ConfigError: too many blocks to swap, no MagCache ratios, a dtype the attention cannot compute in.
+        ResourceError: a missing package, or a device that cannot multiply in float8.
+    """
+    dit, params = config.dit, config.task.dit_params
+    problems = []
+    most = max_blocks_to_swap(params)
+    if dit.blocks_to_swap > most:
+        problems.append(f"--blocks_to_swap {dit.blocks_to_swap}: at most {most} for {config.task.name}")
+    if dit.magcache is not None and magcache_ratios(config) is None:
+        problems.append(
+            f"--magcache: there are no official ratios for {config.task.name}; give --magcache_mag_ratios"
+        )
+    if dit.attention != "sdpa" and compute_dtype(dit.dtype, device) == torch.float32:
+        problems.append(f"--{dit.attention} computes in bfloat16 or float16: add --dtype bfloat16")
+    if problems:
+        raise ConfigError(problems)
+    check_attention_backend(dit.attention, for_training=False)
+    if dit.fp8_fast:
+        check_fp8_matmul(device)
+
+
+def magcache_ratios(config: GenerateConfig) -> Sequence[float] | None:
+    """The ratios to skip by, given or official; None without any."""
+    given = None if config.dit.magcache is None else config.dit.magcache.magcache_mag_ratios
+    return given or task_ratios(config.task.name)
 
 
 def read_loras(config: GenerateConfig) -> tuple[LoadedLora, ...]:
@@ -211,10 +244,30 @@ class ModelLoader:
             loras=active if is_merged else (),
             use_mmap=not self.config.dit.disable_numpy_memmap,
             check_finite=not self.config.dit.no_weight_check,
+            placement=self._placement(),
         )
         dit.requires_grad_(False).eval()
+        dit.set_attention_backend(self.config.dit.attention)
         networks = () if is_merged else tuple(self._beside(dit, lora) for lora in self.loras)
+        if self.config.dit.blocks_to_swap:
+            pin = self.config.dit.use_pinned_memory_for_block_swap and self.device.type == "cuda"
+            swap = swap_blocks(dit, self.config.dit.blocks_to_swap, self.device, pin=pin)
+            log.info("%.1f GiB of the DiT stay in host memory", swap.host_bytes / 2**30)
         return SamplingModel(dit, networks)
+
+    def _placement(self) -> Callable[[str], torch.device] | None:
+        """Where each weight is loaded to: blocks that are swapped never touch the device."""
+        if not self.config.dit.blocks_to_swap:
+            return None
+        skeleton = build_meta_dit(self.config.task.dit_params, self.compute_dtype)
+        swapped = set(swapped_blocks(skeleton, self.config.dit.blocks_to_swap))
+        prefixes = tuple(f"{name}." for name, module in skeleton.named_modules() if module in swapped)
+
+        def place(key: str) -> torch.device:
+            travels = key.startswith(prefixes) and "modulation" not in key
+            return torch.device("cpu") if travels else self.device
+
+        return place
 
     def _beside(self, dit: DiffusionTransformer3D, lora: LoadedLora) -> LoRANetwork:
         network = create_network_from_weights(dit, lora, network_dropout=None, network_args={}, seed=0)

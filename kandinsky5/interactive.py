@@ -33,7 +33,11 @@ class _HeldModels:
         self._encoders: TextEncoders | None = None
         self._vae: VideoVAE | None = None
         self._model: SamplingModel | None = None
-        self._offloads = run.config.dit.offload_dit_during_sampling and run.device.type != "cpu"
+        dit = run.config.dit
+        self._offloads = dit.offload_dit_during_sampling and run.device.type != "cpu"
+        if self._offloads and dit.blocks_to_swap:
+            log.info("no effect: --offload_dit_during_sampling: with --blocks_to_swap the DiT stays as it is")
+            self._offloads = False
 
     def encoders(self) -> TextEncoders:
         self._move_dit_out()

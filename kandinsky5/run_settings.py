@@ -43,6 +43,12 @@ def settings_metadata(
     }
     if config.dit.nabla is not None:
         settings["nabla"] = " ".join(f"{key}={value}" for key, value in asdict(config.dit.nabla).items())
+    if config.dit.attention != "sdpa":
+        settings["attention"] = config.dit.attention
+    if config.dit.magcache is not None:
+        settings["magcache"] = " ".join(
+            f"{key}={value}" for key, value in asdict(config.dit.magcache).items()
+        )
     if config.dit.cpu_noise:
         settings["cpu_noise"] = "true"
     if request.image is not None:
@@ -94,6 +100,13 @@ def _dit_words(config: GenerateConfig) -> list[str]:
     dit, task = config.dit, config.task
     words = _flags({"--fp8_base": dit.fp8_base, "--fp8_fast": dit.fp8_fast, "--cpu_noise": dit.cpu_noise})
     words += ["--dtype", dit.dtype] if dit.dtype else []
+    words += [f"--{dit.attention}"] if dit.attention != "sdpa" else []
+    words += ["--blocks_to_swap", str(dit.blocks_to_swap)] if dit.blocks_to_swap else []
+    if dit.magcache is not None:
+        words.append("--magcache")
+        for name, value in asdict(dit.magcache).items():
+            if value is not None:
+                words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     if dit.nabla is not None and dit.nabla != task.nabla:
         nabla = dit.nabla
         words += _flags({"--force_nabla_attention": task.nabla is None})

@@ -17,6 +17,7 @@ from torch import Tensor
 from kandinsky5.conditioning import TextConditioning, VelocityModel, condition_frames, pad_text
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.image_conditions import image_pixels
+from kandinsky5.magcache import MagCache
 from kandinsky5.sampling import (
     GuidedVelocity,
     StepCallback,
@@ -117,12 +118,14 @@ def sample_latents(
     image_latents: Tensor | None,
     device: torch.device,
     noise_device: torch.device,
+    magcache: MagCache | None = None,
     on_step: StepCallback | None = None,
 ) -> Tensor:
     """Run the sampler for one request.
 
     Args:
         image_latents: what `encode_images` returned.
+        magcache: made for this clip's steps and guidance; None runs all blocks.
         noise_device: "cpu" gives the same noise whatever the device.
         on_step: called after every step.
     Returns:
@@ -140,7 +143,12 @@ def sample_latents(
     ]
     assert batches[0] is not None
     velocity = GuidedVelocity(
-        VelocityModel(dit, task.scale_factor, nabla), batches[0], batches[1], request.guidance, frames
+        VelocityModel(dit, task.scale_factor, nabla),
+        batches[0],
+        batches[1],
+        request.guidance,
+        frames,
+        magcache,
     )
 
     def after_step(step: int, latents: Tensor) -> None:
@@ -149,7 +157,7 @@ def sample_latents(
             on_step(step, latents)
 
     noise = initial_noise(request.seed, request.latent_shape, device=device, generator_device=noise_device)
-    with torch.inference_mode():
+    with torch.no_grad():
         latents = euler_sample(
             velocity,
             noise,

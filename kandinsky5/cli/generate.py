@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +19,11 @@ from kandinsky5.cli.common import (
 from kandinsky5.configs.generate import (
     OUTPUT_SUFFIXES,
     OUTPUT_TYPES,
+    AttentionName,
     DitConfig,
     GenerateConfig,
     LoraConfig,
+    MagCacheConfig,
     ModelPaths,
     OutputConfig,
     TextEncoderConfig,
@@ -42,20 +44,14 @@ _EPILOG = (
     "--frames counts pixel frames."
 )
 _UNAVAILABLE = {
-    "blocks_to_swap": "--blocks_to_swap",
     "compile": "--compile",
     "compile_args": "--compile_args",
-    "flash_attn": "--flash_attn",
-    "flash3": "--flash3",
-    "sage_attn": "--sage_attn",
-    "xformers": "--xformers",
     "fp8_llm": "--fp8_llm",
 }
 """Options whose machinery this version does not have: destination -> spelling. A set one is refused."""
 _WITHOUT_EFFECT = {
     "lycoris": "--lycoris: LoHa and LoKr files are recognised by themselves",
     "img_in_txt_in_offloading": "--img_in_txt_in_offloading belongs to another model",
-    "use_pinned_memory_for_block_swap": "--use_pinned_memory_for_block_swap acts with --blocks_to_swap only",
     "vae_chunk_size": "--vae_chunk_size: the VAE always works in windows of 17 frames, as the official one",
     "split_attn": "--split_attn: guidance passes are never batched, so attention sees one clip at a time",
     "compile_backend": "--compile_backend acts with --compile only",
@@ -65,8 +61,9 @@ _WITHOUT_EFFECT = {
     "compile_cache_size_limit": "--compile_cache_size_limit acts with --compile only",
 }
 """Accepted options that change nothing here: destination -> what the log says when one is given."""
-_ATTENTION_FLAGS = ("sdpa", "flash_attn", "flash3", "sage_attn", "xformers")
-_ATTENTION_WORDS = {
+_MAGCACHE_SETTINGS = ("magcache_threshold", "magcache_k", "magcache_retention_ratio")
+_ATTENTION_FLAGS: tuple[AttentionName, ...] = ("sdpa", "flash_attn", "flash3", "sage_attn", "xformers")
+_ATTENTION_WORDS: dict[str, AttentionName] = {
     "torch": "sdpa",
     "sdpa": "sdpa",
     "flash": "flash_attn",
@@ -85,14 +82,17 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
     """
     args = _parser().parse_args(argv)
     task = get_task(args.task)
-    given = vars(args) | ({_ATTENTION_WORDS[args.attn_mode]: True} if args.attn_mode else {})
-    problems = _attention_problems(given)
+    given = vars(args)
+    attention = _attention(args)
+    problems = [f"one attention at a time: {' and '.join('--' + name for name in attention)} were given"]
+    problems = problems if len(attention) > 1 else []
     problems += [
         f"{flag} is not available in this version" for dest, flag in _UNAVAILABLE.items() if given[dest]
     ]
     problems += _nabla_problems(args, task)
     problems += _file_problems(args)
     problems += _pattern_problems(args)
+    problems += _magcache_problems(args)
     if problems:
         raise ConfigError(problems)
     for destination, remark in _WITHOUT_EFFECT.items():
@@ -115,10 +115,14 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
             dtype=args.dtype,
             fp8_base=args.fp8_base or args.fp8_scaled or args.fp8_fast,
             fp8_fast=args.fp8_fast,
+            blocks_to_swap=args.blocks_to_swap,
+            use_pinned_memory_for_block_swap=args.use_pinned_memory_for_block_swap,
             offload_dit_during_sampling=args.offload_dit_during_sampling,
             disable_numpy_memmap=args.disable_numpy_memmap,
             no_weight_check=args.no_weight_check,
             nabla=_nabla(args, task),
+            attention=attention[0],
+            magcache=_magcache(args),
             cpu_noise=args.cpu_noise,
         ),
         text=TextEncoderConfig(
@@ -205,11 +209,30 @@ def _nabla_problems(args: argparse.Namespace, task: Task) -> list[str]:
     return []
 
 
-def _attention_problems(given: Mapping[str, object]) -> list[str]:
-    chosen = [name for name in _ATTENTION_FLAGS if given[name]]
-    if len(chosen) > 1:
-        return [f"one attention at a time: {' and '.join('--' + name for name in chosen)} were given"]
-    return []
+def _attention(args: argparse.Namespace) -> list[AttentionName]:
+    """The back ends that were asked for, each once; sdpa if none was."""
+    chosen: list[AttentionName] = [name for name in _ATTENTION_FLAGS if vars(args)[name]]
+    if args.attn_mode is not None and _ATTENTION_WORDS[args.attn_mode] not in chosen:
+        chosen.append(_ATTENTION_WORDS[args.attn_mode])
+    return chosen or ["sdpa"]
+
+
+def _magcache(args: argparse.Namespace) -> MagCacheConfig | None:
+    if not args.magcache:
+        return None
+    given = {name: vars(args)[name] for name in _MAGCACHE_SETTINGS if vars(args)[name] is not None}
+    if args.magcache_mag_ratios is not None:
+        given["magcache_mag_ratios"] = tuple(args.magcache_mag_ratios)
+    return MagCacheConfig(**given)
+
+
+def _magcache_problems(args: argparse.Namespace) -> list[str]:
+    given = [name for name in (*_MAGCACHE_SETTINGS, "magcache_mag_ratios") if vars(args)[name] is not None]
+    problems = [f"--{name} acts with --magcache only: add it" for name in given if not args.magcache]
+    ratios = args.magcache_mag_ratios
+    if ratios is not None and len(ratios) % 2:
+        problems.append(f"--magcache_mag_ratios: pairs are wanted, got {len(ratios)} numbers")
+    return problems
 
 
 def _file_problems(args: argparse.Namespace) -> list[str]:
@@ -345,6 +368,31 @@ def _add_dit_options(parser: Parser) -> None:
     )
     add("--disable_numpy_memmap", action="store_true", help="read model files without memory mapping")
     add("--no_weight_check", action="store_true", help="skip the search for non-finite weights while loading")
+    add(
+        "--magcache",
+        action="store_true",
+        help="skip blocks by the task's official ratios: faster, less exact",
+    )
+    add(
+        "--magcache_threshold",
+        type=float_between(0, 10),
+        metavar="X",
+        help="largest error that skipping may add up to (default: 0.12)",
+    )
+    add("--magcache_k", type=positive_int, metavar="N", help="longest run of skipped passes (default: 2)")
+    add(
+        "--magcache_retention_ratio",
+        type=float_between(0, 1),
+        metavar="X",
+        help="share of steps at the start that are never skipped (default: 0.2)",
+    )
+    add(
+        "--magcache_mag_ratios",
+        type=float_between(0, 100),
+        nargs="+",
+        metavar="X",
+        help="own ratios, conditional and unconditional in turn from the second step on",
+    )
     for name, what in (
         ("sdpa", "torch's attention (default)"),
         ("flash_attn", "FlashAttention 2"),

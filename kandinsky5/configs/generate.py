@@ -12,6 +12,7 @@ from modules.errors import ConfigError
 
 OutputType = Literal["video", "images", "latent", "both", "latent_images"]
 OUTPUT_TYPES: tuple[OutputType, ...] = ("video", "images", "latent", "both", "latent_images")
+AttentionName = Literal["sdpa", "flash_attn", "flash3", "sage_attn", "xformers"]
 OUTPUT_SUFFIXES = (".mp4", ".png", ".safetensors")
 
 
@@ -26,6 +27,17 @@ class ModelPaths:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MagCacheConfig:
+    """Skipping the visual blocks where they are known to change little."""
+
+    magcache_mag_ratios: tuple[float, ...] | None = None
+    """None: the official ones of the task."""
+    magcache_threshold: float = 0.12
+    magcache_k: int = 2
+    magcache_retention_ratio: float = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DitConfig:
     """How the DiT is held and run."""
 
@@ -34,11 +46,16 @@ class DitConfig:
     fp8_base: bool = False
     fp8_fast: bool = False
     """Multiply in float8 too; acts with fp8_base."""
+    blocks_to_swap: int = 0
+    use_pinned_memory_for_block_swap: bool = False
     offload_dit_during_sampling: bool = False
     disable_numpy_memmap: bool = False
     no_weight_check: bool = False
     nabla: NablaParams | None = None
     """Block-sparse attention; None is full attention."""
+    attention: AttentionName = "sdpa"
+    magcache: MagCacheConfig | None = None
+    """None runs all blocks at every step."""
     cpu_noise: bool = False
 
 
@@ -160,5 +177,7 @@ class GenerateConfig:
             problems.append(f"exactly one of {', '.join(sources)} is wanted: {what}")
         if self.output.output is None and self.lora.save_merged_model is None:
             problems.append("--output is missing: a .mp4, a .png or a folder")
+        if self.dit.use_pinned_memory_for_block_swap and not self.dit.blocks_to_swap:
+            problems.append("--use_pinned_memory_for_block_swap acts with --blocks_to_swap only: add it")
         if problems:
             raise ConfigError(problems)

@@ -63,7 +63,7 @@ def test_paths_default_to_the_tasks() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("--compile",), ("--blocks_to_swap", "2"), ("--flash3",), ("--attn_mode", "sageattn"), ("--fp8_llm",)],
+    [("--compile",), ("--compile_args", "inductor", "default", "auto", "False"), ("--fp8_llm",)],
 )
 def test_options_without_machinery_are_refused_by_name(words: tuple[str, ...]) -> None:
     message = refusal(*BASE, *words)
@@ -84,6 +84,20 @@ def test_options_without_effect_say_so(
 
 def test_one_attention_at_a_time() -> None:
     assert "--sdpa and --xformers" in refusal(*BASE, "--sdpa", "--xformers")
+
+
+def test_attention_words_and_flags_mean_the_same() -> None:
+    assert parse().dit.attention == "sdpa"
+    assert parse("--attn_mode", "flash").dit.attention == "flash_attn"
+    assert parse("--attn_mode", "sageattn", "--sage_attn").dit.attention == "sage_attn"
+
+
+def test_magcache_settings_need_the_switch_and_come_in_pairs() -> None:
+    assert "--magcache only" in refusal(*BASE, "--magcache_k", "3")
+    assert "pairs" in refusal(*BASE, "--magcache", "--magcache_mag_ratios", "1", "1", "1")
+    config = parse("--magcache", "--magcache_threshold", "0.2").dit.magcache
+    assert config is not None
+    assert (config.magcache_threshold, config.magcache_k) == (0.2, 2)
 
 
 def test_exactly_one_source_of_prompts(tmp_path: Path) -> None:

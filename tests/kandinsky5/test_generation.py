@@ -119,6 +119,18 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(generation.ModelLoader, name, fail)
 
 
+@pytest.fixture
+def loads(run: Generate, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fills up with the models that are loaded."""
+    names: list[str] = []
+    for name in ("text_encoders", "vae", "dit"):
+        load = getattr(generation.ModelLoader, name)
+        monkeypatch.setattr(
+            generation.ModelLoader, name, lambda self, n=name, f=load: names.append(n) or f(self)
+        )
+    return names
+
+
 def test_a_prompt_becomes_a_video_that_reads_back(
     script: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,30 +240,15 @@ def test_no_metadata_stores_nothing_of_the_prompt(run: Generate, tmp_path: Path)
 
 
 def test_a_prompt_file_loads_each_model_once_and_equals_single_runs(
-    run: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Generate, tmp_path: Path, loads: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = "a dog --d 7 --n\nbad --w x\na cat --w 48 --f 6 --s 1 --g 1\nno room --w 5000\n"
     (tmp_path / "p.txt").write_text(lines, encoding="utf-8")
-    run(
-        "--prompt",
-        "a dog",
-        "--seed",
-        7,
-        "--negative_prompt",
-        "",
-        "--output",
-        "one.safetensors",
-        "--output_type",
-        "latent",
-    )
-    loads: list[str] = []
-    for name in ("text_encoders", "vae", "dit"):
-        load = getattr(generation.ModelLoader, name)
-        monkeypatch.setattr(
-            generation.ModelLoader, name, lambda self, n=name, f=load: loads.append(n) or f(self)
-        )
+    single = ("--prompt", "a dog", "--seed", 7, "--negative_prompt", "", "--output_type", "latent")
+    run(*single, "--output", "one.safetensors")
     message = refused(run, 3, capsys, "--from_file", "p.txt", "--output", "many", "--output_type", "both")
-    assert loads == ["text_encoders", "dit", "vae"]
+    assert loads[-3:] == ["text_encoders", "dit", "vae"]
+    assert len(loads) == 5  # two of them for the single run
     assert "2 of 4 prompts were made" in message
     assert "line 2" in message
     assert "line 4" in message
@@ -390,6 +387,23 @@ def test_nabla_attention_makes_a_video(run: Generate, tmp_path: Path) -> None:
     assert torch.isfinite(latents_of(tmp_path / "a.safetensors")).all()
 
 
+def test_swapped_blocks_change_nothing(run: Generate, tmp_path: Path, lora: Path) -> None:
+    words = ("--prompt", "x", "--lora_weight", lora, "--lora_mode", "runtime", "--output_type", "latent")
+    run(*words, "--output", "a.safetensors")
+    run(*words, "--output", "b.safetensors", "--blocks_to_swap", 2)
+    assert torch.equal(*(latents_of(tmp_path / f"{name}.safetensors") for name in "ab"))
+
+
+def test_magcache_skips_passes(run: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[generation.MagCache] = []
+    build = generation.MagCache
+    monkeypatch.setattr(generation, "MagCache", lambda *a, **k: made.append(build(*a, **k)) or made[-1])
+    ratios = ("--magcache", "--magcache_mag_ratios", *[1.0] * 14)
+    run("--prompt", "x", "--steps", 8, *ratios, "--output", "a.mp4")
+    assert len(made[0].skipped) == 16
+    assert sum(made[0].skipped) > 4
+
+
 # Names and what happens to files
 
 
@@ -503,6 +517,9 @@ def test_latents_that_are_not_finite_stop_and_name_the_step(
         (("--width", "10000"), ("from 16 to 2048",)),
         (("--frames", "0"), ("1 to 509",)),
         (("--image", "x.png"), ("k5-pro-i2v-5s-sd",)),
+        (("--blocks_to_swap", "60"), ("at most",)),
+        (("--magcache",), ("no official ratios for k5-tiny-t2v",)),
+        (("--flash_attn", "--dtype", "float32"), ("--dtype bfloat16",)),
         (("--trim_tail_frames", "5"), ("leaves nothing",)),
         (("--output", "x.png"), ("--frames 1",)),
     ],
@@ -565,15 +582,9 @@ def test_a_latent_file_must_hold_a_latent(
 
 
 def test_interactive_keeps_the_models_and_survives_wrong_lines(
-    script: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Generate, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = iter(["a cat --d 1", "", "a dog --q 3", "a dog --d 2 --s 1"])
-    loads: list[str] = []
-    for name in ("text_encoders", "vae", "dit"):
-        load = getattr(generation.ModelLoader, name)
-        monkeypatch.setattr(
-            generation.ModelLoader, name, lambda self, n=name, f=load: loads.append(n) or f(self)
-        )
 
     def console(_prompt: str) -> str:
         for line in lines:
@@ -581,7 +592,7 @@ def test_interactive_keeps_the_models_and_survives_wrong_lines(
         raise EOFError
 
     monkeypatch.setattr("builtins.input", console)
-    script("--interactive", "--output", "out")
+    run("--interactive", "--output", "out")
     assert sorted(loads) == ["dit", "text_encoders", "vae"]
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert [name.rsplit("_", 1)[1] for name in names] == ["1.mp4", "2.mp4"]
