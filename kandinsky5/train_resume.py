@@ -15,6 +15,7 @@ from kandinsky5.train_setup import build_schedule
 from kandinsky5.training_state import SavedState
 from modules.errors import ConfigError
 from modules.logs import get_logger
+from modules.optimizers import describe_optimizer
 from networks.lora import LoRANetwork
 
 log = get_logger(__name__)
@@ -66,7 +67,11 @@ def check_resumed(
         )
     if problems:
         raise ConfigError(problems)
-    if before.learning_rate != config.optimizer.learning_rate:
+    if before.learning_rate != config.optimizer.learning_rate and config.optimizer.lr_scheduler_type:
+        log.warning(
+            "resuming: --lr_scheduler_type goes on from its own rate; the new --learning_rate is not used"
+        )
+    elif before.learning_rate != config.optimizer.learning_rate:
         log.info(
             "resuming: --learning_rate changes from %g to %g",
             before.learning_rate,
@@ -110,17 +115,20 @@ def restore(
             f"alpha {new['alpha']:g}. "
             "Give the options of the first run."
         )
+    described = describe_optimizer(optimizer, config.optimizer_args)
+    if described != saved.run.optimizer:
+        raise ConfigError(
+            f"--resume {saved.folder.name}: its optimizer was {saved.run.optimizer}, this run's is {described}"
+        )
     network.load_state_dict(dict(saved.lora))
     rates = [group["lr"] for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(saved.optimizer)
-    except (ValueError, KeyError) as error:
-        raise ConfigError(
-            f"--resume {saved.folder.name}: its optimizer was {saved.run.optimizer}, which this run's is not"
-        ) from error
+    optimizer.load_state_dict(saved.optimizer)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule = build_schedule(config, optimizer, total_steps, saved.run.step)
     if schedule is not None and saved.scheduler is not None:
         schedule.load_state_dict(saved.scheduler)
+        # Such schedules multiply the rate they find, which is therefore part of where they stand.
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
     return schedule

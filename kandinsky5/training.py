@@ -305,11 +305,13 @@ class Trainer:
 
     def _share(self, loss: Tensor, norm: Tensor, request: int) -> tuple[float, float, int]:
         """Agree over all processes on loss and on stopping: one transfer from the device."""
-        asked = torch.tensor(float(request), device=self.device)
+        shared = torch.stack([loss, torch.tensor(float(request), device=self.device)])
         if self.accelerator.num_processes > 1:
-            loss = self.accelerator.reduce(loss, reduction="sum")
-            asked = self.accelerator.gather(asked[None]).max()
-        loss_value, norm_value, code = torch.stack([loss, norm.float(), asked]).tolist()
+            rows = torch.zeros(self.accelerator.num_processes, 2, device=self.device)
+            rows[self.accelerator.process_index] = shared
+            torch.distributed.all_reduce(rows)
+            shared = torch.stack([rows[:, 0].sum(), rows[:, 1].max()])
+        loss_value, code, norm_value = torch.cat([shared, norm.float()[None]]).tolist()
         return loss_value, norm_value, int(code)
 
     def _update(self) -> None:

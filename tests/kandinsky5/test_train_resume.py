@@ -37,7 +37,7 @@ MATRIX = {
     ),
     "own schedule": ("--lr_scheduler_type", "StepLR", "--lr_scheduler_args", "step_size=2", "gamma=0.5"),
 }
-TOTAL = ("--max_train_steps", 7)
+TOTAL = ("--max_train_steps", 6)
 
 
 @pytest.fixture(scope="module")
@@ -79,22 +79,22 @@ def test_stopped_and_resumed_equals_uninterrupted(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = (*MATRIX[name], *TOTAL, "--save_state_on_train_end")
     train(dit, dataset, whole, *options)
-    for steps in (2, 3):  # stops after step 2 and after step 5
+    for steps in (1, 3):  # stops after step 1, and after step 4 inside or at the end of an epoch
         stop_at(parts, steps, monkeypatch)
         train(dit, dataset, parts, *options, "--resume", "auto")
         monkeypatch.undo()
     train(dit, dataset, parts, *options, "--resume", "auto")
     assert comparable(parts) == comparable(whole)
     assert lora_bytes(parts / "lora.safetensors") == lora_bytes(whole / "lora.safetensors")
-    assert lora_bytes(parts / "lora-state/lora.safetensors") == lora_bytes(
-        whole / "lora-state/lora.safetensors"
-    )
-    ours, theirs = (read_state(folder / "lora-state").optimizer for folder in (parts, whole))
-    torch.testing.assert_close(ours["state"], theirs["state"], rtol=0, atol=0)
+    ours, theirs = (read_state(folder / "lora-state") for folder in (parts, whole))
+    assert all(torch.equal(ours.lora[key], theirs.lora[key]) for key in theirs.lora)
+    ours_flat, theirs_flat = (dict(leaves(state.optimizer["state"])) for state in (ours, theirs))
+    assert ours_flat.keys() == theirs_flat.keys()
+    for key, value in theirs_flat.items():
+        same = torch.equal(ours_flat[key], value) if torch.is_tensor(value) else ours_flat[key] == value
+        assert same, key
     if name == "8 bit":
-        assert any(
-            value.dtype == torch.uint8 for value in ours["state"][0].values() if torch.is_tensor(value)
-        )
+        assert torch.uint8 in {value.dtype for value in ours_flat.values() if torch.is_tensor(value)}
 
 
 def test_resuming_a_finished_run_does_nothing_and_more_steps_continue_it(
@@ -185,15 +185,15 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(
     dit: Path, dataset: Path, tmp_path: Path, root: Path
 ) -> None:
     output = tmp_path / "stopped"
-    process = launch(dit, dataset, output, root, "--max_train_steps", 60)
-    wait_for_steps(process, output, 2)
+    process = launch(dit, dataset, output, root, "--max_train_steps", 20)
+    wait_for_steps(process, output, 1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     step = len(metrics(output, "step"))
-    assert step < 60
+    assert step < 20
     assert state_problem(output / f"lora-step{step:08d}-state") is None
-    again = launch(dit, dataset, output, root, "--max_train_steps", 60, "--resume", "auto")
+    again = launch(dit, dataset, output, root, "--max_train_steps", 20, "--resume", "auto")
     assert again.wait(120) == 0
-    train_words = ("--max_train_steps", 60, "--timestep_sampling", "sigma", "--network_alpha", 1)
+    train_words = ("--max_train_steps", 20, "--timestep_sampling", "sigma", "--network_alpha", 1)
     train(dit, dataset, tmp_path / "whole", *train_words, "--discrete_flow_shift", 1.0)
     assert lora_bytes(output / "lora.safetensors") == lora_bytes(tmp_path / "whole/lora.safetensors")
