@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from kandinsky5.checkpoints import save_merged_model
 from kandinsky5.configs.generate import GenerateConfig
+from kandinsky5.devices import pick_device
 from kandinsky5.generation_models import (
     ModelLoader,
     SamplingModel,
     check_models,
     empty_device_cache,
     magcache_ratios,
-    pick_device,
     read_loras,
     trigger_words,
 )

@@ -9,6 +9,7 @@ import torch
 
 from kandinsky5.checkpoints import build_meta_dit, check_dit_file, file_name_warning, load_dit
 from kandinsky5.configs.generate import GenerateConfig
+from kandinsky5.devices import compute_dtype, vae_dtype
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.magcache import task_ratios
 from kandinsky5.offload import max_blocks_to_swap, swap_blocks, swapped_blocks
@@ -21,8 +22,7 @@ from kandinsky5.text_encoders import (
 )
 from kandinsky5.vae import VideoVAE, check_vae_file, load_vae
 from modules.attention import check_attention_backend
-from modules.dtypes import dtype_from_word
-from modules.errors import ConfigError, ModelFileError, ResourceError
+from modules.errors import ConfigError, ModelFileError
 from modules.fp8 import check_fp8_matmul
 from modules.logs import get_logger
 from networks.lora import LoRANetwork
@@ -30,36 +30,6 @@ from networks.lora_files import LoadedLora, read_lora
 from networks.lora_kandinsky import create_network_from_weights, is_target_name, linear_layer_sizes
 
 log = get_logger(__name__)
-
-
-def pick_device(word: str | None) -> torch.device:
-    """The device to compute on.
-
-    Raises:
-        ResourceError: it is unknown or not there.
-    """
-    if word is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(word)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ResourceError(f"--device {word} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def compute_dtype(word: str | None, device: torch.device) -> torch.dtype:
-    """What the user asked for, else bfloat16 on an accelerator and float32 on the CPU."""
-    if word is not None:
-        return dtype_from_word(word)
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-def vae_dtype(word: str | None, device: torch.device) -> torch.dtype:
-    """What the user asked for, else float16 on an accelerator and float32 on the CPU."""
-    if word is not None:
-        return dtype_from_word(word)
-    return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def check_models(config: GenerateConfig, device: torch.device) -> None:
@@ -246,7 +216,7 @@ class ModelLoader:
             check_finite=not self.config.dit.no_weight_check,
             placement=self._placement(),
         )
-        dit.requires_grad_(False).eval()
+        dit.train(False)
         dit.set_attention_backend(self.config.dit.attention)
         networks = () if is_merged else tuple(self._beside(dit, lora) for lora in self.loras)
         if self.config.dit.blocks_to_swap:
@@ -271,7 +241,7 @@ class ModelLoader:
 
     def _beside(self, dit: DiffusionTransformer3D, lora: LoadedLora) -> LoRANetwork:
         network = create_network_from_weights(dit, lora, network_dropout=None, network_args={}, seed=0)
-        network.requires_grad_(False).eval().to(self.device)
+        network.requires_grad_(False).train(False).to(self.device)
         network.set_multiplier(lora.multiplier)
         return network
 

@@ -1,0 +1,323 @@
+"""Runs the encoders over a dataset and writes its cache files.
+
+Batches are cut from the full sorted list and encoded whole, whatever is cached already: the batch an item is
+encoded in, and so its bytes, never depend on what was done before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset.cache_files import (
+    LatentCacheMeta,
+    TextCacheMeta,
+    empty_text_cache_name,
+    latent_cache_problem,
+    latent_meta,
+    text_cache_name,
+    text_cache_problem,
+    write_latent_cache,
+    write_text_cache,
+)
+from dataset.cache_index import latent_entry, text_entry, update_index
+from dataset.clips import ClipPlan, LoadedBatch, PlannedClip, cut_batches, load_batches, plan_clips
+from dataset.config import AnyDatasetConfig, DatasetConfig, load_dataset_config
+from dataset.sources import SourceListing, list_items
+from kandinsky5.cache_preview import preview_clips
+from kandinsky5.caching_report import (
+    Outcome,
+    cache_folders,
+    check_strict,
+    disk_errors,
+    finish,
+    handle_unused,
+)
+from kandinsky5.configs.caching import CacheLatentsConfig, CacheRunConfig, CacheTextConfig
+from kandinsky5.devices import pick_device, vae_dtype
+from kandinsky5.prompt_templates import load_prompt_templates
+from kandinsky5.text_encoders import (
+    TextEncoders,
+    check_text_encoder_paths,
+    default_qwen_dtype,
+    load_text_encoders,
+    text_encoder_fingerprint,
+)
+from kandinsky5.vae import VideoVAE, encode_or_tile, load_vae, uint8_to_pixels, vae_fingerprint
+from modules.dtypes import dtype_name
+from modules.errors import ModelFileError
+from modules.interruption import exit_on_signal
+from modules.logs import get_logger
+from modules.seeding import generator_for
+
+log = get_logger(__name__)
+
+# ---------------------------------------------------------------------------------------------- latents
+
+
+@dataclass(kw_only=True, slots=True)
+class _LatentWork:
+    """One dataset: what its caches must be, and which batches have to be encoded."""
+
+    listing: SourceListing
+    plan: ClipPlan
+    metas: dict[str, LatentCacheMeta]
+    """By cache name."""
+    outcome: Outcome
+    batches: tuple[tuple[PlannedClip, ...], ...] = ()
+    stale: frozenset[str] = frozenset()
+    """Cache names to write."""
+
+    @property
+    def dataset(self) -> AnyDatasetConfig:
+        return self.outcome.dataset
+
+
+def cache_latents(config: CacheLatentsConfig) -> None:
+    """Encode every clip of the dataset file, or show the clips if the config says so.
+
+    Raises:
+        ConfigError, DataError, ModelFileError, ResourceError: each with what to do; damaged media end the run
+        only after everything else is cached.
+    """
+    datasets = _read_datasets(config.run)
+    if config.debug is not None:
+        for dataset in datasets.datasets:
+            plan = _plan(dataset, config, list_items(dataset))
+            if not preview_clips(dataset, plan.clips, config.debug, config.run.num_workers):
+                return
+        return
+    assert config.vae is not None  # the command line requires it
+    device = pick_device(config.run.device)
+    dtype = vae_dtype(config.vae_dtype, device)
+    if config.disable_cudnn_backend:
+        torch.backends.cudnn.enabled = False
+    fingerprint = vae_fingerprint(config.vae)
+    works = [_latent_work(dataset, config, fingerprint, dtype) for dataset in datasets.datasets]
+    outcomes = [work.outcome for work in works]
+    check_strict(outcomes, config.run)
+    with exit_on_signal(), cache_folders(datasets.datasets):
+        for work in works:
+            _choose_batches(work, config.run)
+        if any(work.batches for work in works):
+            vae = load_vae(config.vae, dtype=dtype, device=device)
+            for work in works:
+                _encode_clips(vae, work, config)
+        for work in works:
+            entry = latent_entry(work.plan.clips, work.outcome.skipped)
+            with disk_errors(work.dataset.cache_directory):
+                update_index(work.dataset.cache_directory, "latents", work.dataset.settings_hash, entry)
+        handle_unused(outcomes, "latents", config.run)
+    finish(outcomes, "latents", config.run)
+
+
+def _read_datasets(run: CacheRunConfig) -> DatasetConfig:
+    datasets = load_dataset_config(run.dataset_config)
+    for note in datasets.notes:
+        log.info("%s", note)
+    log.info("%s", datasets.describe())
+    return datasets
+
+
+def _plan(dataset: AnyDatasetConfig, config: CacheLatentsConfig, listing: SourceListing) -> ClipPlan:
+    plan = plan_clips(dataset, listing, nabla_resize=config.nabla_resize, num_workers=config.run.num_workers)
+    for note in plan.notes:
+        log.info("%s", note)
+    return plan
+
+
+def _latent_work(
+    dataset: AnyDatasetConfig, config: CacheLatentsConfig, fingerprint: str, dtype: torch.dtype
+) -> _LatentWork:
+    listing = list_items(dataset)
+    plan = _plan(dataset, config, listing)
+    metas = {
+        clip.cache_name: latent_meta(
+            clip, encoder_fingerprint=fingerprint, dtype=dtype_name(dtype), tile_px=config.tile_px
+        )
+        for clip in plan.clips
+    }
+    outcome = Outcome(
+        dataset=dataset,
+        found=listing.found,
+        num_caches=len(plan.clips),
+        skipped=[*listing.skipped, *plan.skipped],
+    )
+    return _LatentWork(listing=listing, plan=plan, metas=metas, outcome=outcome)
+
+
+def _choose_batches(work: _LatentWork, run: CacheRunConfig) -> None:
+    folder = work.dataset.cache_directory
+    names = (clip.cache_name for clip in work.plan.clips)
+    if run.skip_existing:
+        names = (name for name in names if latent_cache_problem(folder / name, work.metas[name]) is not None)
+    work.stale = frozenset(names)
+    batches = cut_batches(work.plan.clips, run.batch_size or work.dataset.batch_size)
+    work.batches = tuple(batch for batch in batches if any(clip.cache_name in work.stale for clip in batch))
+
+
+def _encode_clips(vae: VideoVAE, work: _LatentWork, config: CacheLatentsConfig) -> None:
+    total = sum(len(batch) for batch in work.batches)
+    with tqdm(total=total, desc=f"dataset {work.dataset.index}", unit="clip") as progress:
+        for loaded in load_batches(work.batches, num_workers=config.run.num_workers):
+            work.outcome.skipped.extend(loaded.damaged)
+            if loaded.clips:
+                _encode_batch(vae, work, loaded, config.tile_px)
+            progress.update(len(loaded.clips) + len(loaded.damaged))
+
+
+def _encode_batch(vae: VideoVAE, work: _LatentWork, loaded: LoadedBatch, tile_px: int | None) -> None:
+    pixels = uint8_to_pixels(torch.from_numpy(np.stack(loaded.pixels)))  # [B, 3, F_px, H_px, W_px]
+    keys = [clip.item_key for clip in loaded.clips]
+    latents = _encode(vae, pixels, keys, "clip", tile_px)
+    if pixels.shape[2] == 1:
+        ends = torch.cat([latents, latents], dim=2)
+    else:
+        first = _encode(vae, pixels[:, :, :1], keys, "first", tile_px)
+        last = _encode(vae, pixels[:, :, -1:], keys, "last", tile_px)
+        ends = torch.cat([first, last], dim=2)  # [B, 16, 2, H, W]
+    folder = work.dataset.cache_directory
+    for clip, clip_latents, clip_ends in zip(loaded.clips, latents, ends, strict=True):
+        if clip.cache_name in work.stale:
+            with disk_errors(folder):
+                write_latent_cache(
+                    folder / clip.cache_name, clip_latents, clip_ends, work.metas[clip.cache_name]
+                )
+            work.outcome.encoded += 1
+
+
+def _encode(vae: VideoVAE, pixels: Tensor, keys: Sequence[str], part: str, tile_px: int | None) -> Tensor:
+    """Latents [B, 16, F, H, W] on the CPU; the draw of an item depends on its key and the part alone."""
+    generators = [generator_for("vae", key, part) for key in keys]
+    return encode_or_tile(vae, pixels, generators, tile_px=tile_px).cpu()
+
+
+# ------------------------------------------------------------------------------------------------- text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _TextTarget:
+    """One text cache: where it goes and what it must record."""
+
+    path: Path
+    meta: TextCacheMeta
+
+
+@dataclass(kw_only=True, slots=True)
+class _TextWork:
+    """One dataset's captions."""
+
+    listing: SourceListing
+    outcome: Outcome
+    batches: tuple[tuple[_TextTarget, ...], ...]
+    """Cut from the full list; batches without a stale cache are left out."""
+    stale: frozenset[Path]
+
+
+def cache_text(config: CacheTextConfig) -> None:
+    """Encode every caption of the dataset file.
+
+    Raises:
+        ConfigError, DataError, ModelFileError, ResourceError: each with what to do.
+    """
+    datasets = _read_datasets(config.run)
+    device = pick_device(config.run.device)
+    problems = check_text_encoder_paths(config.text_encoder_qwen, config.text_encoder_clip)
+    if problems:
+        raise ModelFileError(problems)
+    templates = load_prompt_templates(config.prompt_templates)
+    listings = [list_items(dataset) for dataset in datasets.datasets]
+    outcomes = [
+        Outcome(
+            dataset=dataset,
+            found=listing.found,
+            num_caches=len(listing.items),
+            skipped=list(listing.skipped),
+            empty_captions=listing.empty_captions,
+        )
+        for dataset, listing in zip(datasets.datasets, listings, strict=True)
+    ]
+    check_strict(outcomes, config.run)
+    fingerprint = text_encoder_fingerprint(
+        config.text_encoder_qwen, config.text_encoder_clip, is_quantized=config.quantized_qwen
+    )
+    with exit_on_signal(), cache_folders(datasets.datasets):
+        works = [
+            _text_work(outcome, listing, config, fingerprint)
+            for outcome, listing in zip(outcomes, listings, strict=True)
+        ]
+        if any(work.batches for work in works):
+            encoders = load_text_encoders(
+                config.text_encoder_qwen,
+                config.text_encoder_clip,
+                device=device,
+                dtype=default_qwen_dtype(device),
+                qwen_max_length=config.qwen_max_length,
+                clip_max_length=config.clip_max_length,
+                is_quantized=config.quantized_qwen,
+                templates=templates,
+            )
+            for work in works:
+                _encode_captions(encoders, work)
+        for work in works:
+            dataset = work.outcome.dataset
+            entry = text_entry(work.listing.items, work.listing.skipped)
+            with disk_errors(dataset.cache_directory):
+                update_index(dataset.cache_directory, "text", dataset.text_settings_hash, entry)
+        handle_unused(outcomes, "text", config.run)
+    finish(outcomes, "text", config.run)
+
+
+def _text_work(
+    outcome: Outcome, listing: SourceListing, config: CacheTextConfig, fingerprint: str
+) -> _TextWork:
+    dataset = outcome.dataset
+    blank = TextCacheMeta(
+        caption1="",
+        template=dataset.template,
+        qwen_max_length=config.qwen_max_length,
+        clip_max_length=config.clip_max_length,
+        encoder_fingerprint=fingerprint,
+    )
+    targets = [
+        _TextTarget(
+            path=dataset.cache_directory / text_cache_name(item.base_name),
+            meta=replace(blank, caption1=item.caption),
+        )
+        for item in listing.items
+    ]
+    size = config.run.batch_size or dataset.batch_size
+    batches = [tuple(targets[start : start + size]) for start in range(0, len(targets), size)]
+    if dataset.caption_dropout_rate > 0:
+        # By itself: training compares nothing with it, and every dataset's empty caption is then the same.
+        path = dataset.cache_directory / empty_text_cache_name(dataset.template)
+        batches.append((_TextTarget(path=path, meta=blank),))
+        outcome.num_caches += 1
+    stale = frozenset(
+        target.path
+        for batch in batches
+        for target in batch
+        if not config.run.skip_existing or text_cache_problem(target.path, target.meta) is not None
+    )
+    chosen = tuple(batch for batch in batches if any(target.path in stale for target in batch))
+    return _TextWork(listing=listing, outcome=outcome, batches=chosen, stale=stale)
+
+
+def _encode_captions(encoders: TextEncoders, work: _TextWork) -> None:
+    total = sum(len(batch) for batch in work.batches)
+    with tqdm(total=total, desc=f"dataset {work.outcome.dataset.index}", unit="caption") as progress:
+        for batch in work.batches:
+            captions = [target.meta.caption1 for target in batch]
+            results = encoders.encode(captions, batch[0].meta.template)
+            for target, result in zip(batch, results, strict=True):
+                if target.path in work.stale:
+                    with disk_errors(target.path.parent):
+                        write_text_cache(target.path, result.text_embeds, result.pooled_embed, target.meta)
+                    work.outcome.encoded += 1
+            progress.update(len(batch))

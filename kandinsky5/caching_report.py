@@ -1,0 +1,164 @@
+"""What both cache scripts do around encoding: folders under lock, what was found and used, unused files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dataset.cache_files import unused_caches
+from dataset.cache_index import CacheKind, index_path
+from dataset.config import AnyDatasetConfig
+from dataset.sources import SkippedItem
+from kandinsky5.configs.caching import CacheRunConfig
+from modules.errors import DataError, ResourceError
+from modules.files import remove_strays
+from modules.locks import folder_lock
+from modules.logs import format_table, get_logger
+
+log = get_logger(__name__)
+
+_MAX_NAMED = 10
+_GIGABYTE = 1e9
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """One dataset of one run."""
+
+    dataset: AnyDatasetConfig
+    found: int
+    """Media files seen."""
+    num_caches: int
+    """Cache files the dataset needs."""
+    encoded: int = 0
+    skipped: list[SkippedItem] = field(default_factory=list)
+    empty_captions: int = 0
+
+    @property
+    def skipped_names(self) -> set[str]:
+        return {entry.name for entry in self.skipped}
+
+
+@contextmanager
+def cache_folders(datasets: Sequence[AnyDatasetConfig]) -> Iterator[None]:
+    """Hold the cache folders' locks, in one order for all processes, and clear what killed runs left there.
+
+    Raises:
+        ResourceError: a folder cannot be written, or the disk fills up within the block.
+    """
+    folders = sorted({dataset.cache_directory.resolve() for dataset in datasets})
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(folder_lock(folder))
+            remove_strays(folder)
+        yield
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Around writing into `folder`: the system's refusal in words.
+
+    Raises:
+        ResourceError: no space, no permission, and the like; no cut file is left.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"{folder} cannot be written: {error.strerror or error}. Free some space or check the folder, "
+            "then run the same command with --skip_existing; the files written so far are whole"
+        ) from error
+
+
+def check_strict(outcomes: Sequence[Outcome], run: CacheRunConfig) -> None:
+    """With --strict, refuse to begin when anything is skipped.
+
+    Raises:
+        DataError: the items and their reasons.
+    """
+    skipped = [entry for outcome in outcomes for entry in outcome.skipped]
+    if run.strict and skipped:
+        raise DataError(f"--strict: {_listed(skipped)}")
+
+
+def handle_unused(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunConfig) -> None:
+    """Say how many caches no dataset uses any more; with --prune, delete them."""
+    for folder in sorted({outcome.dataset.cache_directory for outcome in outcomes}):
+        unused = unused_caches(folder, kind)
+        if unused.foreign:
+            log.info(
+                "%s: %d files are named like caches but were not made by a Kandinsky 5 cache script, for "
+                "example %s; they are left alone",
+                folder,
+                len(unused.foreign),
+                unused.foreign[0].name,
+            )
+        if not unused.files:
+            continue
+        size = f"{len(unused.files)} caches ({unused.total_bytes / _GIGABYTE:.2f} GB)"
+        if not run.prune:
+            log.info("%s: %s are not used by the dataset; --prune deletes them", folder, size)
+            continue
+        for path in unused.files:
+            path.unlink(missing_ok=True)
+        log.info("%s: deleted %s that the dataset does not use", folder, size)
+
+
+def finish(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunConfig) -> None:
+    """Print the summary, then end with an error if a file was damaged or a dataset has nothing left.
+
+    Raises:
+        DataError: damaged items (unless --skip_bad), any skipped item (--strict), or nothing usable.
+    """
+    log.info("done\n%s", _summary(outcomes))
+    skipped = [entry for outcome in outcomes for entry in outcome.skipped]
+    if skipped:
+        log.warning("%s", _listed(skipped))
+        indexes = sorted({str(index_path(outcome.dataset.cache_directory, kind)) for outcome in outcomes})
+        log.info("all skipped items and their reasons are in %s", ", ".join(indexes))
+    check_strict(outcomes, run)
+    problems = []
+    failures = [entry for entry in skipped if entry.is_failure]
+    if failures and not run.skip_bad:
+        problems.append(
+            f"{len(failures)} damaged items were left out, everything else is cached. Repair or remove them, "
+            "or add --skip_bad to accept that"
+        )
+    problems.extend(
+        f"dataset {outcome.dataset.index}: nothing is left to train on"
+        for outcome in outcomes
+        if outcome.found and len(outcome.skipped_names) >= outcome.found
+    )
+    if problems:
+        raise DataError(problems)
+
+
+def _summary(outcomes: Sequence[Outcome]) -> str:
+    rows = []
+    for outcome in outcomes:
+        reasons = Counter(entry.reason for entry in dict.fromkeys(outcome.skipped))
+        details = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        if outcome.empty_captions:
+            details = ", ".join(
+                filter(None, [details, f"{outcome.empty_captions} used with an empty caption"])
+            )
+        rows.append([
+            f"{outcome.dataset.index} ({outcome.dataset.content}s)",
+            outcome.found,
+            outcome.found - len(outcome.skipped_names),
+            outcome.encoded,
+            outcome.num_caches - outcome.encoded,
+            details or "-",
+        ])
+    return format_table(["dataset", "found", "used", "caches made", "caches kept", "skipped"], rows)
+
+
+def _listed(skipped: Sequence[SkippedItem]) -> str:
+    entries = list(dict.fromkeys(skipped))
+    lines = [f"  {entry}" for entry in entries[:_MAX_NAMED]]
+    if len(entries) > _MAX_NAMED:
+        lines.append(f"  ... and {len(entries) - _MAX_NAMED} more")
+    return "\n".join([f"{len(entries)} items were skipped:", *lines])

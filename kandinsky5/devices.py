@@ -1,0 +1,38 @@
+"""Where to compute and in which dtype, from the words of the command line."""
+
+from __future__ import annotations
+
+import torch
+
+from modules.dtypes import dtype_from_word
+from modules.errors import ResourceError
+
+
+def pick_device(word: str | None) -> torch.device:
+    """The device to compute on: the one asked for, else cuda if there is one, else cpu.
+
+    Raises:
+        ResourceError: it is unknown or not there.
+    """
+    if word is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(word)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ResourceError(f"--device {word} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def compute_dtype(word: str | None, device: torch.device) -> torch.dtype:
+    """What the user asked for, else bfloat16 on an accelerator and float32 on the CPU."""
+    if word is not None:
+        return dtype_from_word(word)
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def vae_dtype(word: str | None, device: torch.device) -> torch.dtype:
+    """What the user asked for, else float16 on an accelerator and float32 on the CPU."""
+    if word is not None:
+        return dtype_from_word(word)
+    return torch.float32 if device.type == "cpu" else torch.float16

@@ -1,0 +1,21 @@
+"""Encode the images and videos of a dataset for training: see --help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kandinsky5.cli.caching import parse_cache_latents
+from kandinsky5.cli.common import user_errors
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; an error of the user's ends with its exit code and one message."""
+    with user_errors(argv):
+        config = parse_cache_latents(argv)
+        from kandinsky5.caching import cache_latents  # imported late: --help must not wait for torch
+
+        cache_latents(config)
+
+
+if __name__ == "__main__":
+    main()

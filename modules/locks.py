@@ -1,0 +1,78 @@
+"""A lock on a folder that ends with the process that holds it, however that process ends."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from modules.errors import ResourceError
+from modules.logs import get_logger
+
+log = get_logger(__name__)
+
+_LOCK_NAME = ".k5_lock"
+_POLL_SECONDS = 0.5
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, which is made if missing; waits while another process holds it.
+
+    Raises:
+        ResourceError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / _LOCK_NAME).open("a+b")
+    except OSError as error:
+        raise ResourceError(f"{folder}: cannot be written: {error.strerror}") from error
+    with stream:
+        if not _try_lock(stream):
+            log.info("%s is in use by process %s; waiting until it is done", folder, _read_owner(stream))
+            while not _try_lock(stream):
+                time.sleep(_POLL_SECONDS)
+        try:
+            stream.truncate(0)
+            stream.write(f" {os.getpid()}".encode())  # the first byte is the one Windows locks
+            stream.flush()
+            yield
+        finally:
+            _unlock(stream)
+
+
+def _read_owner(stream: BinaryIO) -> str:
+    stream.seek(1)
+    return stream.read().decode("ascii", "replace").strip() or "unknown"
+
+
+if os.name == "nt":
+    import msvcrt
+
+    def _try_lock(stream: BinaryIO) -> bool:
+        stream.seek(0)
+        try:
+            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
+        except OSError:
+            return False
+        return True
+
+    def _unlock(stream: BinaryIO) -> None:
+        stream.seek(0)
+        msvcrt.locking(stream.fileno(), msvcrt.LK_UNLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
+
+else:
+    import fcntl
+
+    def _try_lock(stream: BinaryIO) -> bool:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _unlock(stream: BinaryIO) -> None:
+        fcntl.flock(stream, fcntl.LOCK_UN)
