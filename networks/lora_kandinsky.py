@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import nn
 
 from modules.errors import ConfigError
 from modules.logs import get_logger
+from networks.loha import LohaAdapter
+from networks.lokr import LokrAdapter
 from networks.lora import Adapter, DropoutRates, LoRAAdapter, LoRANetwork, inject
 from networks.lora_files import LayerSizes, LoadedLora, load_weights
 
@@ -143,39 +145,37 @@ class NetworkArgs:
     exclude_patterns: tuple[str, ...] = ()
     include_patterns: tuple[str, ...] = ()
     verbose: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """What only one kind of network knows, such as LoKr's `factor`."""
+    factor: int | None = None
+    """LoKr only: the wanted size of the smaller matrix, -1 for the most even split."""
 
 
-def parse_network_args(values: Mapping[str, Any], *, extra_names: Sequence[str] = ()) -> NetworkArgs:
+def parse_network_args(
+    values: Mapping[str, Any], *, network_module: str = "networks.lora_kandinsky"
+) -> NetworkArgs:
     """Check the values of `--network_args`, already read as Python literals.
 
     Raises:
         ConfigError: an unknown name or a value of the wrong type or range; all problems at once.
     """
+    checks = _SHARED_CHECKS | _OWN_CHECKS[network_module]
     problems: list[str] = []
     settings: dict[str, Any] = {}
-    extra: dict[str, Any] = {}
     for name, value in values.items():
-        if name in extra_names:
-            extra[name] = value
-        elif name in {"conv_dim", "conv_alpha"}:
+        if name in {"conv_dim", "conv_alpha"}:
             log.info("--network_args %s has no effect: the model has no convolutions", name)
-        elif name in _CHECKS:
-            check, wanted = _CHECKS[name]
+        elif name in checks:
+            check, wanted = checks[name]
             if check(value):
                 settings[name] = tuple(value) if isinstance(value, list) else value
             else:
                 problems.append(f"--network_args {name}: must be {wanted}, got {value!r}")
         else:
-            nearest = difflib.get_close_matches(name, [*_CHECKS, *extra_names], n=1)
-            known = (
-                f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join([*_CHECKS, *extra_names])}"
-            )
-            problems.append(f"--network_args {name}: unknown name; {known}")
+            nearest = difflib.get_close_matches(name, checks, n=1)
+            known = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(checks)}"
+            problems.append(f"--network_args {name}: unknown for {network_module}; {known}")
     if problems:
         raise ConfigError(problems)
-    return NetworkArgs(**settings, extra=extra)
+    return NetworkArgs(**settings)
 
 
 def _is_number(value: Any) -> bool:
@@ -190,14 +190,31 @@ def _is_pattern_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
 
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "rank_dropout": (_is_chance, "a number from 0 to below 1"),
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value > 0)
+
+
+_Check = tuple[Callable[[Any], bool], str]
+_SHARED_CHECKS: dict[str, _Check] = {
     "module_dropout": (_is_chance, "a number from 0 to below 1"),
-    "loraplus_lr_ratio": (lambda value: _is_number(value) and value > 0, "a number above 0"),
     "exclude_patterns": (_is_pattern_list, "a list of regular expressions, such as ['.*feed_forward.*']"),
     "include_patterns": (_is_pattern_list, "a list of regular expressions, such as ['.*cross_attention.*']"),
     "verbose": (lambda value: isinstance(value, bool), "True or False"),
 }
+_OWN_CHECKS: dict[str, dict[str, _Check]] = {
+    "networks.lora_kandinsky": {
+        "rank_dropout": (_is_chance, "a number from 0 to below 1"),
+        "loraplus_lr_ratio": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+    },
+    "networks.loha": {},
+    "networks.lokr": {"factor": (_is_factor, "a whole number above 0, or -1")},
+}
+NETWORK_KINDS: dict[str, Callable[..., Adapter]] = {
+    "networks.lora_kandinsky": LoRAAdapter,
+    "networks.loha": LohaAdapter,
+    "networks.lokr": LokrAdapter,
+}
+"""What `--network_module` may name; nothing is imported because an option or a file says so."""
 
 
 def create_network(
@@ -208,8 +225,7 @@ def create_network(
     network_dropout: float | None,
     network_args: Mapping[str, Any],
     seed: int,
-    make_adapter: Callable[..., Adapter] = LoRAAdapter,
-    extra_names: Sequence[str] = (),
+    network_module: str = "networks.lora_kandinsky",
 ) -> LoRANetwork:
     """Freeze the DiT, put adapters on its target layers and return the trainable network.
 
@@ -217,11 +233,17 @@ def create_network(
         network_dim: rank.
         network_alpha: 0 means alpha = rank.
         network_args: `--network_args` as name -> Python value.
-        make_adapter, extra_names: another kind of adapter and the names it reads from `network_args`.
+        network_module: one of `NETWORK_KINDS`.
     Raises:
-        ConfigError: see `parse_network_args` and `target_module_names`.
+        ConfigError: settings that this kind of network does not have, or see `parse_network_args` and
+            `target_module_names`.
     """
-    settings = parse_network_args(network_args, extra_names=extra_names)
+    settings = parse_network_args(network_args, network_module=network_module)
+    make_adapter = NETWORK_KINDS[network_module]
+    if make_adapter is not LoRAAdapter and network_dropout:
+        raise ConfigError(f"--network_dropout: not available with --network_module {network_module}")
+    if settings.factor is not None:
+        make_adapter = partial(make_adapter, factor=settings.factor)
     return inject(
         dit,
         _chosen_layers(dit, settings),
@@ -230,7 +252,7 @@ def create_network(
         seed=seed,
         dropout=_dropout_rates(settings, network_dropout),
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
-        make_adapter=partial(make_adapter, **settings.extra),
+        make_adapter=make_adapter,
     )
 
 

@@ -91,3 +91,22 @@ def group_keys(keys: Collection[str], names: LayerNames) -> KeyGroups:
         else:
             roles[parsed[1]] = key
     return groups
+
+
+def layout_of(keys: Collection[str]) -> str:
+    """Which program's names a LoRA file uses: kohya, lycoris, diffusers, comfy, peft, bare or mixed."""
+    found = {_layout_of_key(parsed[0]) for key in keys if (parsed := parse_key(key)) is not None}
+    return found.pop() if len(found) == 1 else "mixed"
+
+
+def _layout_of_key(written: str) -> str:
+    prefixes = {
+        "lycoris_": "lycoris",
+        "lora_unet_": "kohya",
+        "lora_transformer_": "kohya",
+        "base_model.model.": "peft",
+        "model.diffusion_model.": "comfy",
+        "diffusion_model.": "comfy",
+        "transformer.": "diffusers",
+    }
+    return next((layout for prefix, layout in prefixes.items() if written.startswith(prefix)), "bare")

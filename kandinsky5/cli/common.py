@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from modules.errors import UserError
-from modules.logs import setup_logging
+from modules.command_line import Parser, user_errors
+
+__all__ = [
+    "DTYPE_CHOICES",
+    "Parser",
+    "existing_file",
+    "float_between",
+    "non_negative_int",
+    "positive_int",
+    "user_errors",
+]
 
 DTYPE_CHOICES = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, so that a mistyped option is an error and not another option."""
-
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            allow_abbrev=False,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
-        )
-        self.add_argument(
-            "--traceback", action="store_true", help="show the Python traceback of errors in the input too"
-        )
-
-
-@contextmanager
-def user_errors(argv: Sequence[str] | None) -> Iterator[None]:
-    """Around the body of a script's main: print a `UserError` and end with its exit code."""
-    setup_logging()
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        yield
-    except UserError as error:
-        if "--traceback" in arguments:
-            traceback.print_exc()
-        lines = "\n".join(error.problems)
-        print(f"error: {lines}\nexit code {error.exit_code}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
 
 
 def positive_int(word: str) -> int:

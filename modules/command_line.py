@@ -1,0 +1,57 @@
+"""The parser and the error handling of every command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from modules.errors import ConfigError, UserError
+from modules.logs import setup_logging
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, so that a mistyped option is an error and not another option."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+        )
+        self.add_argument(
+            "--traceback", action="store_true", help="show the Python traceback of errors in the input too"
+        )
+
+
+@contextmanager
+def user_errors(argv: Sequence[str] | None) -> Iterator[None]:
+    """Around the body of a script's main: print a `UserError` and end with its exit code."""
+    setup_logging()
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        yield
+    except UserError as error:
+        if "--traceback" in arguments:
+            traceback.print_exc()
+        lines = "\n".join(error.problems)
+        print(f"error: {lines}\nexit code {error.exit_code}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+def check_output(path: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuse to write over a file that was not meant.
+
+    Raises:
+        ConfigError: `path` is one of the inputs or a folder, or exists without `overwrite`.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; give the name of a file")
+    if any(path.resolve() == source.resolve() for source in inputs):
+        raise ConfigError(f"{path}: is an input as well; choose another name for the output")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path}: exists already; choose another name, or give --overwrite")

@@ -1,0 +1,105 @@
+"""Rewrite a LoRA file in the layout of another program: `python -m networks.convert_lora`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from modules.command_line import Parser, check_output, user_errors
+from modules.logs import get_logger
+from modules.tensor_files import write_tensors
+from networks.factors import LokrFactors, LoraFactors
+from networks.lora_files import LoadedLora, kohya_suffix, read_lora, save_folded, with_hashes
+from networks.lora_kandinsky import known_layer_names
+from networks.lora_keys import underscored
+from networks.lora_scales import FOLDED_MARK
+
+log = get_logger(__name__)
+
+Target = Literal["default", "other", "diffusers", "comfy", "official"]
+TARGETS: tuple[Target, ...] = ("default", "other", "diffusers", "comfy", "official")
+
+_PREFIX_AND_SUFFIX = {
+    "diffusers": ("transformer.", ""),
+    "comfy": ("diffusion_model.", ""),
+    "official": ("base_model.model.", ".default"),
+}
+
+
+def convert_lora(source: Path, output: Path, target: Target, *, diffusers_prefix: str) -> LoadedLora:
+    """Write `source` in the target layout, every tensor in its own dtype; returns what was read.
+
+    Args:
+        target: "default" is kohya's layout with `.alpha`. All others fold the scale into lora_B; LoHa and
+            LoKr keep their tensors and alpha. "other" puts `diffusers_prefix` and a dot before the names.
+    Raises:
+        ModelFileError: not a LoRA, or keys that belong to no layer of Kandinsky 5.
+    """
+    lora = read_lora(source, known_layer_names())
+    metadata = {k: v for k, v in lora.metadata.items() if k not in {FOLDED_MARK[0], "lora_adapter_metadata"}}
+    if target == "default":
+        tensors = _kohya_tensors(lora)
+        write_tensors(output, tensors, with_hashes(tensors, metadata))
+        return lora
+    prefix, suffix = _PREFIX_AND_SUFFIX.get(target, (f"{diffusers_prefix}." if diffusers_prefix else "", ""))
+    plain = {name: layer for name, layer in lora.layers.items() if isinstance(layer, LoraFactors)}
+    if len(plain) == len(lora.layers):
+        save_folded(plain, output, save_precision=None, metadata=metadata, prefix=prefix, suffix=suffix)
+        return lora
+    log.warning("%s holds LoHa or LoKr layers: diffusers and the official loader cannot read them", source)
+    tensors = _factor_tensors(lora, {name: f"{prefix}{name}" for name in lora.layers})
+    write_tensors(output, tensors, with_hashes(tensors, metadata))
+    return lora
+
+
+def _kohya_tensors(lora: LoadedLora) -> dict[str, Tensor]:
+    return _factor_tensors(lora, {name: f"lora_unet_{underscored(name)}" for name in lora.layers})
+
+
+def _factor_tensors(lora: LoadedLora, written: Mapping[str, str]) -> dict[str, Tensor]:
+    """The factors as they are, with an alpha that makes up their scale."""
+    tensors = {}
+    for name, layer in lora.layers.items():
+        base = written[name]
+        for role, tensor in layer.tensors.items():
+            tensors[f"{base}.{kohya_suffix(role)}"] = tensor
+        is_full = isinstance(layer, LokrFactors) and layer.is_full
+        # float32: an alpha such as 3.3 would lose digits in the factors' bfloat16.
+        tensors[f"{base}.alpha"] = torch.tensor(float(layer.rank if is_full else layer.scale * layer.rank))
+    return tensors
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see `--help`."""
+    with user_errors(argv):
+        parser = Parser("python -m networks.convert_lora", "Convert a LoRA file between layouts.")
+        parser.add_argument("--input", type=Path, required=True, help="LoRA file of any layout")
+        parser.add_argument("--output", type=Path, required=True, help="file to write")
+        parser.add_argument(
+            "--target",
+            choices=TARGETS,
+            required=True,
+            help="default: kohya / musubi-tuner; diffusers; comfy; official: PEFT names; "
+            "other: --diffusers_prefix before the names",
+        )
+        parser.add_argument(
+            "--diffusers_prefix", default="diffusion_model", help="for --target other (default: %(default)s)"
+        )
+        parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+        options = parser.parse_args(argv)
+        check_output(options.output, overwrite=options.overwrite, inputs=[options.input])
+        lora = convert_lora(
+            options.input,
+            options.output,
+            cast(Target, options.target),
+            diffusers_prefix=options.diffusers_prefix.rstrip("."),
+        )
+        log.info("wrote %d layers to %s", len(lora.layers), options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""What LoHa and LoKr adapters share: their change is made as a whole weight, in the compute dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from networks.lora import Adapter
+
+
+class DenseAdapter(Adapter):
+    """An adapter whose change has no cheaper form than the weight-sized matrix."""
+
+    def change(self, dtype: torch.dtype) -> Tensor:
+        """The change without scale: [out, in] in `dtype`, differentiable."""
+        raise NotImplementedError
+
+    def add_delta(
+        self, base_output: Tensor, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
+    ) -> Tensor:
+        # A skipped layer still takes part, times zero: distributed training waits for every gradient.
+        scale = 0.0 if self.is_skipped(step_seed) else multiplier * self.scale
+        summed = torch.addmm(
+            base_output.reshape(-1, self.out_features),
+            x.reshape(-1, self.in_features),
+            self.change(x.dtype).t(),
+            alpha=scale,
+        )
+        return summed.view(base_output.shape)

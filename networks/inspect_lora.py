@@ -1,0 +1,123 @@
+"""Say what is inside a LoRA file and which programs will load it: `python -m networks.inspect_lora`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from modules.command_line import Parser, user_errors
+from modules.dtypes import dtype_name
+from modules.logs import format_table
+from networks.factors import LayerFactors, LohaFactors, LokrFactors, LoraFactors
+from networks.lora_files import LoadedLora, read_adapter_tensors, read_lora
+from networks.lora_kandinsky import known_layer_names
+from networks.lora_keys import layout_of, parse_key
+
+_BLOCK = re.compile(r"((?:text|visual)_transformer_blocks\.\d+)\..+")
+_KIND_NAMES = {LoraFactors: "LoRA", LohaFactors: "LoHa", LokrFactors: "LoKr"}
+_MAX_VALUE_LENGTH = 100
+# Layouts that each program reads; see docs on LoRA formats.
+_READERS = {
+    "this project": {"kohya", "lycoris", "diffusers", "comfy", "peft", "bare", "mixed"},
+    "musubi-tuner": {"kohya"},
+    "ComfyUI": {"kohya", "lycoris", "diffusers", "comfy", "bare"},
+    "diffusers": {"diffusers"},
+    "official pipeline": {"diffusers", "peft", "bare"},
+}
+_PLAIN_ONLY = {"diffusers", "official pipeline"}
+
+
+def report(path: Path) -> str:
+    """The whole report as text.
+
+    Raises:
+        ModelFileError: the file cannot be read or is no LoRA.
+    """
+    tensors, _ = read_adapter_tensors(path)
+    lora = read_lora(path, known_layer_names(), allow_partial=True)
+    layers, layout = list(lora.layers.values()), layout_of(tensors)
+    lines = [
+        f"{path.name}: {len(tensors)} tensors, {path.stat().st_size / 2**20:.1f} MiB, {layout} layout",
+        f"layers: {len(layers)} ({_counted(_KIND_NAMES[type(layer)] for layer in layers)})",
+        f"ranks: {_counted(layer.rank for layer in layers)}",
+        f"scales: {_counted(f'{layer.scale:g}' for layer in layers)}",
+        f"dtypes: {_counted(dtype_name(tensor.dtype) for tensor in tensors.values())}",
+    ]
+    foreign = [key for key in tensors if parse_key(key) is None]
+    if foreign:
+        lines.append(f"keys of no adapter: {len(foreign)}, first {foreign[0]}")
+    if lora.trigger:
+        lines.append(f"trigger words: {lora.trigger}")
+    lines += ["", format_table(("part of the model", "layers", "norm of the change"), _norm_rows(lora)), ""]
+    lines.append(format_table(("program", "loads it"), _reader_rows(lora, layout, tensors)))
+    if lora.metadata:
+        lines += ["", format_table(("metadata", "value"), _metadata_rows(lora.metadata))]
+    return "\n".join(lines)
+
+
+def _counted(values: Iterable[object]) -> str:
+    counts = Counter(values)
+    return ", ".join(
+        f"{value} ({count})" if len(counts) > 1 else f"{value}" for value, count in counts.items()
+    )
+
+
+def _norm_rows(lora: LoadedLora) -> list[tuple[str, int, str]]:
+    """Frobenius norms: of each block, the root of the sum of squares over its layers."""
+    squares: dict[str, list[float]] = {}
+    for name, layer in lora.layers.items():
+        match = _BLOCK.fullmatch(name)
+        squares.setdefault(match[1] if match else name, []).append(change_norm(layer) ** 2)
+    return [(part, len(values), f"{sum(values) ** 0.5:.4g}") for part, values in squares.items()]
+
+
+def change_norm(layer: LayerFactors) -> float:
+    """||delta||_F; for plain LoRA from rank x rank products, so that no weight-sized matrix is made."""
+    if not isinstance(layer, LoraFactors):
+        return float(layer.delta().norm())
+    up, down = layer.up.double(), layer.down.double()
+    return abs(layer.scale) * float(((up.t() @ up) * (down @ down.t())).sum().clamp(min=0).sqrt())
+
+
+def _reader_rows(lora: LoadedLora, layout: str, tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    is_plain = all(isinstance(layer, LoraFactors) for layer in lora.layers.values())
+    has_alpha = any(key.endswith(".alpha") for key in tensors)
+    rows = []
+    for program, layouts in _READERS.items():
+        if layout not in layouts:
+            answer = "no: convert it (python -m networks.convert_lora)"
+        elif program in _PLAIN_ONLY and not is_plain:
+            answer = "no: only plain LoRA"
+        elif program in _PLAIN_ONLY and has_alpha:
+            answer = "no: it refuses .alpha keys, convert it"
+        else:
+            answer = "yes"
+        rows.append((program, answer))
+    return rows
+
+
+def _metadata_rows(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
+    rows = []
+    for key in sorted(metadata):
+        # Printable and short: a stranger's file must not steer the terminal.
+        value = "".join(char if char.isprintable() else "?" for char in metadata[key])
+        rows.append((key, value if len(value) <= _MAX_VALUE_LENGTH else f"{value[:_MAX_VALUE_LENGTH]}..."))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see `--help`."""
+    with user_errors(argv):
+        parser = Parser("python -m networks.inspect_lora", "Report what is inside LoRA files.")
+        parser.add_argument("path", type=Path, nargs="+", help="LoRA files of any layout")
+        options = parser.parse_args(argv)
+        for path in options.path:
+            print(report(path))
+
+
+if __name__ == "__main__":
+    main()

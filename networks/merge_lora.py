@@ -1,0 +1,82 @@
+"""Write a checkpoint with LoRAs merged into it: `python -m networks.merge_lora`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from modules.command_line import Parser, user_errors
+from modules.errors import ConfigError, ModelFileError, ResourceError
+from modules.logs import get_logger
+from modules.tensor_files import TensorInfo
+from modules.weight_files import find_weight_files, open_weight_files
+from networks.lora_files import LayerSizes, read_lora
+from networks.merging import write_merged
+
+log = get_logger(__name__)
+
+_PREFIXES = ("model.diffusion_model.", "")
+_BLOCK = "visual_transformer_blocks.0."
+
+
+def layer_sizes_of_file(tensors: Mapping[str, TensorInfo]) -> tuple[str, dict[str, LayerSizes]]:
+    """(prefix of all keys, linear layers with their sizes) from the header of a DiT checkpoint.
+
+    Raises:
+        ModelFileError: no Kandinsky 5 blocks in it.
+    """
+    prefix = next((p for p in _PREFIXES if any(name.startswith(p + _BLOCK) for name in tensors)), None)
+    if prefix is None:
+        raise ModelFileError(f"not a Kandinsky 5 DiT; its first keys: {', '.join(list(tensors)[:5])}")
+    sizes: dict[str, LayerSizes] = {}
+    for name, info in tensors.items():
+        if name.startswith(prefix) and name.endswith(".weight") and len(info.shape) == 2:
+            out_features, in_features = info.shape
+            sizes[name.removeprefix(prefix).removesuffix(".weight")] = (out_features, in_features)
+    return prefix, sizes
+
+
+def merge_files(
+    dit: Path, lora_paths: Sequence[Path], multipliers: Sequence[float], output: Path, device: torch.device
+) -> None:
+    """Write `dit` with the LoRAs added to `output`: same keys and dtypes, one tensor in memory at a time.
+
+    Raises:
+        ModelFileError: the checkpoint or a LoRA cannot be used; see `read_lora`.
+    """
+    with open_weight_files(find_weight_files(dit, subfolder="transformer")) as files:
+        prefix, sizes = layer_sizes_of_file(files.tensors)
+        loras = [
+            read_lora(path, sizes).with_multiplier(multiplier)
+            for path, multiplier in zip(lora_paths, multipliers, strict=True)
+        ]
+        write_merged(files, output, loras, prefix=prefix, device=device)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see `--help`."""
+    with user_errors(argv):
+        parser = Parser("python -m networks.merge_lora", "Merge LoRAs into a DiT checkpoint.")
+        parser.add_argument("--dit", type=Path, required=True, help="checkpoint: file, shards or folder")
+        parser.add_argument("--lora_weight", type=Path, nargs="+", required=True, help="LoRA files")
+        parser.add_argument("--lora_multiplier", type=float, nargs="*", default=[], help="default: 1.0 each")
+        parser.add_argument("--save_merged_model", type=Path, required=True, help="file to write")
+        parser.add_argument("--device", default="cpu", help="where to compute: cpu or cuda (default: cpu)")
+        options = parser.parse_args(argv)
+        given, count = options.lora_multiplier, len(options.lora_weight)
+        if len(given) > count:
+            raise ConfigError(f"--lora_multiplier: {len(given)} numbers for {count} LoRAs")
+        if given and len(given) < count:
+            log.info("%d multipliers for %d LoRAs: the rest are 1.0", len(given), count)
+        device = torch.device(options.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ResourceError("--device cuda: no CUDA device found")
+        multipliers = [*given, *[1.0] * (count - len(given))]
+        merge_files(options.dit, options.lora_weight, multipliers, options.save_merged_model, device)
+        log.info("wrote %s", options.save_merged_model)
+
+
+if __name__ == "__main__":
+    main()
