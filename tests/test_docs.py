@@ -390,16 +390,19 @@ def test_the_worked_cuts_of_the_dataset_document_are_right() -> None:
         assert found == [tuple(map(int, pair)) for pair in re.findall(r"\((\d+), (\d+)\)", cuts)], settings
 
 
+def _pair(cell: str) -> tuple[int, int]:
+    first, second = map(int, re.split("x|, ", cell))
+    return first, second
+
+
 def test_the_worked_buckets_of_the_dataset_document_are_right() -> None:
     rows = _rows("Worked buckets")
     assert len(rows) >= 5
-    for resolution, source, bucket, resized, offset in rows:
-        area, size, expected, scaled = (
-            tuple(map(int, cell.split("x"))) for cell in (resolution, source, bucket, resized)
-        )
-        chosen = choose_bucket(size, area, bucket_sizes(area, enable_bucket=True), bucket_no_upscale=False)
-        plan = plan_crop(size, chosen)
-        assert (chosen, plan.resized, plan.offset) == (expected, scaled, tuple(map(int, offset.split(", "))))
+    for row in rows:
+        area, source, bucket, resized, offset = map(_pair, row)
+        chosen = choose_bucket(source, area, bucket_sizes(area, enable_bucket=True), bucket_no_upscale=False)
+        plan = plan_crop(source, chosen)
+        assert (chosen, plan.resized, plan.offset) == (bucket, resized, offset), row
 
 
 if __name__ == "__main__":
