@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kandinsky5.cli.common import user_errors
-from kandinsky5.cli.generate import parse_generate
+from kandinsky5.cli.generate import check_model_paths, parse_generate
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; an error of the user's ends with its exit code and one message."""
     with user_errors(argv):
         config = parse_generate(argv)
+        check_model_paths(config)
         from kandinsky5.generation import generate  # imported late: --help must not wait for torch
 
         generate(config)

@@ -31,7 +31,7 @@ from kandinsky5.configs.generate import (
 )
 from kandinsky5.prompts import PromptSpec
 from kandinsky5.tasks import NablaParams, Task, get_task
-from modules.errors import ConfigError
+from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 
 log = get_logger(__name__)
@@ -143,6 +143,23 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
         ),
         output=_output(args),
     )
+
+
+def check_model_paths(config: GenerateConfig) -> None:
+    """Find out about mistyped paths before torch is imported, which takes seconds.
+
+    Raises:
+        ModelFileError: with all files and folders that are not there.
+    """
+    paths = [("--vae", config.models.vae)]
+    if config.latent_path is None:
+        paths += [
+            ("--dit", config.models.dit),
+            *(("--lora_weight", path) for path in config.lora.lora_weight),
+        ]
+    missing = [f"{flag} {path}: no such file or folder" for flag, path in paths if not path.exists()]
+    if missing:
+        raise ModelFileError(missing)
 
 
 def _output(args: argparse.Namespace) -> OutputConfig:

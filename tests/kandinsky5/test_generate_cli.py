@@ -146,6 +146,21 @@ def test_wrong_options_end_with_code_2(words: tuple[str, ...], capsys: pytest.Ca
     assert words[0] in capsys.readouterr().err
 
 
+def test_missing_models_are_told_before_torch_is_imported(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", str(root / "kandinsky5_generate_video.py"), *BASE]
+    result = subprocess.run(
+        [*command, "--dit", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 4
+    assert f"--dit {tmp_path / 'none'}: no such file" in result.stderr
+    assert "torch" not in {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+
+
 def test_help_is_quick_and_names_hidden_spellings(root: Path) -> None:
     command = [sys.executable, "-X", "importtime", str(root / "kandinsky5_generate_video.py"), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")

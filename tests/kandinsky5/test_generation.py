@@ -549,12 +549,15 @@ def test_image_to_video_needs_its_image(
 def test_wrong_model_files_are_all_named_at_once(
     run: Generate, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models["--dit"], models["--vae"] = tmp_path / "none.safetensors", models["--dit"]
+    models["--dit"], models["--vae"] = (
+        models["--vae"] / "diffusion_pytorch_model.safetensors",
+        models["--dit"],
+    )
     models["--text_encoder_clip"] = tmp_path / "no_clip"
     message = refused(run, 4, capsys, "--prompt", "x", "--output", "x.mp4")
-    assert "none.safetensors" in message
-    assert "tiny.safetensors" in message
-    assert "no_clip" in message
+    assert all(name in message for name in ("diffusion_pytorch_model", "tiny.safetensors", "no_clip"))
+    models["--dit"] = tmp_path / "none.safetensors"
+    assert "none.safetensors: no such file" in refused(run, 4, capsys, "--prompt", "x", "--output", "x.mp4")
 
 
 @pytest.mark.usefixtures("no_models")
@@ -576,9 +579,6 @@ def test_a_latent_file_must_hold_a_latent(
 ) -> None:
     message = refused(run, 4, capsys, "--latent_path", models["--dit"], "--output", "x.mp4", size=())
     assert "no saved latent" in message
-
-
-# The console
 
 
 def test_interactive_keeps_the_models_and_survives_wrong_lines(
