@@ -169,13 +169,15 @@ class Run:
         """Run all stages, each model loaded once and gone before the next; returns the files written."""
         for request in requests:
             log.info("to make this again:\n  %s", repeat_command(self.config, request))
-        encoders = self.loader.text_encoders()
-        texts = encode_prompts(encoders, requests, self.triggers)
+        with _memory_advice("encoding the prompts", "--text_encoder_cpu or --quantized_qwen"):
+            encoders = self.loader.text_encoders()
+            texts = encode_prompts(encoders, requests, self.triggers)
         encoders.free()
         del encoders
         empty_device_cache(self.device)
         vae, images = self._encode_images(requests)
-        model = self.loader.dit()
+        with _memory_advice("loading the DiT", "--fp8_base or --blocks_to_swap N"):
+            model = self.loader.dit()
         done, failures = self._sample_all(model, requests, texts, images)
         del model
         empty_device_cache(self.device)
@@ -192,7 +194,11 @@ class Run:
         model.set_multipliers(used_multipliers(config, request))
         magcache = self._magcache(request)
         size = f"{request.width}x{request.height}, {request.num_frames} frames"
-        with _device_memory_named(request), tqdm(total=request.steps, desc=size, unit="step") as progress:
+        advice = "--fp8_base, --blocks_to_swap N, fewer --frames or a smaller --width and --height"
+        with (
+            _memory_advice(f"sampling {size}", advice),
+            tqdm(total=request.steps, desc=size, unit="step") as progress,
+        ):
 
             def advance(_step: int, _latents: Tensor) -> None:
                 progress.update()
@@ -357,15 +363,12 @@ def decode_saved_latents(config: GenerateConfig, path: Path, device: torch.devic
 
 
 @contextmanager
-def _device_memory_named(request: VideoRequest) -> Iterator[None]:
+def _memory_advice(doing: str, advice: str) -> Iterator[None]:
     """Turn running out of device memory into advice."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"device memory ran out while sampling {request.width}x{request.height} with "
-            f"{request.num_frames} frames: use --fp8_base, fewer --frames or a smaller --width and --height"
-        ) from error
+        raise ResourceError(f"device memory ran out while {doing}: use {advice}") from error
 
 
 def _bytes_needed(requests: Sequence[VideoRequest]) -> int:

@@ -31,6 +31,7 @@ from kandinsky5.tasks import NablaParams, Task
 from kandinsky5.text_encoders import TextEncoders
 from kandinsky5.vae import MIN_TILE_PX, VideoVAE, pixels_to_uint8, square_tiles
 from kandinsky5.video_requests import VideoRequest
+from modules.dtypes import dtype_name
 from modules.errors import DivergedError, ResourceError
 from modules.logs import get_logger
 from modules.seeding import generator_for
@@ -184,7 +185,7 @@ def decode_frames(vae: VideoVAE, latents: Tensor, *, tile_px: int | None = None)
     logged; tiles blur seams slightly.
 
     Raises:
-        ResourceError: not even the smallest tiles fit.
+        ResourceError: not even the smallest tiles fit, or the VAE overflows in its dtype.
     """
     while True:
         try:
@@ -204,8 +205,12 @@ def decode_frames(vae: VideoVAE, latents: Tensor, *, tile_px: int | None = None)
 
 
 def _decode(vae: VideoVAE, latents: Tensor, tile_px: int | None) -> np.ndarray:
-    pieces = [
-        rearrange(pixels_to_uint8(pixels), "1 c f h w -> f h w c").cpu()
-        for pixels in vae.decode_windows(latents, tiles=square_tiles(tile_px))
-    ]
+    pieces = []
+    for pixels in vae.decode_windows(latents, tiles=square_tiles(tile_px)):
+        if not bool(torch.isfinite(pixels).all()):
+            raise ResourceError(
+                f"decoding in {dtype_name(vae.dtype)} gave pixels that are not finite: "
+                "use --vae_dtype float32"
+            )
+        pieces.append(rearrange(pixels_to_uint8(pixels), "1 c f h w -> f h w c").cpu())
     return torch.cat(pieces).numpy()

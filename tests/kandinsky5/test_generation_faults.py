@@ -1,0 +1,204 @@
+"""Generation with wrong input, on full disks and without memory: found early, and nothing lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import kandinsky5.outputs as outputs
+import kandinsky5.sampling_pipeline as pipeline
+from kandinsky5.dit import DiffusionTransformer3D
+from modules.tensor_files import write_tensors
+from tests.kandinsky5.generation_kit import Generate, latents_of, refused
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("bare.mp4", "bare.mp4"),
+        ("missing/deep/x.mp4", "missing/deep/x.mp4"),
+        ("x", "x.mp4"),
+        ("v1.5", "v1.5.mp4"),
+    ],
+)
+def test_names_without_folder_or_extension_work(
+    run: Generate, tmp_path: Path, word: str, expected: str
+) -> None:
+    run("--prompt", "x", "--output", word, "--steps", 1)
+    assert (tmp_path / expected).is_file()
+
+
+def test_a_folder_gets_a_name_from_time_and_seed(run: Generate, tmp_path: Path) -> None:
+    run("--prompt", "x", "--output", "new_folder/", "--seed", 9, "--steps", 1)
+    (made,) = (tmp_path / "new_folder").iterdir()
+    assert made.name.endswith("_9.mp4")
+
+
+def test_an_existing_file_is_kept_unless_told_otherwise(run: Generate, tmp_path: Path) -> None:
+    (tmp_path / "x.mp4").write_bytes(b"old")
+    run("--prompt", "x", "--output", "x.mp4", "--steps", 1)
+    assert (tmp_path / "x.mp4").read_bytes() == b"old"
+    assert (tmp_path / "x-1.mp4").is_file()
+    run("--prompt", "x", "--output", "x.mp4", "--steps", 1, "--overwrite")
+    assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "x-1.mp4").read_bytes()
+
+
+@pytest.mark.usefixtures("no_models")
+def test_a_place_that_cannot_be_written_is_found_first(
+    run: Generate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert "cannot write" in refused(run, 5, capsys, "--prompt", "x", "--output", "file/x.mp4")
+
+
+@pytest.mark.parametrize(
+    "error", [av.FFmpegError(1, "broken"), OSError("disk full"), RuntimeError("patched")]
+)
+def test_a_failing_encoder_never_loses_the_frames(
+    run: Generate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    def fail(*_args: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(outputs, "write_video", fail)
+    message = refused(run, 5, capsys, "--prompt", "x", "--output", "x.mp4", "--steps", 1)
+    assert str(Path("x_frames")) in message
+    assert len(list((tmp_path / "x_frames").glob("*.png"))) == 5
+
+
+def test_running_out_of_memory_decodes_in_smaller_tiles_and_at_last_keeps_the_latents(
+    run: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[int | None] = []
+    decode, limit = pipeline._decode, 128
+
+    def decode_small_tiles_only(vae: Any, latents: Tensor, tile_px: int | None) -> np.ndarray:
+        tried.append(tile_px)
+        if tile_px is None or tile_px > limit:
+            raise torch.OutOfMemoryError("patched")
+        return decode(vae, latents, tile_px)
+
+    monkeypatch.setattr(pipeline, "_decode", decode_small_tiles_only)
+    run("--prompt", "x", "--output", "x.mp4", "--steps", 1)
+    assert tried == [None, 512, 256, 128]
+    limit = 0
+    message = refused(run, 5, capsys, "--prompt", "x", "--output", "y.mp4", "--steps", 1)
+    assert "--latent_path" in message
+    assert latents_of(tmp_path / "y_latent.safetensors").shape == (1, 16, 2, 6, 4)
+
+
+def test_pixels_that_are_not_finite_keep_the_latents(
+    run: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        pipeline.VideoVAE, "decode_windows", lambda *_, **__: [torch.full((1, 3, 5, 8, 8), torch.nan)]
+    )
+    assert "--vae_dtype float32" in refused(run, 5, capsys, "--prompt", "x", "--output", "y.mp4")
+    assert (tmp_path / "y_latent.safetensors").is_file()
+
+
+def test_latents_that_are_not_finite_stop_and_name_the_step(
+    run: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+    forward = DiffusionTransformer3D.forward
+
+    def nan_in_step_2(self: DiffusionTransformer3D, *args: Any, **options: Any) -> Tensor:
+        calls.append(1)
+        velocity = forward(self, *args, **options)
+        return velocity * float("nan") if len(calls) > 2 else velocity
+
+    monkeypatch.setattr(DiffusionTransformer3D, "forward", nan_in_step_2)
+    message = refused(run, 6, capsys, "--prompt", "x", "--output", "x.mp4", "--steps", 4)
+    assert "step 2 of 4" in message
+    assert len(calls) == 4
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+# Refusals before any model is loaded
+
+
+@pytest.mark.usefixtures("no_models")
+@pytest.mark.parametrize(
+    ("words", "hints"),
+    [
+        (("--width", "511"), ("496 or 512",)),
+        (("--height", "0"), ("from 16 to 2048",)),
+        (("--width", "-1"), ("from 16 to 2048",)),
+        (("--width", "10000"), ("from 16 to 2048",)),
+        (("--frames", "0"), ("1 to 509",)),
+        (("--image", "x.png"), ("k5-pro-i2v-5s-sd",)),
+        (("--blocks_to_swap", "60"), ("at most",)),
+        (("--magcache",), ("no official ratios for k5-tiny-t2v",)),
+        (("--flash_attn", "--dtype", "float32"), ("--dtype bfloat16",)),
+        (("--trim_tail_frames", "5"), ("leaves nothing",)),
+        (("--output", "x.png"), ("--frames 1",)),
+    ],
+)
+def test_impossible_requests_say_what_is_possible(
+    run: Generate, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], hints: tuple[str, ...]
+) -> None:
+    message = refused(run, 2, capsys, "--prompt", "x", "--output", "x.mp4", *words)
+    assert all(hint in message for hint in hints)
+
+
+@pytest.mark.usefixtures("no_models")
+def test_image_to_video_needs_its_image(
+    run: Generate, tmp_path: Path, capsys: pytest.CaptureFixture[str], media: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    base = ("--prompt", "x", "--output", "x.mp4")
+    task, size = "k5-tiny-i2v", ("--frames", "9")
+    assert "--image" in refused(run, 2, capsys, *base, task=task, size=size)
+    assert "no such file" in refused(run, 2, capsys, *base, "--image", "gone.png", task=task, size=size)
+    assert "broken.png" in refused(run, 3, capsys, *base, "--image", "broken.png", task=task, size=size)
+    image = media / "chelsea.jpg"
+    assert "at least 5" in refused(run, 2, capsys, *base, "--image", image, task=task, size=("--frames", "1"))
+
+
+@pytest.mark.usefixtures("no_models")
+def test_wrong_model_files_are_all_named_at_once(
+    run: Generate, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models["--dit"], models["--vae"] = (
+        models["--vae"] / "diffusion_pytorch_model.safetensors",
+        models["--dit"],
+    )
+    models["--text_encoder_clip"] = tmp_path / "no_clip"
+    message = refused(run, 4, capsys, "--prompt", "x", "--output", "x.mp4")
+    assert all(name in message for name in ("diffusion_pytorch_model", "tiny.safetensors", "no_clip"))
+    models["--dit"] = tmp_path / "none.safetensors"
+    assert "none.safetensors: no such file" in refused(run, 4, capsys, "--prompt", "x", "--output", "x.mp4")
+
+
+@pytest.mark.usefixtures("no_models")
+def test_wrong_loras_are_refused_before_anything_loads(
+    run: Generate, tmp_path: Path, lora: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ("--prompt", "x", "--output", "x.mp4", "--lora_weight")
+    (tmp_path / "cut.safetensors").write_bytes(lora.read_bytes()[:100])
+    write_tensors(
+        tmp_path / "other.safetensors", {"transformer.blocks.0.attn.lora_A.weight": torch.zeros(4, 8)}
+    )
+    for name in ("missing.safetensors", "cut.safetensors", "other.safetensors"):
+        assert name in refused(run, 4, capsys, *base, name)
+
+
+@pytest.mark.usefixtures("no_models")
+def test_a_latent_file_must_hold_a_latent(
+    run: Generate, models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(run, 4, capsys, "--latent_path", models["--dit"], "--output", "x.mp4", size=())
+    assert "no saved latent" in message
