@@ -20,7 +20,7 @@ FP8_DTYPE = torch.float8_e4m3fn
 FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 FP8_MAX = torch.finfo(FP8_DTYPE).max
 
-_CHUNK_ELEMENTS = 2**24  # bounds the float32 scratch space of quantisation to 64 MiB
+_CHUNK_ELEMENTS = 2**21  # bounds the float32 scratch space of quantisation to 16 MiB
 _FAST_MULTIPLE = 16  # what `_scaled_mm` wants both sides of the weight to be a multiple of
 _FAST_CAPABILITY = (8, 9)
 
@@ -157,6 +157,10 @@ class Fp8Linear(nn.Module):
         function = _FastLinear if self.use_fast else _WeightOnlyLinear
         flat = function.apply(x.reshape(-1, self.in_features), self.weight, self.scale_weight, self.bias)
         return flat.view(*x.shape[:-1], self.out_features)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """grad [N, out] -> [N, in], a fresh tensor: what the backward pass returns, without autograd."""
+        return _input_gradient(grad, self.weight, self.scale_weight)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, fast={self.use_fast}"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from modules.seeding import derive_seed, generator_for
 from networks.factors import LayerFactors, LoraFactors
+from networks.fused_lora import can_fuse, fused_lora
 
 
 @dataclass(slots=True)
@@ -66,6 +67,12 @@ class Adapter(nn.Module):
         """Factor of the product of the raw factors, without the network's multiplier."""
         return self.alpha / self.rank
 
+    def forward_with(
+        self, base: nn.Module, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
+    ) -> Tensor:
+        """base(x) plus the change: x [..., in] -> [..., out]."""
+        return self.add_delta(base(x), x, multiplier, step_seed)
+
     def add_delta(
         self, base_output: Tensor, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
     ) -> Tensor:
@@ -109,21 +116,31 @@ class LoRAAdapter(Adapter):
         self.lora_down = nn.Parameter(down)
         self.lora_up = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32))
 
+    def forward_with(
+        self, base: nn.Module, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
+    ) -> Tensor:
+        drops_ranks = self.training and (self.dropout.network_dropout or self.dropout.rank_dropout)
+        if drops_ranks or not can_fuse(base):
+            return self.add_delta(base(x), x, multiplier, step_seed)
+        return fused_lora(x, base, self.lora_down, self.lora_up, self._scale_now(multiplier, step_seed))
+
     def add_delta(
         self, base_output: Tensor, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
     ) -> Tensor:
         hidden = F.linear(x, self.lora_down.to(x.dtype))  # [..., rank]
         if self.training:
             hidden = self._drop(hidden, step_seed)
-        # A skipped layer still takes part, times zero: distributed training waits for every gradient.
-        scale = 0.0 if self.is_skipped(step_seed) else multiplier * self.scale
         summed = torch.addmm(
             base_output.reshape(-1, self.out_features),
             hidden.reshape(-1, self.rank),
             self.lora_up.to(x.dtype).t(),
-            alpha=scale,
+            alpha=self._scale_now(multiplier, step_seed),
         )
         return summed.view(base_output.shape)
+
+    def _scale_now(self, multiplier: float, step_seed: tuple[int, ...]) -> float:
+        # A skipped layer still takes part, times zero: distributed training waits for every gradient.
+        return 0.0 if self.is_skipped(step_seed) else multiplier * self.scale
 
     def _drop(self, hidden: Tensor, step_seed: tuple[int, ...]) -> Tensor:
         rates = self.dropout
@@ -179,11 +196,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        output = self.base(x)
         switch = self._switch
         if not switch.is_enabled or switch.multiplier == 0.0:
-            return output
-        return self.adapter.add_delta(output, x, switch.multiplier, switch.step_seed)
+            return self.base(x)
+        return self.adapter.forward_with(self.base, x, switch.multiplier, switch.step_seed)
 
 
 class LoRANetwork(nn.Module):

@@ -38,7 +38,7 @@ def reference(linear: Fp8Linear, x: Tensor) -> Tensor:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.detach().float() - expected).norm() / expected.norm())
+    return float((actual.float() - expected).norm().detach() / expected.norm().detach())
 
 
 def test_rounding_up_gives_the_next_bfloat16() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from modules.fp8 import Fp8Linear, quantise_rows
 from networks.lora import DropoutRates, LoRAAdapter, LoRALinear, LoRANetwork, inject
 
 NAMES = ["blocks.0.first", "blocks.0.second", "blocks.1.first", "blocks.1.second"]
@@ -294,3 +295,38 @@ def test_a_layer_of_another_kind_is_wrapped_as_well() -> None:
     assert torch.equal(model["layer"](x), 2 * x)
     wake(network)
     torch.testing.assert_close(model["layer"](x), 2 * x + x @ network.adapters["layer"].factors().delta().t())
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_fused_form_equals_the_plain_one_forward_and_backward(
+    dtype: torch.dtype, is_fp8: bool, has_bias: bool
+) -> None:
+    base: nn.Module = nn.Linear(16, 8, bias=has_bias, dtype=dtype).requires_grad_(False)
+    if is_fp8:
+        bias = base.bias if has_bias else None
+        base = Fp8Linear(*quantise_rows(base.weight), bias, compute_dtype=dtype)  # type: ignore[arg-type]
+    adapter = LoRAAdapter("layer", 16, 8, rank=4, alpha=2.0, seed=0)
+    adapter.lora_up.data = inputs(8, 4) * 0.3
+    results = []
+    for forward in (adapter.forward_with, lambda base, x, *rest: adapter.add_delta(base(x), x, *rest)):
+        x = inputs(2, 5, 16, dtype=dtype).requires_grad_()
+        adapter.zero_grad()
+        output = forward(base, x, 0.7, (0,))
+        output.backward(inputs(2, 5, 8, dtype=dtype))
+        results.append([output, x.grad, adapter.lora_down.grad, adapter.lora_up.grad])
+    fused, plain = results
+    assert torch.equal(fused[0], plain[0])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(fused[1:], plain[1:], strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_the_fused_form_needs_no_gradient_of_its_input() -> None:
+    network = make(Model())
+    wake(network)
+    layer = network.host.get_submodule(NAMES[0])
+    layer(inputs(3, 16)).sum().backward()
+    assert all(p.grad is not None for p in network.adapters[NAMES[0]].parameters())
