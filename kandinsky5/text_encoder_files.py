@@ -204,7 +204,7 @@ def _read_model_config(folder: Path, kind: EncoderKind) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelFileError(f"{_FLAGS[kind]} {folder}: config.json cannot be used: {error}") from error
-    return getattr(config, "text_config", None) or config
+    return config.get_text_config()
 
 
 def _without_weights(build: Callable[[], Any]) -> Any:
