@@ -118,7 +118,8 @@ def restore(
     described = describe_optimizer(optimizer, config.optimizer_args)
     if described != saved.run.optimizer:
         raise ConfigError(
-            f"--resume {saved.folder.name}: its optimizer was {saved.run.optimizer}, this run's is {described}"
+            f"--resume {saved.folder.name}: its optimizer was {saved.run.optimizer}, "
+            f"this run's is {described}"
         )
     network.load_state_dict(dict(saved.lora))
     rates = [group["lr"] for group in optimizer.param_groups]

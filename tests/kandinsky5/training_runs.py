@@ -18,12 +18,14 @@ from tests.tiny import tiny_dit
 Clip = tuple[int, int, int, int]
 CLIPS: tuple[Clip, ...] = ((2, 4, 4, 5), (2, 4, 4, 7), (2, 4, 4, 6), (3, 2, 8, 5), (3, 2, 8, 9))
 """(latent_frames, latent_height, latent_width, text tokens) of the clips of a small dataset."""
+BLOCKS = {"num_text_blocks": 1, "num_visual_blocks": 1}
+SMALLER = ("--override_dit", json.dumps(BLOCKS))
 
 
 def write_dit(folder: Path) -> Path:
-    """The small DiT as a file in the dtypes of the published ones."""
+    """A DiT of one block of each kind as a file, for the tiny tasks with `SMALLER`."""
     path = folder / "tiny.safetensors"
-    write_tensors(path, {key: value.detach() for key, value in tiny_dit().state_dict().items()})
+    write_tensors(path, {key: value.detach() for key, value in tiny_dit(**BLOCKS).state_dict().items()})
     return path
 
 
@@ -86,7 +88,7 @@ def train(
     settings = (
         *("--output_name", "lora", "--network_dim", 4, "--network_alpha", 4, "--learning_rate", 1e-3),
         *("--timestep_sampling", "shift", "--discrete_flow_shift", 5.0, "--seed", 3),
-        *("--max_data_loader_n_workers", 0),
+        *("--max_data_loader_n_workers", 0, *SMALLER),
     )
     main([str(word) for word in (*base, *settings, *extra)])
     return metrics(output)
