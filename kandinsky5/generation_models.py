@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.devices import compute_dtype, vae_dtype
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.magcache import task_ratios
-from kandinsky5.offload import max_blocks_to_swap, swap_blocks, swapped_blocks
+from kandinsky5.offload import host_placement, max_blocks_to_swap, swap_blocks
 from kandinsky5.prompt_templates import PromptTemplates
 from kandinsky5.text_encoders import (
     TextEncoders,
@@ -214,30 +214,20 @@ class ModelLoader:
             loras=active if is_merged else (),
             use_mmap=not self.config.dit.disable_numpy_memmap,
             check_finite=not self.config.dit.no_weight_check,
-            placement=self._placement(),
+            placement=host_placement(
+                self.config.task.dit_params,
+                self.device,
+                blocks_to_swap=self.config.dit.blocks_to_swap,
+                modulation_on_host=self.config.dit.fp8_base or self.config.dit.blocks_to_swap > 0,
+            ),
         )
         dit.train(False)
         dit.set_attention_backend(self.config.dit.attention)
         networks = () if is_merged else tuple(self._beside(dit, lora) for lora in self.loras)
         if self.config.dit.blocks_to_swap:
-            pin = self.config.dit.use_pinned_memory_for_block_swap and self.device.type == "cuda"
-            swap = swap_blocks(dit, self.config.dit.blocks_to_swap, self.device, pin=pin)
-            log.info("%.1f GiB of the DiT stay in host memory", swap.host_bytes / 2**30)
+            force_pin = self.config.dit.use_pinned_memory_for_block_swap
+            swap_blocks(dit, self.config.dit.blocks_to_swap, self.device, force_pin=force_pin)
         return SamplingModel(dit, networks)
-
-    def _placement(self) -> Callable[[str], torch.device] | None:
-        """Where each weight is loaded to: blocks that are swapped never touch the device."""
-        if not self.config.dit.blocks_to_swap:
-            return None
-        skeleton = build_meta_dit(self.config.task.dit_params, self.compute_dtype)
-        swapped = set(swapped_blocks(skeleton, self.config.dit.blocks_to_swap))
-        prefixes = tuple(f"{name}." for name, module in skeleton.named_modules() if module in swapped)
-
-        def place(key: str) -> torch.device:
-            travels = key.startswith(prefixes) and "modulation" not in key
-            return torch.device("cpu") if travels else self.device
-
-        return place
 
     def _beside(self, dit: DiffusionTransformer3D, lora: LoadedLora) -> LoRANetwork:
         network = create_network_from_weights(dit, lora, network_dropout=None, network_args={}, seed=0)

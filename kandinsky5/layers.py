@@ -64,8 +64,11 @@ class TimeEmbeddings(nn.Module):
 
 
 def linear_float32(hidden: Tensor, linear: nn.Linear) -> Tensor:
-    """A Linear computed in float32 from weights stored in any dtype."""
-    return F.linear(hidden, linear.weight.float(), None if linear.bias is None else linear.bias.float())
+    """A Linear computed in float32 where its input lies, from weights stored in any dtype on any device."""
+    weight, bias = (
+        tensor.to(hidden.device, non_blocking=True).float() for tensor in (linear.weight, linear.bias)
+    )
+    return F.linear(hidden, weight, bias)
 
 
 class TextEmbeddings(nn.Module):

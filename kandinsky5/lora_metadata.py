@@ -122,7 +122,7 @@ def _option_values(config: TrainConfig) -> dict[str, Any]:
         "ss_task": model.task.name,
         "ss_scheduler_scale": model.scheduler_scale,
         "ss_i2v_mode": config.conditioning.i2v_mode if model.task.is_i2v else None,
-        "ss_attention": "sdpa" if model.nabla is None else "nabla",
+        "ss_attention": model.attention if model.nabla is None else "nabla",
     }
 
 

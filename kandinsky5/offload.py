@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.tasks import DitParams
 from modules.block_swap import BlockSwap, CopyEngine, spread
+from modules.logs import get_logger
+
+log = get_logger(__name__)
 
 RESIDENT_VISUAL_BLOCKS = 2
 """Visual blocks that are never swapped."""
@@ -39,24 +46,65 @@ def swapped_blocks(dit: DiffusionTransformer3D, count: int) -> list[nn.Module]:
     ]
 
 
+def host_placement(
+    params: DitParams, device: torch.device, *, blocks_to_swap: int, modulation_on_host: bool
+) -> Callable[[str], torch.device]:
+    """Where each weight is loaded to: what streams to the device later stays in host memory.
+
+    Modulation is an eighth of the model and is read once per step, so with `modulation_on_host` its weights
+    come to the device one layer at a time (`linear_float32`).
+    """
+    with torch.device("meta"):
+        skeleton = DiffusionTransformer3D(**params.as_kwargs())
+    swapped = set(swapped_blocks(skeleton, blocks_to_swap))
+    prefixes = tuple(f"{name}." for name, module in skeleton.named_modules() if module in swapped)
+
+    def place(key: str) -> torch.device:
+        is_modulation = "modulation" in key
+        stays = modulation_on_host if is_modulation else key.startswith(prefixes)
+        return torch.device("cpu") if stays else device
+
+    return place
+
+
 def swap_blocks(
     dit: DiffusionTransformer3D,
     count: int,
     device: torch.device,
     *,
     ring_size: int = 2,
-    pin: bool = False,
+    force_pin: bool = False,
     engine: CopyEngine | None = None,
 ) -> BlockSwap:
     """Stream the frozen weights of `count` blocks from host memory; call after LoRA has been injected.
 
-    Modulation stays where it is: it runs before the blocks, and LoRA parameters require gradients.
+    Modulation does not travel with the blocks: it runs before them; LoRA parameters stay on the device.
+    The host copy is page-locked when the device reads it faster so and it takes less than half of the free
+    memory, or when `force_pin` says so.
     """
-    return BlockSwap(
-        swapped_blocks(dit, count),
+    blocks = swapped_blocks(dit, count)
+    size = sum(t.numel() * t.element_size() for block in blocks for t in block.parameters())
+    pin = device.type == "cuda" and (force_pin or size < _free_host_memory() / 2)
+    swap = BlockSwap(
+        blocks,
         device,
         travels=lambda name: "modulation" not in name,
         ring_size=ring_size,
         pin=pin,
         engine=engine,
     )
+    log.info(
+        "%d blocks stream from %s host memory: %.2f GiB there, %.2f GiB of buffers on the device",
+        count,
+        "page-locked" if pin else "pageable",
+        swap.host_bytes / 2**30,
+        swap.device_bytes / 2**30,
+    )
+    return swap
+
+
+def _free_host_memory() -> int:
+    """Bytes of free memory where the system tells them (Linux), else none, so that nothing is page-locked."""
+    if sys.platform != "linux":
+        return 0
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

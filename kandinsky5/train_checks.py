@@ -11,8 +11,10 @@ from dataset.config import DatasetConfig
 from kandinsky5.checkpoints import check_dit_file, file_name_warning
 from kandinsky5.configs.train import ModelConfig, OptimizerConfig, SavingConfig, TrainConfig
 from kandinsky5.metrics import check_tensorboard
+from kandinsky5.offload import max_blocks_to_swap
 from kandinsky5.saving import OutputNames, delete_result
 from kandinsky5.tasks import TASKS, Task
+from modules.attention import check_attention_backend
 from modules.errors import ConfigError, ModelFileError, ResourceError
 from modules.files import atomic_writer
 from modules.logs import get_logger
@@ -32,6 +34,7 @@ def check_files(config: TrainConfig) -> None:
     Raises:
         ModelFileError, ConfigError, ResourceError: each with what to do.
     """
+    check_memory_options(config.model)
     check_dit_file(config.model.dit, config.model.dit_params)
     warning = file_name_warning(config.model.dit, is_i2v=config.model.task.is_i2v)
     if warning is not None:
@@ -48,6 +51,31 @@ def check_files(config: TrainConfig) -> None:
     parse_network_args(config.network.network_args)
     if config.tracking.logging_dir is not None:
         check_tensorboard()
+
+
+def check_memory_options(model: ModelConfig) -> None:
+    """Check what depends on the model's size and on installed packages.
+
+    Raises:
+        ConfigError, ResourceError: more than the model has, or a missing package.
+    """
+    params = model.dit_params
+    limits = (
+        ("blocks_to_swap", model.blocks_to_swap, max_blocks_to_swap(params)),
+        (
+            "gradient_checkpointing_keep_attention",
+            model.gradient_checkpointing_keep_attention,
+            params.num_visual_blocks,
+        ),
+    )
+    problems = [
+        f"--{name} {given}: at most {most} for {model.task.name}"
+        for name, given, most in limits
+        if given > most
+    ]
+    if problems:
+        raise ConfigError(problems)
+    check_attention_backend(model.attention, for_training=True)
 
 
 def check_optimizer_settings(config: OptimizerConfig) -> None:
@@ -156,7 +184,7 @@ def _hint_at_other_scale(task: Task, sizes: Iterable[tuple[int, int]]) -> None:
 
 def describe_model(model: ModelConfig) -> str:
     """One line on what is about to be trained."""
-    nabla = "dense attention" if model.nabla is None else f"NABLA {asdict(model.nabla)}"
+    nabla = f"dense attention ({model.attention})" if model.nabla is None else f"NABLA {asdict(model.nabla)}"
     return f"{model.task.name}: {model.dit.name}, {nabla}, fp8 weights {'on' if model.fp8_base else 'off'}"
 
 

@@ -24,8 +24,11 @@ from kandinsky5.configs.train import (
     TrainConfig,
 )
 from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.offload import host_placement, swap_blocks
+from modules.activation_offload import ActivationOffload, tensor_mover
 from modules.dtypes import dtype_from_word
 from modules.errors import ConfigError, ResourceError
+from modules.fp8 import check_fp8_matmul
 from modules.lr_schedules import ScheduleSettings, build_lr_schedule
 from modules.optimizers import is_schedule_free, takes_relative_steps
 from networks.lora import LoRANetwork
@@ -38,6 +41,9 @@ from networks.lora_kandinsky import (
     linear_layer_sizes,
     parse_network_args,
 )
+
+OFFLOADED_BYTES = 2**20
+"""Saved tensors below this size are not worth a trip to host memory."""
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -128,7 +134,13 @@ def _cached(
 
 
 def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer3D:
-    """The frozen model with `--base_weights` merged in."""
+    """The frozen model with `--base_weights` merged in.
+
+    Raises:
+        ResourceError: `--fp8_fast` on a device that cannot multiply in float8.
+    """
+    if model.fp8_fast:
+        check_fp8_matmul(device)
     params = model.dit_params
     sizes = block_layer_sizes(
         model_dim=params.model_dim,
@@ -148,13 +160,36 @@ def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
         device=device,
         compute_dtype=dtype,
         fp8=model.fp8_base,
+        fp8_fast=model.fp8_fast,
         loras=loras,
         use_mmap=not model.disable_numpy_memmap,
         check_finite=not model.no_weight_check,
+        placement=host_placement(
+            params,
+            device,
+            blocks_to_swap=model.blocks_to_swap,
+            modulation_on_host=model.fp8_base or model.blocks_to_swap > 0,
+        ),
     )
     dit.requires_grad_(False)
+    dit.set_attention_backend(model.attention)
     dit.gradient_checkpointing = model.gradient_checkpointing
+    dit.kept_attention_blocks = model.gradient_checkpointing_keep_attention
+    if model.gradient_checkpointing_cpu_offload:
+        dit.activation_offload = ActivationOffload(tensor_mover(device), min_bytes=OFFLOADED_BYTES)
     return dit
+
+
+def stream_blocks(model: ModelConfig, dit: DiffusionTransformer3D, device: torch.device) -> None:
+    """Start block swap, once the LoRA is in and on the device."""
+    if model.blocks_to_swap:
+        swap_blocks(
+            dit,
+            model.blocks_to_swap,
+            device,
+            ring_size=model.block_swap_ring_size,
+            force_pin=model.use_pinned_memory_for_block_swap,
+        )
 
 
 def build_network(

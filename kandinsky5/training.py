@@ -160,6 +160,7 @@ class Trainer:
         self.network.train()
         # Only the LoRA is handed to accelerate: the frozen model is neither wrapped, nor copied, nor saved.
         self.runner: nn.Module = accelerator.prepare(self.network)
+        train_setup.stream_blocks(config.model, self.dit, self.device)
         optimizer_config = config.optimizer
         self.optimizer = build_optimizer(
             optimizer_config.optimizer_type,

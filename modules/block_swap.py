@@ -132,7 +132,7 @@ class BlockSwap:
         blocks: the swapped blocks in the order in which they run forward. Their parameters that require no
             gradient and for which `travels(name)` holds are packed; all others stay where they are.
         device: where the blocks compute.
-        ring_size: device buffers, at least 2: one computes while the next fills.
+        ring_size: device buffers; with two or more the next fills while one computes.
         pin: page-locked host memory, which a device reads faster and beside the computation.
         engine: how copies are made.
     """
@@ -147,8 +147,8 @@ class BlockSwap:
         pin: bool = False,
         engine: CopyEngine | None = None,
     ) -> None:
-        if ring_size < 2:
-            raise ValueError("a ring needs at least two buffers")
+        if ring_size < 1:
+            raise ValueError("a ring needs at least one buffer")
         self._device = device
         self._engine = engine or copy_engine(device)
         self._packed = [

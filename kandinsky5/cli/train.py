@@ -134,6 +134,11 @@ def _impossible_pairs(args: argparse.Namespace) -> list[str]:
             "--gradient_checkpointing_cpu_offload needs --gradient_checkpointing",
         ),
         (
+            args.gradient_checkpointing_keep_attention > 0 and not args.gradient_checkpointing,
+            "--gradient_checkpointing_keep_attention needs --gradient_checkpointing",
+        ),
+        (args.fp8_fast and not args.fp8_base, "--fp8_fast needs --fp8_base"),
+        (
             args.dim_from_weights and args.network_weights is None,
             "--dim_from_weights needs --network_weights",
         ),
@@ -157,9 +162,11 @@ def _model(args: argparse.Namespace) -> ModelConfig:
         raise ConfigError("--task is required")
     task = get_task(args.task)
     multipliers = tuple(args.base_weights_multiplier)
+    attention = [name for name in ("flash_attn", "flash3", "xformers") if vars(args)[name]]
     return _fill(
         ModelConfig,
         args,
+        attention=attention[0] if attention else "sdpa",
         task=task,
         dit=args.dit or task.dit_path,
         dit_params=_dit_params(task, args.override_dit),

@@ -24,17 +24,9 @@ ACCEPTED = {
 
 _LATER = "is not available in this version"
 UNAVAILABLE = {
-    "flash_attn": f"{_LATER}; use --sdpa",
-    "flash3": f"{_LATER}; use --sdpa",
-    "xformers": f"{_LATER}; use --sdpa",
     "sage_attn": "has no backward pass and cannot train; use --sdpa",
     "compile": _LATER,
     "dynamo_backend": f"{_LATER}",
-    "blocks_to_swap": _LATER,
-    "use_pinned_memory_for_block_swap": f"belongs to --blocks_to_swap, which {_LATER}",
-    "block_swap_ring_size": f"belongs to --blocks_to_swap, which {_LATER}",
-    "gradient_checkpointing_cpu_offload": _LATER,
-    "fp8_fast": _LATER,
     "sample_prompts": _LATER,
     "sample_every_n_steps": _LATER,
     "sample_every_n_epochs": _LATER,
@@ -241,6 +233,13 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gradient_checkpointing_cpu_offload", action="store_true", help="keep block inputs in host memory"
+    )
+    group.add_argument(
+        "--gradient_checkpointing_keep_attention",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="visual blocks that keep their attention outputs instead of computing them again",
     )
     group.add_argument(
         "--fp8_base", action="store_true", help="hold attention and feed-forward weights in 8 bits"

@@ -74,8 +74,18 @@ class ModelConfig:
     """None: what accelerate was started with, else bf16 on CUDA and float32 on the CPU."""
     dit_dtype: str | None = None
     """A dtype word; wins over mixed_precision."""
+    attention: Literal["sdpa", "flash_attn", "flash3", "xformers"] = "sdpa"
     fp8_base: bool = False
+    fp8_fast: bool = False
+    """Multiply in float8 too; acts with fp8_base."""
     gradient_checkpointing: bool = False
+    gradient_checkpointing_keep_attention: int = 0
+    """Visual blocks whose attention outputs are kept instead of computed again."""
+    gradient_checkpointing_cpu_offload: bool = False
+    blocks_to_swap: int = 0
+    use_pinned_memory_for_block_swap: bool = False
+    block_swap_ring_size: int = 2
+    """Device buffers that the swapped blocks take turns in."""
     base_weights: tuple[Path, ...] = ()
     base_weights_multiplier: tuple[float, ...] = ()
     disable_numpy_memmap: bool = False

@@ -82,7 +82,7 @@ def swap(blocks: list[Block], engine: LateCopies | DirectCopies, ring_size: int 
     return BlockSwap(chosen, torch.device("cpu"), travels=lambda _: True, ring_size=ring_size, engine=engine)
 
 
-@pytest.mark.parametrize("ring_size", [2, 3, 4])
+@pytest.mark.parametrize("ring_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_training_and_sampling_in_any_order_equal_resident_blocks(seed: int, ring_size: int) -> None:
     expected = [train_step(make_blocks()), sample(make_blocks())]

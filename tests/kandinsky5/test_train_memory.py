@@ -1,0 +1,71 @@
+"""Options that save memory change no number of a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from modules.tensor_files import write_tensors
+from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset
+from tests.tiny import tiny_dit
+
+WHOLE = ("--override_dit", "{}", "--gradient_checkpointing", "--max_train_steps", 3)
+SAVINGS = (
+    ("--blocks_to_swap", 2),
+    ("--blocks_to_swap", 1, "--block_swap_ring_size", 1, "--use_pinned_memory_for_block_swap"),
+    ("--gradient_checkpointing_cpu_offload",),
+    ("--gradient_checkpointing_keep_attention", 4),
+    ("--sdpa", "--blocks_to_swap", 2, "--gradient_checkpointing_cpu_offload"),
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("memory")
+    dit = folder / "tiny.safetensors"
+    write_tensors(dit, {key: value.detach() for key, value in tiny_dit().state_dict().items()})
+    return dit, write_dataset(folder)
+
+
+@pytest.mark.parametrize("base", [(), ("--fp8_base", "--mixed_precision", "bf16")], ids=["fp32", "fp8"])
+def test_the_lora_is_the_same_to_the_bit(
+    files: tuple[Path, Path], tmp_path: Path, base: tuple[object, ...]
+) -> None:
+    train(*files, tmp_path / "plain", *WHOLE, *base)
+    expected = lora_bytes(tmp_path / "plain" / "lora.safetensors")
+    losses = [record["loss"] for record in metrics(tmp_path / "plain", "step")]
+    for number, saving in enumerate(SAVINGS):
+        output = tmp_path / str(number)
+        train(*files, output, *WHOLE, *base, *saving)
+        assert [record["loss"] for record in metrics(output, "step")] == losses, saving
+        assert lora_bytes(output / "lora.safetensors") == expected, saving
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--blocks_to_swap", 3), "at most 2"),
+        (("--gradient_checkpointing_keep_attention", 5), "at most 4"),
+    ],
+)
+def test_more_than_the_model_has_is_refused_with_the_maximum(
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[object, ...],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train(*files, tmp_path / "out", *WHOLE, *words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_float8_products_are_refused_on_a_device_without_them(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train(*files, tmp_path / "out", *WHOLE, "--fp8_base", "--fp8_fast")
+    assert stop.value.code == 5
+    assert "--fp8_fast needs a CUDA device" in capsys.readouterr().err
