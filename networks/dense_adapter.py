@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
 from networks.lora import Adapter
 
 
-class DenseAdapter(Adapter):
+class DenseAdapter(Adapter, ABC):
     """An adapter whose change has no cheaper form than the weight-sized matrix."""
 
+    @abstractmethod
     def change(self, dtype: torch.dtype) -> Tensor:
         """The change without scale: [out, in] in `dtype`, differentiable."""
-        raise NotImplementedError
 
     def add_delta(
         self, base_output: Tensor, x: Tensor, multiplier: float, step_seed: tuple[int, ...]

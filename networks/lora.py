@@ -9,6 +9,7 @@ network are exactly what the optimizer, distributed training and the saved file 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class DropoutRates:
 NO_DROPOUT = DropoutRates()
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """The trainable change of one linear layer. Subclasses hold float32 factors and say how they act.
 
     Args:
@@ -73,15 +74,15 @@ class Adapter(nn.Module):
         """base(x) plus the change: x [..., in] -> [..., out]."""
         return self.add_delta(base(x), x, multiplier, step_seed)
 
+    @abstractmethod
     def add_delta(
         self, base_output: Tensor, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
     ) -> Tensor:
         """base_output [..., out] + multiplier * delta(x [..., in]), in the dtype of the activations."""
-        raise NotImplementedError
 
+    @abstractmethod
     def factors(self) -> LayerFactors:
         """What a file holds of this layer: views of the parameters, the one that starts at zero last."""
-        raise NotImplementedError
 
     def is_skipped(self, step_seed: tuple[int, ...]) -> bool:
         """Whether module dropout leaves this layer out of the present step (no device is asked)."""
