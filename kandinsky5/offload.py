@@ -33,7 +33,7 @@ def max_blocks_to_swap(params: DitParams) -> int:
     """The largest `--blocks_to_swap` that the model allows."""
     largest = params.num_text_blocks // 2 + params.num_visual_blocks - RESIDENT_VISUAL_BLOCKS
     most_visual = params.num_visual_blocks - RESIDENT_VISUAL_BLOCKS
-    return next(n for n in range(largest, -1, -1) if split_blocks_to_swap(params, n)[1] <= most_visual)
+    return next((n for n in range(largest, 0, -1) if split_blocks_to_swap(params, n)[1] <= most_visual), 0)
 
 
 def swapped_blocks(dit: DiffusionTransformer3D, count: int) -> list[nn.Module]:

@@ -195,8 +195,8 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(
     assert state_problem(output / f"lora-step{step:08d}-state") is None
     again = launch(dit, dataset, output, root, "--max_train_steps", 20, "--resume", "auto")
     assert again.wait(120) == 0
-    train_words = ("--max_train_steps", 20, "--timestep_sampling", "sigma", "--network_alpha", 1)
-    train(dit, dataset, tmp_path / "whole", *train_words, "--discrete_flow_shift", 1.0)
+    # Another process, because sums depend on the number of threads, which differs here.
+    assert launch(dit, dataset, tmp_path / "whole", root, "--max_train_steps", 20).wait(120) == 0
     assert lora_bytes(output / "lora.safetensors") == lora_bytes(tmp_path / "whole/lora.safetensors")
 
 
