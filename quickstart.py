@@ -149,7 +149,7 @@ def run_path(output: Path) -> int:
         stage(
             f"LoRA, {TRAIN_STEPS} steps",
             lora,
-            *("-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "2"),
+            *("-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"),
             *(
                 "--num_processes",
                 "1",
