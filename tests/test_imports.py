@@ -53,7 +53,8 @@ def test_a_foreign_dataset_package_does_not_get_in_the_way(root: Path, tmp_path:
     site = f"import sys; sys.path.insert(1, {str(tmp_path)!r}); import runpy; sys.argv = ['x', '--help']; "
     for script in sorted(root.glob("kandinsky5_*.py")):
         # As `python SCRIPT` sets it: the script's folder comes before site-packages.
-        code = f"import sys; sys.path[0] = {str(root)!r}; {site}runpy.run_path({str(script)!r}, run_name='__main__')"
+        run = f"runpy.run_path({str(script)!r}, run_name='__main__')"
+        code = f"import sys; sys.path[0] = {str(root)!r}; {site}{run}"
         result = subprocess.run(
             [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
         )
