@@ -176,13 +176,14 @@ class DiffusionTransformer3D(nn.Module):
         text = self.refine_text(text_embed, activated_time, keys)
         patches = self.visual_embeddings(x.to(self.compute_dtype))  # [B, f, h, w, D]
         grid = (patches.shape[1], patches.shape[2], patches.shape[3])
-        rotary = self.visual_rotary(grid, scale_factor)  # [f, h, w, 1, d/2]
+        rotary = self.visual_rotary(grid, scale_factor)  # [f, h, w, 1, d/2, 2]
         if nabla is None:
             plan = None
             visual, rotary = patches.flatten(1, 3), rotary.flatten(0, 2)
         else:
             plan = make_plan(grid, nabla, x.device, self.nabla_observer)
-            visual, rotary = to_fractal(patches), to_fractal(rotary.squeeze(-2))[:, None]
+            visual = to_fractal(patches)
+            rotary = to_fractal(rotary.flatten(-3)).view(visual.shape[1], *rotary.shape[-3:])
 
         if residual is not None and residual.skip and residual.residual is not None:
             visual = visual + residual.residual

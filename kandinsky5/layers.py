@@ -125,7 +125,7 @@ class ModulationLayer(nn.Module):
 
 
 class RotaryAngles(nn.Module):
-    """The rotation of each channel pair at each position, as unit complex numbers."""
+    """The rotation of each channel pair at each position."""
 
     frequencies: Tensor
 
@@ -139,7 +139,7 @@ class RotaryAngles(nn.Module):
         return torch.cat([rotary_frequencies(dim // 2) for dim in self.axes_dims])
 
     def forward(self, shape: tuple[int, ...], scale_factor: tuple[float, ...]) -> Tensor:
-        """Grid sizes and divisors, one per axis -> [*shape, 1, d/2] complex64, to broadcast over heads.
+        """Grid sizes and divisors, one per axis -> [*shape, 1, d/2, 2] cosines and sines, for all heads.
 
         Raises:
             ValueError: a side is longer than the model's tables.
@@ -157,7 +157,7 @@ class RotaryAngles(nn.Module):
             grid[axis] = size
             angles.append(axis_angles.view(*grid, -1).expand(*shape, -1))
         joined = torch.cat(angles, dim=-1)[..., None, :]
-        return torch.polar(torch.ones_like(joined), joined)
+        return torch.stack([joined.cos(), joined.sin()], dim=-1)
 
 
 class Attention(nn.Module):
@@ -186,7 +186,7 @@ class Attention(nn.Module):
         """Attend from tokens [B, N, D] to source [B, L, D] (the tokens themselves in self-attention).
 
         Args:
-            rotary: [N, 1, d/2] complex, for queries and keys; None rotates nothing.
+            rotary: [N, 1, d/2, 2] cosines and sines, for queries and keys; None rotates nothing.
             keys: which tokens of the source are real; None where all are.
             nabla: block-sparse attention; tokens are then in fractal order.
         Returns:

@@ -42,11 +42,24 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, rotary: Tensor | None
     Args:
         x: [B, N, heads, d].
         weight: [d].
-        rotary: [N, 1, d/2] unit complex numbers, or None to rotate nothing.
+        rotary: [N, 1, d/2, 2] cosines and sines, or None to rotate nothing.
     Returns:
         [B, N, heads, d] in the dtype of x.
     """
+    if torch.compiler.is_compiling():  # the compiler fuses the formula by itself
+        return _plain_rms_norm_rotate(x, weight, eps, rotary)
     return _RmsNormRotate.apply(x, weight, eps, rotary)  # type: ignore[no-any-return]
+
+
+def _plain_rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, rotary: Tensor | None) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight.float()
+    if rotary is None:
+        return normed.to(x.dtype)
+    first, second = normed.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotary.unbind(-1)
+    rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 class _RmsNormRotate(torch.autograd.Function):
@@ -65,7 +78,7 @@ class _RmsNormRotate(torch.autograd.Function):
                 torch.mul(normed, scaled_weight, out=out[:, tokens])
             else:
                 normed *= scaled_weight
-                _as_complex(normed).mul_(rotary[tokens])
+                _as_complex(normed).mul_(torch.view_as_complex(rotary[tokens]))
                 out[:, tokens] = normed
         ctx.save_for_backward(x, weight, size, rotary)
         return out
@@ -82,7 +95,7 @@ class _RmsNormRotate(torch.autograd.Function):
             direction = x[:, tokens] / size[:, tokens]
             inner = grad[:, tokens].to(torch.float32, copy=True)
             if rotary is not None:
-                _as_complex(inner).mul_(rotary[tokens].conj())
+                _as_complex(inner).mul_(torch.view_as_complex(rotary[tokens]).conj())
             if grad_weight is not None:
                 grad_weight += (inner * direction).sum(dim=(0, 1, 2)) * math.sqrt(dim)
             inner *= scaled_weight

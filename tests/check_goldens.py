@@ -384,8 +384,8 @@ def check_pieces(golden: Golden) -> Iterator[Result]:
 
 
 def rotation_matrices(rotary: Tensor) -> Tensor:
-    """Unit complex numbers [..., d/2] -> [..., d/2, 2, 2] as the official tables hold them."""
-    cos, sin = rotary.real, rotary.imag
+    """Cosines and sines [..., d/2, 2] -> [..., d/2, 2, 2] as the official tables hold them."""
+    cos, sin = rotary.unbind(-1)
     return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
 
 

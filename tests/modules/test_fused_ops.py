@@ -21,7 +21,7 @@ def plain_norm_rotate(x: Tensor, weight: Tensor, rotary: Tensor | None) -> Tenso
     if rotary is None:
         return normed
     a, b = normed.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotary.real, rotary.imag
+    cos, sin = rotary.unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
@@ -35,7 +35,7 @@ def test_norm_and_rotation_equal_the_formula_and_its_gradients(
     x = torch.randn(2, 11, 3, 8, generator=generator, dtype=torch.float64).float()
     weight = torch.rand(8, generator=generator) + 0.5
     angles = torch.rand(11, 1, 4, generator=generator) * 6
-    rotary = torch.polar(torch.ones_like(angles), angles) if rotates else None
+    rotary = torch.stack([angles.cos(), angles.sin()], -1) if rotates else None
     grad = torch.randn(x.shape, generator=generator)
     results = []
     for function in (
@@ -78,7 +78,7 @@ def test_no_activation_is_ever_held_in_float32(monkeypatch: pytest.MonkeyPatch) 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 64, 4, 16, generator=generator).bfloat16().requires_grad_(True)
     angles = torch.rand(64, 1, 8, generator=generator)
-    rotary = torch.polar(torch.ones_like(angles), angles)
+    rotary = torch.stack([angles.cos(), angles.sin()], -1)
     weight, bias = torch.ones(2, 1, 64)
     gate = torch.ones(1, 64, dtype=torch.bfloat16)
     with WideTensors() as seen:
