@@ -1,7 +1,7 @@
 """Numbers of a run: one JSON line each in metrics.jsonl, and TensorBoard curves.
 
 metrics.jsonl lies in the output folder and may be shared by several runs; every line says which `run` (output
-name) and what `kind` (step, epoch, validation) it is.
+name) and what `kind` (step, epoch, validation, sample) it is.
 """
 
 from __future__ import annotations
@@ -50,6 +50,16 @@ class Metrics:
         if self._writer is not None:
             self._attempt(self._add_scalars, step, values)
 
+    def picture(self, step: int, name: str, encoded: bytes, size: tuple[int, int]) -> None:
+        """Show an image or a moving one in TensorBoard.
+
+        Args:
+            encoded: a whole PNG or GIF file, which TensorBoard's viewer plays as it is.
+            size: width and height in pixels.
+        """
+        if self._writer is not None:
+            self._attempt(self._add_picture, step, name, encoded, size)
+
     def flush(self) -> None:
         """Bring the curves onto the disk."""
         if self._writer is not None:
@@ -68,6 +78,14 @@ class Metrics:
     def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def _add_picture(self, step: int, name: str, encoded: bytes, size: tuple[int, int]) -> None:
+        from tensorboard.compat.proto import summary_pb2
+
+        summary: Any = vars(summary_pb2)["Summary"]  # generated when imported: type checkers do not see it
+        width, height = size
+        image = summary.Image(width=width, height=height, colorspace=3, encoded_image_string=encoded)
+        self._writer.file_writer.add_summary(summary(value=[summary.Value(tag=name, image=image)]), step)
 
     def _drop_lines_after(self, start_step: int) -> None:
         if not self._path.is_file():

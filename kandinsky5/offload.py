@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -101,6 +102,35 @@ def swap_blocks(
         swap.device_bytes / 2**30,
     )
     return swap
+
+
+@contextmanager
+def resident_weights_on_host(
+    dit: DiffusionTransformer3D, blocks_to_swap: int, device: torch.device, *, enabled: bool
+) -> Iterator[None]:
+    """Within the block the weights that stay on the device make room there; the model cannot run meanwhile.
+
+    Swapped blocks keep their ring of buffers, and what lies in host memory anyway does not move.
+    """
+    if not enabled or device.type == "cpu":
+        yield
+        return
+    travelling: set[int] = set()
+    if blocks_to_swap:
+        for block in swapped_blocks(dit, blocks_to_swap):
+            travelling.update(id(tensor) for tensor in (*block.parameters(), *block.buffers()))
+    resident = [
+        tensor
+        for tensor in (*dit.parameters(), *dit.buffers())
+        if tensor.device.type == device.type and id(tensor) not in travelling
+    ]
+    try:
+        for tensor in resident:
+            tensor.data = tensor.data.to("cpu")
+        yield
+    finally:
+        for tensor in resident:
+            tensor.data = tensor.data.to(device)
 
 
 def _free_host_memory() -> int:

@@ -19,20 +19,20 @@ from kandinsky5.training_state import RunState, write_state
 from modules.dtypes import dtype_from_word
 from modules.errors import DivergedError, ResourceError
 from modules.logs import get_logger
-from modules.optimizers import set_averaging
+from modules.optimizers import has_averages, set_averaging
 from networks.lora import LoRANetwork
 from networks.lora_files import save_lora
 
 log = get_logger(__name__)
 
-CONTROL_WORDS = ("save", "stop")
+CONTROL_WORDS = ("save", "sample", "stop")
 
 
 def take_control_word(names: OutputNames) -> str:
     """The word in the run's control file, which is then deleted; "" if there is none.
 
-    Writing `save` or `stop` into `<output_name>.control` in the output folder works on every system, even
-    where signals do not.
+    Writing `save`, `sample` or `stop` into `<output_name>.control` in the output folder works on every
+    system, even where signals do not.
     """
     try:
         word = names.control.read_text(encoding="utf-8").strip().lower()
@@ -129,11 +129,19 @@ class Output:
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Within the block the weights are those that are meant to be used, for schedule-free optimizers."""
+        if not has_averages(self._optimizer):
+            yield
+            return
+        trained = [parameter.detach().clone() for parameter in self._network.parameters()]
         set_averaging(self._optimizer, training=False)
         try:
             yield
         finally:
             set_averaging(self._optimizer, training=True)
+            # There and back again rounds: a look at the average must not move the training.
+            with torch.no_grad():
+                for parameter, value in zip(self._network.parameters(), trained, strict=True):
+                    parameter.copy_(value)
 
     def _save(
         self, unit: Unit, number: int, run: RunState, schedule: LRScheduler | None, *, with_state: bool

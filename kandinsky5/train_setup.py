@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import secrets
+import uuid
 from typing import Any
 
 import torch
@@ -100,6 +101,11 @@ def shared_seed(run: RunConfig, resumed: int | None) -> int:
     if resumed is not None:
         return resumed
     return broadcast_object_list([secrets.randbelow(2**31)])[0]
+
+
+def shared_session(resumed: str | None) -> str:
+    """Names the run in its files, the same on all processes and after every resume."""
+    return resumed or broadcast_object_list([uuid.uuid4().hex])[0]
 
 
 def open_datasets(config: TrainConfig, seed: int) -> tuple[DatasetConfig, CachedDataset]:

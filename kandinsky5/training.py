@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import time
-import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
@@ -29,10 +29,12 @@ from kandinsky5.configs.train import TrainConfig
 from kandinsky5.lora_metadata import RunFacts
 from kandinsky5.metrics import Metrics
 from kandinsky5.objective import Objective
+from kandinsky5.sample_files import SampleNames
 from kandinsky5.saving import OutputNames
 from kandinsky5.train_output import Output, take_control_word
 from kandinsky5.train_plan import PlanSequence, RunLength, StepPlan, batch_loader, data_order_hash
 from kandinsky5.train_resume import check_resumed, network_identity, resolve_total_steps, restore
+from kandinsky5.train_samples import PreparedPrompt, TrainingSamples, encode_requests, read_requests
 from kandinsky5.training_state import RunState, SavedState, find_state, read_state, remove_stray_states
 from kandinsky5.validation import Validation
 from modules.dtypes import dtype_name
@@ -74,6 +76,7 @@ def _prepare(config: TrainConfig) -> Trainer | None:
     )
     saved = None if state_path is None else read_state(state_path)
     train_checks.check_files(config)
+    requests = read_requests(config)
     accelerator = train_setup.build_accelerator(config)
     if accelerator.is_main_process:
         train_checks.prepare_output(saving, is_resuming=config.run.resume is not None)
@@ -98,7 +101,9 @@ def _prepare(config: TrainConfig) -> Trainer | None:
         if config.tracking.log_config:
             log.info("options: %s", _shareable_options(config))
         write_json(OutputNames(saving.output_dir, saving.output_name).settings, _shareable_options(config))
-    return Trainer(config, accelerator, datasets, data, validation_data, length, seed, saved)
+    own = list(enumerate(requests))[accelerator.process_index :: accelerator.num_processes]
+    prompts = encode_requests(config, own, accelerator.device)
+    return Trainer(config, accelerator, datasets, data, validation_data, length, seed, saved, prompts)
 
 
 def _run_length(
@@ -142,6 +147,7 @@ class Trainer:
         length: RunLength,
         seed: int,
         saved: SavedState | None,
+        prompts: Sequence[PreparedPrompt],
     ) -> None:
         self.config, self.accelerator, self.data, self.length = config, accelerator, data, length
         self.seed = seed
@@ -179,6 +185,10 @@ class Trainer:
             else None
         )
         self.output = self._output(datasets, saved, dtype)
+        self.is_sampling_asked = False
+        folder, name = config.saving.output_dir / "sample", config.saving.output_name
+        names = SampleNames(folder, name, self.output.facts.session_id)
+        self.samples = TrainingSamples(config, prompts, self.device, names)
         self.data_order = data_order_hash(data)
         self.network_identity = network_identity(self.network)
 
@@ -199,7 +209,7 @@ class Trainer:
         stamp = time.strftime("%Y%m%d%H%M%S", time.localtime(started_at))
         settings = train_setup.schedule_settings(self.config.optimizer, self.length.total_steps)
         facts = RunFacts(
-            session_id=saved.run.session_id if saved else uuid.uuid4().hex,
+            session_id=train_setup.shared_session(saved.run.session_id if saved else None),
             started_at=started_at,
             seed=self.seed,
             num_items=self.data.num_items,
@@ -239,9 +249,11 @@ class Trainer:
             smoothing=0.05,
         )
         try:
+            if self.samples.is_due(self.step, None) and self.step == 0:
+                self._sample(None, metrics, stop)
             for plan in plans.steps(self.step):
                 request = self._train_step(plan, batches, stop, metrics, bar)
-                self._after_step(metrics, request)
+                self._after_step(metrics, request, stop)
                 if request:
                     stop.exit_code = 0 if request == _STOP_WORD_CODE else request
                     return
@@ -266,7 +278,7 @@ class Trainer:
         norm = self._clip()
         word = take_control_word(self.output.names) if self.accelerator.is_main_process else ""
         asked = stop.exit_code if stop.is_set() else _STOP_WORD_CODE if word == "stop" else 0
-        loss, norm_value, request = self._share(losses, norm, asked)
+        loss, norm_value, request = self._share(losses, norm, asked, word == "sample")
         rates = learning_rates(self.optimizer)
         if math.isfinite(loss) and math.isfinite(norm_value):
             self._update()
@@ -304,15 +316,19 @@ class Trainer:
         parameters = [p for p in self.network.parameters() if p.grad is not None]
         return nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
 
-    def _share(self, loss: Tensor, norm: Tensor, request: int) -> tuple[float, float, int]:
-        """Agree over all processes on loss and on stopping: one transfer from the device."""
-        shared = torch.stack([loss, torch.tensor(float(request), device=self.device)])
+    def _share(
+        self, loss: Tensor, norm: Tensor, request: int, wants_samples: bool
+    ) -> tuple[float, float, int]:
+        """Agree over all processes on loss, stopping and samples: one transfer from the device."""
+        asked = torch.tensor([float(request), float(wants_samples)], device=self.device)
+        shared = torch.cat([loss[None], asked])
         if self.accelerator.num_processes > 1:
-            rows = torch.zeros(self.accelerator.num_processes, 2, device=self.device)
+            rows = torch.zeros(self.accelerator.num_processes, 3, device=self.device)
             rows[self.accelerator.process_index] = shared
             torch.distributed.all_reduce(rows)
-            shared = torch.stack([rows[:, 0].sum(), rows[:, 1].max()])
-        loss_value, code, norm_value = torch.cat([shared, norm.float()[None]]).tolist()
+            shared = torch.cat([rows[:, :1].sum(dim=0), rows[:, 1:].amax(dim=0)])
+        loss_value, code, samples, norm_value = torch.cat([shared, norm.float()[None]]).tolist()
+        self.is_sampling_asked = samples > 0
         return loss_value, norm_value, int(code)
 
     def _update(self) -> None:
@@ -380,10 +396,10 @@ class Trainer:
             self.step, {"loss/current": loss, "loss/average": average, "grad_norm": norm, **rates}
         )
 
-    def _after_step(self, metrics: Metrics | None, request: int) -> None:
-        """Ends of epochs, validation and saving, on the main process alone."""
+    def _after_step(self, metrics: Metrics | None, request: int, stop: StopRequest) -> None:
+        """Ends of epochs, validation and saving, on the main process alone; samples on all."""
+        epoch, rest = divmod(self.step, self.length.steps_per_epoch)
         if metrics is not None:
-            epoch, rest = divmod(self.step, self.length.steps_per_epoch)
             is_end = self.step == self.length.total_steps
             if rest == 0:
                 average = sum(self.recent_losses) / max(1, len(self.recent_losses))
@@ -401,6 +417,25 @@ class Trainer:
             )
         if self.accelerator.num_processes > 1:
             self.accelerator.wait_for_everyone()
+        ended_epoch = epoch if rest == 0 else None
+        if not request and (self.is_sampling_asked or self.samples.is_due(self.step, ended_epoch)):
+            self._sample(ended_epoch, metrics, stop)
+
+    def _sample(self, epoch: int | None, metrics: Metrics | None, stop: StopRequest) -> None:
+        """Make the samples of this step, every process its own prompts."""
+        with self.output.averaged_weights():
+            samples = self.samples.make(self.dit, self.network, self.step, epoch, stop.is_set)
+        if self.accelerator.num_processes > 1:
+            samples = gather_object(samples)
+        if metrics is None:
+            return
+        for sample in sorted(samples, key=lambda sample: sample.prompt_number):
+            metrics.write(
+                "sample", self.step, {"prompt": sample.prompt_number, "file": f"sample/{sample.file_name}"}
+            )
+            if sample.animation is not None:
+                name = f"sample_{sample.prompt_number}"
+                metrics.picture(self.step, name, sample.animation.encoded, sample.animation.size)
 
     def _is_validation_due(self, is_epoch_end: bool, epoch: int) -> bool:
         if self.validation is None:

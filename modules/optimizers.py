@@ -105,6 +105,11 @@ def is_schedule_free(name: str) -> bool:
     return name.endswith("ScheduleFree")
 
 
+def has_averages(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer holds averaged weights beside the trained ones, as schedule-free ones do."""
+    return "eval" in vars(type(optimizer))
+
+
 def set_averaging(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
     """Schedule-free optimizers hold two sets of weights: put the trained or the averaged ones in place."""
     switch = vars(type(optimizer)).get("train" if training else "eval")

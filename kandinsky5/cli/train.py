@@ -20,6 +20,7 @@ from kandinsky5.configs.train import (
     NetworkConfig,
     OptimizerConfig,
     RunConfig,
+    SampleConfig,
     SavingConfig,
     ShowTimestepsConfig,
     TimestepConfig,
@@ -75,6 +76,7 @@ def _train_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         "saving": _saving,
         "metadata": lambda a: _fill(MetadataConfig, a),
         "tracking": lambda a: _fill(TrackingConfig, a),
+        "samples": _samples,
     }
     for name, build in builders.items():
         try:
@@ -267,6 +269,19 @@ def _saving(args: argparse.Namespace) -> SavingConfig:
     )
 
 
+def _samples(args: argparse.Namespace) -> SampleConfig:
+    if args.task is None:
+        raise ConfigError([])  # reported as missing
+    task = get_task(args.task)
+    return _fill(
+        SampleConfig,
+        args,
+        vae=Path(args.vae or task.vae_path),
+        text_encoder_qwen=args.text_encoder_qwen or str(task.text_encoder_qwen_path),
+        text_encoder_clip=args.text_encoder_clip or str(task.text_encoder_clip_path),
+    )
+
+
 def _notes(parser: argparse.ArgumentParser, args: argparse.Namespace, model: ModelConfig) -> list[str]:
     given = vars(args)
     notes = [
@@ -285,8 +300,12 @@ def _notes(parser: argparse.ArgumentParser, args: argparse.Namespace, model: Mod
         )
         if given[name]
     ]
-    if no_samples:
+    if args.sample_prompts is None and no_samples:
         notes.append(f"--{', --'.join(no_samples)}: only used for samples, and none are asked for")
+    if args.sample_prompts is not None and not (
+        args.sample_every_n_steps or args.sample_every_n_epochs or args.sample_at_first
+    ):
+        notes.append("--sample_prompts without --sample_every_n_*: only the control file asks for samples")
     nabla_options = [name for name in given if name.startswith("nabla_") and given[name] is not None]
     if model.nabla is None and nabla_options:
         notes.append(

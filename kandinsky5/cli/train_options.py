@@ -27,10 +27,6 @@ UNAVAILABLE = {
     "sage_attn": "has no backward pass and cannot train; use --sdpa",
     "compile": _LATER,
     "dynamo_backend": f"{_LATER}",
-    "sample_prompts": _LATER,
-    "sample_every_n_steps": _LATER,
-    "sample_every_n_epochs": _LATER,
-    "sample_at_first": _LATER,
     "wandb_run_name": f"belongs to wandb, which {_LATER}",
     "wandb_api_key": f"belongs to wandb, which {_LATER}",
     "log_tracker_config": _LATER,
@@ -263,7 +259,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--offload_dit_during_sampling",
         action="store_true",
-        help="DiT to host memory while encoders and VAE work",
+        help="DiT to host memory while the VAE decodes samples",
     )
 
 
@@ -498,8 +494,8 @@ def _add_logging(parser: argparse.ArgumentParser) -> None:
 def _add_samples(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("samples during training")
     group.add_argument("--sample_prompts", type=Path, help="file of prompts: .txt, .toml or .json")
-    group.add_argument("--sample_every_n_steps", type=positive_int, help="sample every n-th step")
-    group.add_argument("--sample_every_n_epochs", type=positive_int, help="sample every n-th epoch")
+    group.add_argument("--sample_every_n_steps", type=positive_int, help="sample after every n-th step")
+    group.add_argument("--sample_every_n_epochs", type=positive_int, help="sample after every n-th epoch")
     group.add_argument("--sample_at_first", action="store_true", help="sample before the first step too")
 
 

@@ -220,6 +220,36 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """Videos and images made while training."""
+
+    vae: Path
+    text_encoder_qwen: str
+    text_encoder_clip: str
+    """The task's places where no option names one."""
+    sample_prompts: Path | None = None
+    """None: no samples."""
+    sample_every_n_steps: int | None = None
+    sample_every_n_epochs: int | None = None
+    sample_at_first: bool = False
+    vae_dtype: str | None = None
+    """A dtype word; None: float16 on CUDA, float32 on the CPU."""
+    offload_dit_during_sampling: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sample_prompts is not None:
+            return
+        given = {
+            "sample_every_n_steps": self.sample_every_n_steps,
+            "sample_every_n_epochs": self.sample_every_n_epochs,
+            "sample_at_first": self.sample_at_first,
+        }
+        problems = [f"--{name} needs --sample_prompts" for name, value in given.items() if value]
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One training run."""
 
@@ -233,6 +263,7 @@ class TrainConfig:
     saving: SavingConfig
     metadata: MetadataConfig
     tracking: TrackingConfig
+    samples: SampleConfig
     options: Mapping[str, Any]
     """Every option as given or defaulted, for the resolved configuration beside the LoRA; no secrets."""
     notes: tuple[str, ...] = ()

@@ -1,0 +1,289 @@
+"""Samples while training: prompts checked and encoded before the model is loaded, clips made between steps.
+
+No random stream of training is read or moved, and the LoRA is left as it was found, so that a run with
+samples and one without end in the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import av
+import torch
+from torch import Tensor
+
+from kandinsky5.configs.train import TrainConfig
+from kandinsky5.devices import vae_dtype
+from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.generation_models import empty_device_cache
+from kandinsky5.offload import resident_weights_on_host
+from kandinsky5.prompt_templates import load_prompt_templates
+from kandinsky5.prompts import PromptSpec, read_prompt_file
+from kandinsky5.sample_files import Animation, SampleNames, animate, write_sample
+from kandinsky5.sampling_pipeline import (
+    RequestText,
+    decode_frames,
+    encode_images,
+    encode_prompts,
+    sample_latents,
+)
+from kandinsky5.text_encoders import check_text_encoder_paths, default_qwen_dtype, load_text_encoders
+from kandinsky5.vae import VideoVAE, check_vae_file, load_vae
+from kandinsky5.video_files import check_video_encoder
+from kandinsky5.video_requests import VideoRequest, log_size_remarks, resolve_request
+from modules.errors import ConfigError, DataError, ModelFileError, UserError
+from modules.logs import get_logger
+from networks.lora import LoRANetwork
+
+log = get_logger(__name__)
+
+DEFAULT_FRAMES = 17
+"""Pixel frames of a prompt that names none."""
+_NABLA_SIZE_DIVISOR = 128
+
+
+class SamplingStopped(Exception):
+    """The run is asked to stop while a sample is being made."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPrompt:
+    """A prompt of the file with everything that encoders made of it, on the CPU."""
+
+    number: int
+    """Position in the prompt file, from 0."""
+    request: VideoRequest
+    text: RequestText
+    image_latents: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A finished sample."""
+
+    prompt_number: int
+    file_name: str
+    animation: Animation | None
+    """None without a tracker to show it."""
+
+
+def read_requests(config: TrainConfig) -> list[VideoRequest]:
+    """The prompts of `--sample_prompts`, every setting decided; and the headers of the models they need.
+
+    Raises:
+        ConfigError: everything that is wrong with the prompts, with file and line.
+        ModelFileError: a VAE or text encoder that cannot be used.
+    """
+    settings, task = config.samples, config.model.task
+    if settings.sample_prompts is None:
+        return []
+    listed = read_prompt_file(settings.sample_prompts)
+    for note in listed.notes:
+        log.info("%s", note)
+    templates = load_prompt_templates()
+    defaults = PromptSpec(scheduler_scale=config.model.scheduler_scale)
+    requests: list[VideoRequest] = []
+    problems = list(listed.problems)
+    for spec in listed.specs:
+        try:
+            request = resolve_request(
+                spec.over(defaults),
+                task,
+                size_divisor=16 if config.model.nabla is None else _NABLA_SIZE_DIVISOR,
+                default_frames=DEFAULT_FRAMES,
+                default_negative_prompt=templates.negative_prompt,
+                lora_count=1,
+            )
+        except (ConfigError, DataError) as error:
+            problems += error.problems
+            continue
+        log_size_remarks(request, task)
+        requests.append(request)
+    if problems:
+        raise ConfigError(problems)
+    model_problems = check_text_encoder_paths(settings.text_encoder_qwen, settings.text_encoder_clip)
+    try:
+        check_vae_file(settings.vae)
+    except ModelFileError as error:
+        model_problems += error.problems
+    if model_problems:
+        raise ModelFileError([*model_problems, "--sample_prompts needs the VAE and both text encoders"])
+    if any(request.num_frames > 1 for request in requests):
+        check_video_encoder()
+    return requests
+
+
+def encode_requests(
+    config: TrainConfig, numbered: Sequence[tuple[int, VideoRequest]], device: torch.device
+) -> list[PreparedPrompt]:
+    """Encode prompts and images, each model loaded once and freed; called before the DiT is loaded."""
+    if not numbered:
+        return []
+    requests = [request for _, request in numbered]
+    with _own_random_stream(device):
+        texts = _encode_texts(config, requests, device)
+        images: list[Tensor | None] = [None] * len(requests)
+        if any(request.image is not None for request in requests):
+            vae = _load_vae(config, device)
+            images = [encode_images(vae, request) for request in requests]
+            del vae
+            empty_device_cache(device)
+    return [
+        PreparedPrompt(number, request, text, image)
+        for (number, request), text, image in zip(numbered, texts, images, strict=True)
+    ]
+
+
+def _encode_texts(
+    config: TrainConfig, requests: Sequence[VideoRequest], device: torch.device
+) -> list[RequestText]:
+    task = config.model.task
+    params = config.model.dit_params
+    log.info("encoding %d sample prompts", len(requests))
+    encoders = load_text_encoders(
+        config.samples.text_encoder_qwen,
+        config.samples.text_encoder_clip,
+        device=device,
+        dtype=default_qwen_dtype(device),
+        qwen_max_length=task.qwen_max_length,
+        clip_max_length=task.clip_max_length,
+        require_official_crop=not task.is_tiny,
+        expected_dims=(params.in_text_dim, params.in_text_dim2),
+    )
+    try:
+        return encode_prompts(encoders, requests)
+    finally:
+        encoders.free()
+
+
+def _load_vae(config: TrainConfig, device: torch.device) -> VideoVAE:
+    return load_vae(config.samples.vae, dtype=vae_dtype(config.samples.vae_dtype, device), device=device)
+
+
+class TrainingSamples:
+    """Makes the samples of one process; with several processes the prompts are shared out."""
+
+    def __init__(
+        self, config: TrainConfig, prompts: Sequence[PreparedPrompt], device: torch.device, names: SampleNames
+    ) -> None:
+        self._config, self._prompts, self._device, self._names = config, prompts, device, names
+
+    def is_due(self, step: int, epoch: int | None) -> bool:
+        """Whether the options ask for samples after `step`, which ended `epoch` if that is given."""
+        settings = self._config.samples
+        if settings.sample_prompts is None:
+            return False
+        if step == 0:
+            return settings.sample_at_first
+        by_step = settings.sample_every_n_steps is not None and step % settings.sample_every_n_steps == 0
+        return by_step or self._is_due_by_epoch(epoch)
+
+    def _is_due_by_epoch(self, epoch: int | None) -> bool:
+        every = self._config.samples.sample_every_n_epochs
+        return every is not None and epoch is not None and epoch % every == 0
+
+    def make(
+        self,
+        dit: DiffusionTransformer3D,
+        network: LoRANetwork,
+        step: int,
+        epoch: int | None,
+        should_stop: Callable[[], bool],
+    ) -> list[Sample]:
+        """Sample, decode and write all prompts. What goes wrong is said, and costs samples, not the run.
+
+        Args:
+            should_stop: asked after every sampling step; the samples are then left undone.
+        """
+        named_epoch = epoch if self._is_due_by_epoch(epoch) else None
+        try:
+            with _own_random_stream(self._device):
+                latents = self._sample(dit, network, should_stop)
+                return self._decode(dit, latents, step, named_epoch) if latents else []
+        except SamplingStopped:
+            log.info("step %d: the run is asked to stop, its samples are left out", step)
+        except (UserError, OSError, av.FFmpegError, torch.OutOfMemoryError) as error:
+            log.error("step %d: samples are missing, training goes on: %s", step, error)
+        finally:
+            empty_device_cache(self._device)
+        return []
+
+    def _sample(
+        self, dit: DiffusionTransformer3D, network: LoRANetwork, should_stop: Callable[[], bool]
+    ) -> list[tuple[PreparedPrompt, Tensor]]:
+        def after_step(_step: int, _latents: Tensor) -> None:
+            if should_stop():
+                raise SamplingStopped
+
+        done = []
+        with _in_use(network):
+            strength = network.multiplier
+            for prompt in self._prompts:
+                own = prompt.request.lora_multiplier
+                network.set_multiplier(strength if own is None else own[0])
+                latents = sample_latents(
+                    dit,
+                    prompt.request,
+                    prompt.text,
+                    task=self._config.model.task,
+                    nabla=self._config.model.nabla,
+                    image_latents=prompt.image_latents,
+                    device=self._device,
+                    noise_device=self._device,
+                    on_step=after_step,
+                )
+                done.append((prompt, latents.cpu()))
+        return done
+
+    def _decode(
+        self,
+        dit: DiffusionTransformer3D,
+        latents: Sequence[tuple[PreparedPrompt, Tensor]],
+        step: int,
+        epoch: int | None,
+    ) -> list[Sample]:
+        model = self._config.model
+        moves = self._config.samples.offload_dit_during_sampling
+        samples = []
+        with resident_weights_on_host(dit, model.blocks_to_swap, self._device, enabled=moves):
+            empty_device_cache(self._device)
+            vae = _load_vae(self._config, self._device)
+            for prompt, clip in latents:
+                frames = decode_frames(vae, clip)
+                request = prompt.request
+                path = write_sample(
+                    self._names,
+                    frames,
+                    step=step,
+                    epoch=epoch,
+                    prompt_number=prompt.number,
+                    seed=request.seed,
+                    metadata={"prompt": request.prompt, "seed": str(request.seed)},
+                )
+                log.info("wrote %s", path)
+                shown = None if self._config.tracking.logging_dir is None else animate(frames)
+                samples.append(Sample(prompt.number, path.name, shown))
+            del vae
+            empty_device_cache(self._device)
+        return samples
+
+
+@contextmanager
+def _in_use(network: LoRANetwork) -> Iterator[None]:
+    """Within the block the network is used and not trained: no dropout, and its strength may be changed."""
+    was_training, multiplier = network.training, network.multiplier
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+        network.set_multiplier(multiplier)
+
+
+@contextmanager
+def _own_random_stream(device: torch.device) -> Iterator[None]:
+    """What the block draws from torch's global generators does not move them."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

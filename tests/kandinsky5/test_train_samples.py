@@ -1,0 +1,244 @@
+"""Samples while training: what is written, that training does not notice, and what is refused beforehand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kandinsky5 import train_samples
+from kandinsky5.prompt_templates import PromptTemplates, load_prompt_templates
+from kandinsky5.sample_files import SampleNames, write_grid, write_sample
+from kandinsky5.text_encoders import TextEncoders
+from modules.errors import DivergedError
+from tests.kandinsky5.generation_kit import frames_of
+from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
+
+SMALL = "--w 32 --h 32 --f 5 --s 2 --g 1"
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dit(tmp_path_factory.mktemp("dit"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def templates() -> PromptTemplates:
+    return load_prompt_templates()
+
+
+@pytest.fixture
+def models(
+    tiny_models: Path, encoders: TextEncoders, templates: PromptTemplates, monkeypatch: pytest.MonkeyPatch
+) -> tuple[object, ...]:
+    """The options that name VAE and encoders; the encoders are loaded once for all tests."""
+    monkeypatch.setattr(encoders, "free", lambda: None)
+    monkeypatch.setattr(train_samples, "load_text_encoders", lambda *_, **__: encoders)
+    monkeypatch.setattr(train_samples, "load_prompt_templates", lambda: templates)
+    return (
+        *("--vae", tiny_models / "vae", "--text_encoder_qwen", tiny_models / "text_encoder"),
+        *("--text_encoder_clip", tiny_models / "text_encoder2"),
+    )
+
+
+def prompt_file(folder: Path, *lines: str) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def names_in(output: Path, suffix: str) -> list[str]:
+    return sorted(path.name for path in (output / "sample").iterdir() if path.suffix == suffix)
+
+
+def test_a_run_with_samples_and_one_without_end_in_the_same_bytes(
+    dit: Path, dataset: Path, models: tuple[object, ...], tmp_path: Path
+) -> None:
+    """With everything that draws: dropout, shuffling, noise; and files under the documented names."""
+    options = ("--max_train_steps", 6, "--network_dropout", 0.3, "--save_state_on_train_end")
+    options = (*options, "--network_args", "rank_dropout=0.2", "module_dropout=0.2")
+    train(dit, dataset, tmp_path / "without", *options)
+    before = torch.get_rng_state()
+    prompts = prompt_file(tmp_path, f"走る兎 {SMALL} --d 7", f"a cup {SMALL} --f 1 --m 0", "# none")
+    with_samples = (
+        *(*options, *models, "--sample_prompts", prompts, "--sample_at_first"),
+        *("--sample_every_n_steps", 4, "--sample_every_n_epochs", 1, "--logging_dir", tmp_path / "logs"),
+    )
+    train(dit, dataset, tmp_path / "with", *with_samples)
+    assert torch.equal(before, torch.get_rng_state())
+    losses = [[r["loss"] for r in metrics(tmp_path / name, "step")] for name in ("with", "without")]
+    assert losses[0] == losses[1]
+    for file in ("lora.safetensors", "lora-state/lora.safetensors"):
+        assert lora_bytes(tmp_path / "with" / file) == lora_bytes(tmp_path / "without" / file)
+
+    videos = names_in(tmp_path / "with", ".mp4")
+    assert [name[:17] for name in videos] == ["lora_000000_00_20", "lora_000004_00_20", "lora_e000001_00_2"]
+    assert all(name.endswith("_7.mp4") for name in videos)
+    pictures = names_in(tmp_path / "with", ".png")
+    assert {name.replace(".mp4", ".png") for name in videos} < set(pictures)
+    assert sum(name.endswith("_42_000.png") for name in pictures) == 3
+    frames = frames_of(tmp_path / "with/sample" / videos[0])
+    assert (len(frames), frames[0].shape) == (5, (32, 32, 3))
+    with Image.open(tmp_path / "with/sample/lora_grid_00.png") as grid:
+        assert grid.size == (3 * 192 + 2 * 4, 16 + 192)
+    records = metrics(tmp_path / "with", "sample")
+    assert [(r["step"], r["prompt"]) for r in records] == [(s, p) for s in (0, 4, 5) for p in (0, 1)]
+    curves = EventAccumulator(str(next((tmp_path / "logs").iterdir()))).Reload()
+    assert [event.step for event in curves.Images("sample_0")] == [0, 4, 5]
+
+
+def test_samples_show_the_lora_and_a_strength_of_zero_the_base_model(
+    dit: Path, dataset: Path, models: tuple[object, ...], tmp_path: Path
+) -> None:
+    prompts = prompt_file(tmp_path, f"a {SMALL} --f 1", f"a {SMALL} --f 1 --m 0")
+    train(
+        *(dit, dataset, tmp_path / "out", *models, "--sample_prompts", prompts, "--max_train_steps", 2),
+        *("--learning_rate", 0.5, "--sample_at_first", "--sample_every_n_steps", 2),
+        *("--fp8_base", "--gradient_checkpointing", "--offload_dit_during_sampling"),
+    )
+    images = [np.asarray(Image.open(tmp_path / "out/sample" / n)) for n in names_in(tmp_path / "out", ".png")]
+    start, start_off, end, end_off = images[:4]
+    assert np.array_equal(start, start_off)
+    assert np.array_equal(start, end_off)
+    assert not np.array_equal(start, end)
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "clips"),
+    [
+        ("k5-tiny-i2v", "--i {image} --w 32 --h 32 --f 9", ((3, 4, 4, 5),)),
+        ("k5-tiny-i2v", "--i {image} --ei {image} --w 32 --h 32 --f 9", ((3, 4, 4, 5),)),
+        ("k5-tiny-nabla", "--w 128 --h 130 --f 5", ((2, 16, 16, 5),)),
+    ],
+)
+def test_image_to_video_and_nabla_tasks_are_sampled(
+    task: str,
+    words: str,
+    clips: tuple[tuple[int, int, int, int], ...],
+    dit: Path,
+    models: tuple[object, ...],
+    media: Path,
+    tmp_path: Path,
+) -> None:
+    data = write_dataset(tmp_path, clips, resolution=clips[0][1] * 8)
+    prompts = prompt_file(tmp_path, f"a {words.format(image=media / 'coffee.jpg')} --s 2")
+    train(
+        *(dit, data, tmp_path / "out", *models, "--sample_prompts", prompts, "--max_train_steps", 1),
+        *("--sample_every_n_steps", 1),
+        task=task,
+    )
+    (video,) = names_in(tmp_path / "out", ".mp4")
+    side = clips[0][1] * 8
+    assert frames_of(tmp_path / "out/sample" / video)[0].shape == (side, side, 3)
+
+
+def test_an_error_while_sampling_costs_the_samples_and_not_the_run(
+    dit: Path,
+    dataset: Path,
+    models: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    networks = []
+
+    def fail(dit: torch.nn.Module, *_: object, **__: object) -> None:
+        networks.extend(m.adapter for m in dit.modules() if hasattr(m, "adapter"))
+        assert not networks[0].training
+        raise DivergedError("latents are not finite")
+
+    monkeypatch.setattr(train_samples, "sample_latents", fail)
+    options = ("--max_train_steps", 2, "--sample_every_n_steps", 1, "--network_dropout", 0.2)
+    prompts = prompt_file(tmp_path, f"a {SMALL}")
+    train(dit, dataset, tmp_path / "out", *models, "--sample_prompts", prompts, *options)
+    assert networks[0].training
+    assert (tmp_path / "out/lora.safetensors").is_file()
+    assert "samples are missing, training goes on: latents are not finite" in caplog.text
+
+
+def test_a_stop_request_interrupts_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample(*_: object, on_step: train_samples.Callable[[int, object], None], **__: object) -> None:
+        on_step(1, None)
+
+    monkeypatch.setattr(train_samples, "sample_latents", sample)
+    request = SimpleNamespace(lora_multiplier=None)
+    prompt = SimpleNamespace(request=request, text=None, image_latents=None)
+    config = SimpleNamespace(
+        samples=SimpleNamespace(sample_every_n_epochs=None), model=SimpleNamespace(task=None, nabla=None)
+    )
+    samples = train_samples.TrainingSamples(config, [prompt], torch.device("cpu"), None)  # pyright: ignore[reportArgumentType]
+    network = SimpleNamespace(
+        training=True, multiplier=1.0, eval=lambda: None, train=lambda _: None, set_multiplier=lambda _: None
+    )
+    assert samples.make(None, network, 3, None, lambda: True) == []  # pyright: ignore[reportArgumentType]
+
+
+def test_the_word_sample_in_the_control_file_makes_samples(
+    dit: Path, dataset: Path, models: tuple[object, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/lora.control").write_text("sample", encoding="utf-8")
+    prompts = prompt_file(tmp_path, f"a {SMALL}")
+    train(dit, dataset, tmp_path / "out", *models, "--sample_prompts", prompts, "--max_train_steps", 3)
+    assert [record["step"] for record in metrics(tmp_path / "out", "sample")] == [1]
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    for name in ("load_text_encoders", "load_vae"):
+        monkeypatch.setattr(train_samples, name, fail)
+
+
+@pytest.mark.parametrize(
+    ("lines", "task", "code", "message"),
+    [
+        (["a --w x", "b --zz 3"], "k5-tiny-t2v", 2, "line 2: --zz is not a prompt setting"),
+        (["a"], "k5-tiny-i2v", 2, "line 1: --task k5-tiny-i2v needs a first frame"),
+        (["a --i none.png"], "k5-tiny-i2v", 2, "none.png: no such file"),
+        (["a --f 9", "--vae missing"], "k5-tiny-t2v", 4, "missing"),
+    ],
+)
+@pytest.mark.usefixtures("models", "nothing_is_loaded")
+def test_prompts_and_models_are_checked_before_anything_is_loaded(
+    lines: list[str],
+    task: str,
+    code: int,
+    message: str,
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [word for line in lines if line.startswith("--") for word in line.split()]
+    prompts = prompt_file(tmp_path, *(line for line in lines if not line.startswith("--")))
+    with pytest.raises(SystemExit) as caught:
+        train(dit, dataset, tmp_path, "--sample_prompts", prompts, "--sample_at_first", *words, task=task)
+    assert caught.value.code == code
+    assert message in capsys.readouterr().err
+
+
+def test_the_grid_grows_by_steps_and_knows_its_own_run(tmp_path: Path) -> None:
+    """Step 20 belongs to a part that a resumed run has left; another run's files are not taken."""
+    picture = np.zeros((1, 8, 16, 3), np.uint8)
+    for run, step in (("b", 0), ("a", 10), ("a", 5), ("a", 20), ("a", 10)):
+        names = SampleNames(tmp_path, "my [lora]", run)
+        write_sample(
+            names, picture + step, step=step, epoch=None, prompt_number=1, seed=42, metadata={"prompt": "x"}
+        )
+    write_grid(names, 1, last_step=10)
+    with Image.open(names.grid(1)) as grid:
+        assert grid.size == (2 * 384 + 4, 208)
+        assert [grid.getpixel((x, 100)) for x in (100, 500)] == [(5, 5, 5), (10, 10, 10)]
