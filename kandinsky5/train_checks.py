@@ -48,7 +48,7 @@ def check_files(config: TrainConfig) -> None:
     if config.model.vae is not None and not Path(config.model.vae).exists():
         raise ModelFileError(f"--vae {config.model.vae}: no such file or folder")
     check_optimizer_settings(config.optimizer)
-    parse_network_args(config.network.network_args)
+    parse_network_args(config.network.network_args, network_module=config.network.network_module)
     if config.tracking.logging_dir is not None:
         check_tensorboard()
 

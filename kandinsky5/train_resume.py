@@ -16,7 +16,7 @@ from kandinsky5.training_state import SavedState
 from modules.errors import ConfigError
 from modules.logs import get_logger
 from modules.optimizers import describe_optimizer
-from networks.lora import LoRANetwork
+from networks.lora import Adapter, LoRAAdapter, LoRANetwork
 
 log = get_logger(__name__)
 
@@ -82,7 +82,10 @@ def check_resumed(
 
 def network_identity(network: LoRANetwork) -> dict[str, Any]:
     """Layers, ranks and alphas of a network, short enough for a JSON file."""
-    rows = [f"{path} {adapter.rank} {adapter.alpha:g}" for path, adapter in sorted(network.adapters.items())]
+    rows = [
+        f"{path} {adapter.rank} {adapter.alpha:g}{_other_shapes(adapter)}"
+        for path, adapter in sorted(network.adapters.items())
+    ]
     first = next(iter(network.adapters.values()))
     return {
         "layers": len(rows),
@@ -90,6 +93,13 @@ def network_identity(network: LoRANetwork) -> dict[str, Any]:
         "alpha": first.alpha,
         "sha256": hashlib.sha256("\n".join(rows).encode("utf-8")).hexdigest(),
     }
+
+
+def _other_shapes(adapter: Adapter) -> str:
+    """What rank and alpha leave open in an adapter that is no plain LoRA."""
+    if isinstance(adapter, LoRAAdapter):
+        return ""
+    return "".join(f" {name} {list(parameter.shape)}" for name, parameter in adapter.named_parameters())
 
 
 def restore(

@@ -54,12 +54,13 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         ResourceError: the launcher started several processes that do not see each other.
     """
     run = config.run
-    module_dropout = parse_network_args(config.network.network_args).module_dropout
+    network = config.network
+    settings = parse_network_args(network.network_args, network_module=network.network_module)
     handlers: list[Any] = [
         DistributedDataParallelKwargs(
             gradient_as_bucket_view=run.ddp_gradient_as_bucket_view,
             static_graph=run.ddp_static_graph,
-            find_unused_parameters=module_dropout > 0,
+            find_unused_parameters=settings.module_dropout > 0,
         )
     ]
     if run.ddp_timeout is not None:
@@ -221,6 +222,7 @@ def build_network(
         network_dropout=config.network_dropout,
         network_args=config.network_args,
         seed=seed,
+        network_module=config.network_module,
     )
     if lora is not None:
         load_weights(network, lora)

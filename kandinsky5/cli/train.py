@@ -13,6 +13,7 @@ from typing import Any
 from kandinsky5.cli.config_file import with_config_file
 from kandinsky5.cli.train_options import ACCEPTED, UNAVAILABLE, UNAVAILABLE_VALUES, build_parser
 from kandinsky5.configs.train import (
+    NETWORK_MODULES,
     ConditioningConfig,
     DataConfig,
     MetadataConfig,
@@ -240,11 +241,11 @@ def _optimizer(args: argparse.Namespace) -> OptimizerConfig:
 def _network(args: argparse.Namespace) -> NetworkConfig:
     module = args.network_module.removeprefix("musubi_tuner.")
     known = [
-        "networks.lora_kandinsky",
+        *NETWORK_MODULES,
         *(value for name, value in UNAVAILABLE_VALUES if name == "network_module"),
     ]
     if module not in known:
-        raise ConfigError(f"--network_module {args.network_module}: use networks.lora_kandinsky")
+        raise ConfigError(f"--network_module {args.network_module}: use one of {', '.join(NETWORK_MODULES)}")
     return _fill(
         NetworkConfig,
         args,
@@ -314,6 +315,8 @@ def _notes(parser: argparse.ArgumentParser, args: argparse.Namespace, model: Mod
         )
     if (args.i2v_mode != "first" or args.i2v_conditioning != "inference") and not model.task.is_i2v:
         notes.append(f"--i2v_* without effect: {model.task.name} is no image-to-video task")
+    if args.network_module.endswith((".loha", ".lokr")) and args.lora_format != "kohya":
+        notes.append("LoHa and LoKr are saved in kohya's layout, the one other programs read")
     if all(given[name] == value for name, value in _NEWCOMER_DEFAULTS.items()):
         notes.append(
             "timestep shift (none), learning rate (2e-6), rank (4) and alpha (1) are all at their defaults, "

@@ -44,8 +44,6 @@ UNAVAILABLE = {
 UNAVAILABLE_VALUES = {
     ("log_with", "wandb"): f"{_LATER}; use tensorboard",
     ("log_with", "all"): f"{_LATER}; use tensorboard",
-    ("network_module", "networks.loha"): f"{_LATER}; use networks.lora_kandinsky",
-    ("network_module", "networks.lokr"): f"{_LATER}; use networks.lora_kandinsky",
     ("network_module", "lycoris.kohya"): f"{_LATER}; use networks.lora_kandinsky",
 }
 
@@ -366,7 +364,9 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
 def _add_network(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("LoRA")
     group.add_argument(
-        "--network_module", default="networks.lora_kandinsky", help="(default: networks.lora_kandinsky)"
+        "--network_module",
+        default="networks.lora_kandinsky",
+        help="networks.lora_kandinsky (default), networks.loha or networks.lokr",
     )
     group.add_argument("--network_dim", type=positive_int, default=4, help="rank (default: 4; 32 is usual)")
     group.add_argument(
@@ -383,7 +383,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="NAME=VALUE",
-        help="rank_dropout, module_dropout, loraplus_lr_ratio, exclude_patterns, include_patterns, verbose",
+        help="rank_dropout, module_dropout, loraplus_lr_ratio, exclude_patterns, include_patterns, verbose; "
+        "LoKr: factor",
     )
     group.add_argument("--network_weights", type=Path, help="start from this LoRA, any format")
     group.add_argument(

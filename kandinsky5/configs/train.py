@@ -23,6 +23,7 @@ TIMESTEP_SAMPLINGS = (
     "qinglong_flux",
     "qinglong_qwen",
 )
+NETWORK_MODULES = ("networks.lora_kandinsky", "networks.loha", "networks.lokr")
 WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
 
 
@@ -155,6 +156,22 @@ class NetworkConfig:
     network_weights: Path | None = None
     dim_from_weights: bool = False
     scale_weight_norms: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.network_module == "networks.lora_kandinsky":
+            return
+        given = {
+            "network_dropout": self.network_dropout,
+            "dim_from_weights": self.dim_from_weights,
+            "scale_weight_norms": self.scale_weight_norms is not None,
+        }
+        problems = [
+            f"--{name}: not available with --network_module {self.network_module}"
+            for name, value in given.items()
+            if value
+        ]
+        if problems:
+            raise ConfigError(problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

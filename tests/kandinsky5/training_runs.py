@@ -103,4 +103,5 @@ def metrics(output: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 def lora_bytes(path: Path) -> dict[str, bytes]:
     """Tensor name -> its bytes."""
-    return {name: value.view(torch.uint8).numpy().tobytes() for name, value in read_tensors(path)[0].items()}
+    tensors = read_tensors(path)[0]
+    return {name: value.reshape(-1).view(torch.uint8).numpy().tobytes() for name, value in tensors.items()}
