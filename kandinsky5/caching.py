@@ -245,7 +245,7 @@ def cache_text(config: CacheTextConfig) -> None:
     ]
     check_strict(outcomes, config.run)
     fingerprint = text_encoder_fingerprint(
-        config.text_encoder_qwen, config.text_encoder_clip, is_quantized=config.quantized_qwen
+        config.text_encoder_qwen, config.text_encoder_clip, config.quantization
     )
     with exit_on_signal(), cache_folders(datasets.datasets):
         works = [
@@ -260,7 +260,7 @@ def cache_text(config: CacheTextConfig) -> None:
                 dtype=default_qwen_dtype(device),
                 qwen_max_length=config.qwen_max_length,
                 clip_max_length=config.clip_max_length,
-                is_quantized=config.quantized_qwen,
+                quantization=config.quantization,
                 templates=templates,
             )
             for work in works:

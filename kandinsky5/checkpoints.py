@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kandinsky5.dit import DiffusionTransformer3D, is_float32_island
 from kandinsky5.tasks import DitParams
+from kandinsky5.weight_checks import FiniteCheck, not_finite_message
 from modules.dtypes import dtype_name
 from modules.errors import ModelFileError
 from modules.fp8 import FP8_DTYPES, Fp8Linear, dequantise, normalise_scale, quantise_rows
@@ -223,8 +224,7 @@ class _WeightReader:
         self, weights: WeightFiles, info: DitFileInfo, device: torch.device, *, check_finite: bool
     ) -> None:
         self._weights, self._info, self._device = weights, info, device
-        self._check_finite = check_finite
-        self._finite: dict[str, Tensor] = {}
+        self._finite = FiniteCheck() if check_finite else None
 
     def read(self, key: str, loras: Sequence[LoadedLora]) -> Tensor:
         """The tensor with its LoRAs; float32 if it was float8 or merged, else in the file's dtype."""
@@ -244,22 +244,16 @@ class _WeightReader:
 
     def raise_if_not_finite(self, path: Path) -> None:
         """Ask the device once, at the end, about all tensors."""
-        if not self._finite:
-            return
-        flags = torch.stack(list(self._finite.values())).tolist()
-        bad = [key for key, is_finite in zip(self._finite, flags, strict=True) if not is_finite]
+        bad = self._finite.bad_names() if self._finite is not None else []
         if bad:
             raise ModelFileError(
-                f"{_listed(path, 'tensors hold NaN or infinite values', bad)}\n"
-                "Download the file again; --no_weight_check loads it nevertheless."
+                f"{path}: {not_finite_message(bad)}; --no_weight_check loads it nevertheless."
             )
 
     def _raw(self, key: str) -> Tensor:
         tensor = self._weights.read(self._info.prefix + key).to(self._device)
-        if self._check_finite:
-            values = tensor.half() if tensor.dtype in FP8_DTYPES else tensor
-            low, high = values.aminmax()  # both are NaN if any value is
-            self._finite[key] = low.isfinite() & high.isfinite()
+        if self._finite is not None:
+            self._finite.add(key, tensor)
         return tensor
 
     def _scale(self, layer: str) -> Tensor:

@@ -169,7 +169,7 @@ class Run:
         """Run all stages, each model loaded once and gone before the next; returns the files written."""
         for request in requests:
             log.info("to make this again:\n  %s", repeat_command(self.config, request))
-        with _memory_advice("encoding the prompts", "--text_encoder_cpu or --quantized_qwen"):
+        with _memory_advice("encoding the prompts", "--fp8_llm, --quantized_qwen or --text_encoder_cpu"):
             encoders = self.loader.text_encoders()
             texts = encode_prompts(encoders, requests, self.triggers)
         encoders.free()

@@ -190,7 +190,7 @@ class ModelLoader:
             qwen_max_length=self.config.task.qwen_max_length,
             clip_max_length=self.config.task.clip_max_length,
             require_official_crop=not self.config.task.is_tiny,
-            is_quantized=self.config.text.quantized_qwen,
+            quantization=self.config.text.quantization,
             expected_dims=(params.in_text_dim, params.in_text_dim2),
             templates=self.templates,
         )

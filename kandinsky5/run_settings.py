@@ -135,7 +135,8 @@ def _other_words(config: GenerateConfig) -> list[str]:
     words = ["--device", config.device] if config.device else []
     words += _flags({
         "--text_encoder_cpu": config.text.text_encoder_cpu,
-        "--quantized_qwen": config.text.quantized_qwen,
+        "--fp8_llm": config.text.quantization == "fp8",
+        "--quantized_qwen": config.text.quantization == "nf4",
     })
     if config.text.prompt_templates is not None:
         words += ["--prompt_templates", str(config.text.prompt_templates)]

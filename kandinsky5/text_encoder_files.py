@@ -12,8 +12,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kandinsky5.weight_checks import WeightHash, describe_mismatch, kind_of_model
+from kandinsky5.configs.text_encoders import Quantization
+from kandinsky5.weight_checks import (
+    FiniteCheck,
+    WeightHash,
+    describe_mismatch,
+    kind_of_model,
+    not_finite_message,
+)
 from modules.errors import ModelFileError, ResourceError
+from modules.fp8 import Fp8Linear, quantise_rows
 from modules.logs import get_logger
 from modules.tensor_files import TensorFile, TensorInfo, read_header
 
@@ -42,7 +50,6 @@ _LEFT_OUT = {
     "qwen": ("visual.", "model.visual.", "lm_head.", "language_model.lm_head."),
     "clip": ("vision_model.", "logit_scale", "text_projection.", "visual_projection."),
 }
-_NF4 = "nf4"
 _IGNORED_SUFFIXES = ("position_ids", "rotary_emb.inv_freq")  # tables that are computed, found in old files
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -68,23 +75,25 @@ def check_text_encoder(name: str, kind: EncoderKind) -> list[str]:
     return []
 
 
-def encoder_fingerprint(name: str, kind: EncoderKind, *, is_quantized: bool) -> str:
+def encoder_fingerprint(name: str, kind: EncoderKind, quantization: Quantization | None = None) -> str:
     """What the loaded encoder's `fingerprint` will be; reads only the beginnings of the weights."""
     folder = resolve_folder(name, kind)
     files = {file: _wanted(file, kind) for file in _weight_files(folder, kind)}
-    return _fingerprint(folder, kind, files, _load_tokenizer(folder, kind), _NF4 if is_quantized else "")
+    return _fingerprint(folder, kind, files, _load_tokenizer(folder, kind), quantization)
 
 
-def load_qwen(name: str, *, device: torch.device, dtype: torch.dtype, is_quantized: bool) -> LoadedEncoder:
-    """The language model of Qwen2.5-VL without vision tower and head, weights in `dtype` or 4-bit NF4."""
+def load_qwen(
+    name: str, *, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
+) -> LoadedEncoder:
+    """The language model of Qwen2.5-VL without vision tower and head, weights in `dtype` or quantised."""
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
     folder = resolve_folder(name, "qwen")
     config = _read_model_config(folder, "qwen")
     model = _without_weights(lambda: Qwen2_5_VLTextModel(config))
-    if is_quantized:
-        return _load(model, folder, "qwen", _nf4_placer(model, device, dtype), device, _NF4)
-    return _load(model, folder, "qwen", _plain_placer(model, device, dtype), device, "")
+    placers = {None: _plain_placer, "nf4": _nf4_placer, "fp8": _fp8_placer}
+    place = placers[quantization](model, device, dtype)
+    return _load(model, folder, "qwen", place, device, quantization)
 
 
 def load_clip(name: str, *, device: torch.device) -> LoadedEncoder:
@@ -94,7 +103,7 @@ def load_clip(name: str, *, device: torch.device) -> LoadedEncoder:
     folder = resolve_folder(name, "clip")
     config = _read_model_config(folder, "clip")
     model = _without_weights(lambda: CLIPTextModel(config))
-    return _load(model, folder, "clip", _plain_placer(model, device, torch.float32), device, "")
+    return _load(model, folder, "clip", _plain_placer(model, device, torch.float32), device, None)
 
 
 def resolve_folder(name: str, kind: EncoderKind) -> Path:
@@ -223,15 +232,26 @@ WantedTensors = dict[Path, dict[str, tuple[str, TensorInfo]]]
 
 
 def _load(
-    model: Any, folder: Path, kind: EncoderKind, place: Placer, device: torch.device, quantization: str
+    model: Any,
+    folder: Path,
+    kind: EncoderKind,
+    place: Placer,
+    device: torch.device,
+    quantization: Quantization | None,
 ) -> LoadedEncoder:
     """Stream the weights in: besides the model itself, one tensor is held at a time."""
     expected = {_plain_name(name, kind): name for name in model.state_dict()}
     files = {file: _wanted(file, kind) for file in _weight_files(folder, kind)}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _check_weights(folder, kind, files, {plain: shapes[name] for plain, name in expected.items()})
+    finite = FiniteCheck()
     for plain, tensor in _read_weights(files):
-        place(expected[plain], tensor)
+        on_device = tensor.to(device)
+        finite.add(plain, on_device)
+        place(expected[plain], on_device)
+    bad = finite.bad_names()
+    if bad:
+        raise ModelFileError(f"{_FLAGS[kind]} {folder}: {not_finite_message(bad)}")
     model.to(device)
     tokenizer = _load_tokenizer(folder, kind)
     return LoadedEncoder(model, tokenizer, _fingerprint(folder, kind, files, tokenizer, quantization), folder)
@@ -248,11 +268,11 @@ def _load_tokenizer(folder: Path, kind: EncoderKind) -> Any:
 
 
 def _fingerprint(
-    folder: Path, kind: EncoderKind, files: WantedTensors, tokenizer: Any, quantization: str
+    folder: Path, kind: EncoderKind, files: WantedTensors, tokenizer: Any, quantization: Quantization | None
 ) -> str:
     weights = WeightHash(
         kind,
-        quantization,
+        quantization or "",
         json.dumps(_stable_config(_read_json(folder / "config.json", kind)), sort_keys=True),
         json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])),
     )
@@ -293,7 +313,8 @@ def _check_weights(
     if odd:
         raise ModelFileError(
             f"{_FLAGS[kind]} {folder}: {len(odd)} weights are neither float32, float16 nor bfloat16, "
-            f"first: {odd[0]}. Give the unquantised model; --quantized_qwen makes it 4-bit while loading"
+            f"first: {odd[0]}. Give the unquantised model; --fp8_llm and --quantized_qwen make it smaller "
+            "while loading"
         )
 
 
@@ -349,6 +370,28 @@ def _nf4_placer(model: nn.Module, device: torch.device, dtype: torch.dtype) -> P
             module=module,  # pyright: ignore[reportCallIssue]
         )
         module.weight = weight.to(device)
+
+    return place
+
+
+def _fp8_placer(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Placer:
+    """float8 with a scale per row for the Linears of the layers, `dtype` for the rest."""
+    place_plain = _plain_placer(model, device, dtype)
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    waiting: dict[str, dict[str, Tensor]] = {path: {} for path in linears}
+
+    def place(name: str, tensor: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        if path not in linears:
+            place_plain(name, tensor)
+            return
+        waiting[path][leaf] = tensor.to(device, dtype) if leaf == "bias" else tensor
+        if len(waiting[path]) < 1 + (linears[path].bias is not None):
+            return
+        parts = waiting.pop(path)
+        weight8, scale = quantise_rows(parts["weight"].to(device))
+        linear = Fp8Linear(weight8, scale, parts.get("bias"), compute_dtype=dtype)
+        model.set_submodule(path, linear.requires_grad_(False))
 
     return place
 

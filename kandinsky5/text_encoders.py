@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kandinsky5.conditioning import TextConditioning
+from kandinsky5.configs.text_encoders import Quantization
 from kandinsky5.prompt_templates import ContentType, PromptTemplates, load_prompt_templates
 from kandinsky5.text_encoder_files import (
     LoadedEncoder,
@@ -133,7 +134,7 @@ def load_text_encoders(
     qwen_max_length: int = 256,
     clip_max_length: int = 77,
     require_official_crop: bool | None = None,
-    is_quantized: bool = False,
+    quantization: Quantization | None = None,
     expected_dims: tuple[int, int] | None = None,
     templates: PromptTemplates | None = None,
 ) -> TextEncoders:
@@ -144,7 +145,7 @@ def load_text_encoders(
         dtype: of Qwen's weights and computation; CLIP is always float32, as officially.
         qwen_max_length: tokens kept after the template part. clip_max_length: with start and end token.
         require_official_crop: refuse a tokenizer that is not Qwen2.5-VL's; None: if the width is real.
-        is_quantized: Qwen's Linear weights as 4-bit NF4.
+        quantization: how Qwen's Linear weights are held; None: in `dtype`.
         expected_dims: the DiT's in_text_dim and in_text_dim2.
         templates: None reads them from diffusers.
     Raises:
@@ -152,7 +153,7 @@ def load_text_encoders(
     """
     device = torch.device(device)
     templates = templates or load_prompt_templates()
-    loaded_qwen = load_qwen(qwen, device=device, dtype=dtype, is_quantized=is_quantized)
+    loaded_qwen = load_qwen(qwen, device=device, dtype=dtype, quantization=quantization)
     qwen_config = loaded_qwen.model.config
     check_tokenizer(loaded_qwen.tokenizer, qwen_config.vocab_size, str(loaded_qwen.folder), is_chat=True)
     qwen_tokens = QwenTokens(loaded_qwen.tokenizer, templates, qwen_max_length)
@@ -192,15 +193,15 @@ def check_text_encoder_paths(qwen: str, clip: str) -> list[str]:
     return [*check_text_encoder(qwen, "qwen"), *check_text_encoder(clip, "clip")]
 
 
-def text_encoder_fingerprint(qwen: str, clip: str, *, is_quantized: bool) -> str:
+def text_encoder_fingerprint(qwen: str, clip: str, quantization: Quantization | None = None) -> str:
     """What `TextEncoders.fingerprint` will be, without loading the weights.
 
     Raises:
         ModelFileError: a folder cannot be used.
     """
     return _join_fingerprints(
-        encoder_fingerprint(qwen, "qwen", is_quantized=is_quantized),
-        encoder_fingerprint(clip, "clip", is_quantized=False),
+        encoder_fingerprint(qwen, "qwen", quantization),
+        encoder_fingerprint(clip, "clip"),
     )
 
 

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kandinsky5.weight_checks import WeightHash, describe_mismatch, kind_of_model
+from kandinsky5.weight_checks import (
+    FiniteCheck,
+    WeightHash,
+    describe_mismatch,
+    kind_of_model,
+    not_finite_message,
+)
 from modules.errors import ModelFileError
 from modules.logs import get_logger
 from modules.tensor_files import TensorFile, read_header
@@ -80,7 +86,14 @@ def read_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
     if note:
         log.warning("%s", note)
     _check_tensors(file, config, _read_shapes(file))
-    tensors = {name: tensor.to(device, dtype) for name, tensor in _iterate_tensors(file)}
+    finite = FiniteCheck()
+    tensors = {}
+    for name, tensor in _iterate_tensors(file):
+        tensors[name] = tensor.to(device, dtype)
+        finite.add(name, tensor)  # as the file has it: what overflows in `dtype` is not the file's fault
+    bad = finite.bad_names()
+    if bad:
+        raise ModelFileError(f"{file}: {not_finite_message(bad)}")
     return vae_from_config(config, tensors)
 
 

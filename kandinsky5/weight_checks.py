@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from modules.dtypes import dtype_name
 from modules.tensor_files import TensorInfo
@@ -61,6 +62,27 @@ def describe_mismatch(
     return "; ".join(parts) or None
 
 
+class FiniteCheck:
+    """Notes which weights hold NaN or infinity as they stream in; waits for the device only at the end."""
+
+    def __init__(self) -> None:
+        self._is_finite: dict[str, Tensor] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Look through one floating point tensor, on the device it lies on."""
+        if tensor.numel():
+            values = tensor.half() if tensor.dtype.itemsize == 1 else tensor  # float8 cannot be compared
+            low, high = values.aminmax()  # both are NaN if any value is
+            self._is_finite[name] = low.isfinite() & high.isfinite()
+
+    def bad_names(self) -> list[str]:
+        """The names whose tensors are not finite throughout."""
+        if not self._is_finite:
+            return []
+        flags = torch.stack(list(self._is_finite.values())).tolist()
+        return [name for name, is_finite in zip(self._is_finite, flags, strict=True) if not is_finite]
+
+
 class WeightHash:
     """A fingerprint of weights: names, shapes, dtypes and the first KiB of each tensor.
 
@@ -91,3 +113,9 @@ class WeightHash:
     def hexdigest(self) -> str:
         lines = [*self._settings, *(f"{name} {self._entries[name]}" for name in sorted(self._entries))]
         return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
+
+
+def not_finite_message(names: list[str]) -> str:
+    """What to say of tensors that hold NaN or infinity: how many, the first names, what to do."""
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return f"{len(names)} tensors hold NaN or infinite values: {shown}\nDownload the file again"

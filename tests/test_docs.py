@@ -111,7 +111,7 @@ def _unavailable_list() -> str:
     lines = ["Training:", "", *(f"- `{option}` {why}" for option, why in rows.items())]
     lines += ["", "Generation:", ""]
     lines += [
-        f"- `{option}` is not available in this version" for option in generate_cli._UNAVAILABLE.values()
+        f"- `{option}` is not available in this version" for option in generate_cli.UNAVAILABLE.values()
     ]
     return "\n".join(lines) + "\n"
 

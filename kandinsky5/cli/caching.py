@@ -16,6 +16,7 @@ from kandinsky5.configs.caching import (
     CacheTextConfig,
     DebugConfig,
 )
+from kandinsky5.configs.text_encoders import qwen_quantization
 from modules.errors import ConfigError
 from modules.logs import get_logger
 
@@ -79,7 +80,7 @@ def parse_cache_text(argv: Sequence[str] | None = None) -> CacheTextConfig:
         text_encoder_clip=args.text_encoder_clip,
         qwen_max_length=args.qwen_max_length,
         clip_max_length=args.clip_max_length,
-        quantized_qwen=args.quantized_qwen,
+        quantization=qwen_quantization(fp8_llm=args.fp8_llm, quantized_qwen=args.quantized_qwen),
         prompt_templates=args.prompt_templates,
     )
 
@@ -139,6 +140,7 @@ def _add_text_options(parser: Parser) -> None:
         help="tokens kept after the prompt template; generation uses 256 (default: 256)",
     )
     add("--clip_max_length", type=positive_int, default=77, help="CLIP's tokens (default: 77)")
+    add("--fp8_llm", "--fp8_vlm", action="store_true", help="hold Qwen's weights in float8: half the memory")
     add("--quantized_qwen", action="store_true", help="load Qwen in 4 bits (NF4) with bitsandbytes")
     add(
         "--prompt_templates",

@@ -29,6 +29,7 @@ from kandinsky5.configs.generate import (
     TextEncoderConfig,
     VaeConfig,
 )
+from kandinsky5.configs.text_encoders import qwen_quantization
 from kandinsky5.prompts import PromptSpec
 from kandinsky5.tasks import NablaParams, Task, get_task
 from modules.errors import ConfigError, ModelFileError
@@ -43,10 +44,9 @@ _EPILOG = (
     "--guidance_scale, --flow_shift, --save_path, --image_path, --end_image_path, --fp8. "
     "--frames counts pixel frames."
 )
-_UNAVAILABLE = {
+UNAVAILABLE = {
     "compile": "--compile",
     "compile_args": "--compile_args",
-    "fp8_llm": "--fp8_llm",
 }
 """Options whose machinery this version does not have: destination -> spelling. A set one is refused."""
 _WITHOUT_EFFECT = {
@@ -87,7 +87,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
     problems = [f"one attention at a time: {' and '.join('--' + name for name in attention)} were given"]
     problems = problems if len(attention) > 1 else []
     problems += [
-        f"{flag} is not available in this version" for dest, flag in _UNAVAILABLE.items() if given[dest]
+        f"{flag} is not available in this version" for dest, flag in UNAVAILABLE.items() if given[dest]
     ]
     problems += _nabla_problems(args, task)
     problems += _file_problems(args)
@@ -127,7 +127,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
         ),
         text=TextEncoderConfig(
             text_encoder_cpu=args.text_encoder_cpu,
-            quantized_qwen=args.quantized_qwen,
+            quantization=qwen_quantization(fp8_llm=args.fp8_llm, quantized_qwen=args.quantized_qwen),
             prompt_templates=args.prompt_templates,
         ),
         vae=VaeConfig(vae_dtype=args.vae_dtype, tile_px=_tile_px(args)),
@@ -481,8 +481,8 @@ def _add_encoder_options(parser: Parser) -> None:
     group = parser.add_argument_group("text encoders and VAE")
     add = group.add_argument
     add("--text_encoder_cpu", action="store_true", help="encode prompts on the CPU")
-    add("--fp8_llm", "--fp8_vlm", action="store_true", help="hold Qwen's weights in fp8")
-    add("--quantized_qwen", action="store_true", help="load Qwen in 4 bits")
+    add("--fp8_llm", "--fp8_vlm", action="store_true", help="hold Qwen's weights in float8: half the memory")
+    add("--quantized_qwen", action="store_true", help="load Qwen in 4 bits (NF4) with bitsandbytes")
     add(
         "--prompt_templates",
         type=Path,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kandinsky5.configs.text_encoders import Quantization
 from modules.errors import ConfigError
 
 MIN_TILE_PX = 64
@@ -74,5 +75,6 @@ class CacheTextConfig:
     qwen_max_length: int = 256
     """Tokens kept after the prompt template."""
     clip_max_length: int = 77
-    quantized_qwen: bool = False
+    quantization: Quantization | None = None
+    """Of Qwen's Linear weights: --fp8_llm or --quantized_qwen."""
     prompt_templates: Path | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kandinsky5.configs.text_encoders import Quantization
 from kandinsky5.prompts import PromptSpec
 from kandinsky5.tasks import NablaParams, Task
 from modules.errors import ConfigError
@@ -64,7 +65,8 @@ class TextEncoderConfig:
     """How prompts are encoded."""
 
     text_encoder_cpu: bool = False
-    quantized_qwen: bool = False
+    quantization: Quantization | None = None
+    """Of Qwen's Linear weights: --fp8_llm or --quantized_qwen."""
     prompt_templates: Path | None = None
 
 

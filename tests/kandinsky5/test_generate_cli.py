@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kandinsky5.cli.caching import parse_cache_text
 from kandinsky5.cli.generate import parse_generate
 from kandinsky5.configs.generate import GenerateConfig
 from modules.errors import ConfigError
@@ -63,11 +64,22 @@ def test_paths_default_to_the_tasks() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("--compile",), ("--compile_args", "inductor", "default", "auto", "False"), ("--fp8_llm",)],
+    [("--compile",), ("--compile_args", "inductor", "default", "auto", "False")],
 )
 def test_options_without_machinery_are_refused_by_name(words: tuple[str, ...]) -> None:
     message = refusal(*BASE, *words)
     assert "is not available in this version" in message
+
+
+def test_qwen_is_held_in_one_way_in_every_script(tmp_path: Path) -> None:
+    assert parse().text.quantization is None
+    assert parse("--fp8_vlm").text.quantization == "fp8"
+    assert parse("--quantized_qwen").text.quantization == "nf4"
+    assert "give one of them" in refusal(*BASE, "--fp8_llm", "--quantized_qwen")
+    (tmp_path / "d.toml").write_text("", encoding="utf-8")
+    words = ["--dataset_config", str(tmp_path / "d.toml"), "--text_encoder_qwen", "a/b"]
+    config = parse_cache_text([*words, "--text_encoder_clip", "a/c", "--fp8_llm"])
+    assert config.quantization == "fp8"
 
 
 def test_options_without_effect_say_so(

@@ -22,6 +22,7 @@ from kandinsky5.text_encoders import (
     text_encoder_fingerprint,
 )
 from modules.errors import ConfigError, ModelFileError
+from modules.fp8 import Fp8Linear
 from modules.tensor_files import read_tensors, write_tensors
 from tests.hub_cache import make_hub_cache
 
@@ -103,6 +104,7 @@ def test_the_numbers_are_those_of_transformers_whole_model(tiny_models: Path, en
     with torch.no_grad():
         states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
     crop = len(tokenizer(before)["input_ids"])
+    assert encoders._qwen is not None
     (result,) = encoders.encode([CAPTIONS[0]], "video")
     torch.testing.assert_close(result.text_embeds, states[crop:].to(torch.bfloat16), rtol=0.02, atol=0.02)
     assert not any(
@@ -216,15 +218,33 @@ def test_weights_are_computed_in_the_dtype_asked_for(tiny_models: Path, encoders
 def test_four_bit_weights_stay_close_and_have_another_fingerprint(
     tiny_models: Path, encoders: TextEncoders
 ) -> None:
-    quantized = _load(tiny_models, is_quantized=True)
+    quantized = _load(tiny_models, quantization="nf4")
     assert quantized._qwen is not None
     assert quantized._qwen.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     exact, rough = (e.encode([CAPTIONS[0]], "video")[0].text_embeds.float() for e in (encoders, quantized))
     assert 1e-3 < (rough - exact).norm() / exact.norm() < 0.4
     names = (str(tiny_models / "text_encoder"), str(tiny_models / "text_encoder2"))
-    assert quantized.fingerprint == text_encoder_fingerprint(*names, is_quantized=True)
-    assert encoders.fingerprint == text_encoder_fingerprint(*names, is_quantized=False)
+    assert quantized.fingerprint == text_encoder_fingerprint(*names, "nf4")
+    assert encoders.fingerprint == text_encoder_fingerprint(*names)
     assert quantized.fingerprint != encoders.fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bit_weights_stay_closer_and_are_the_layers_linears_alone(
+    tiny_models: Path, encoders: TextEncoders, dtype: torch.dtype
+) -> None:
+    eight = _load(tiny_models, quantization="fp8", dtype=dtype)
+    assert eight._qwen is not None
+    model = eight._qwen.model
+    linears = [module for module in model.layers.modules() if isinstance(module, torch.nn.Linear | Fp8Linear)]
+    assert {type(module) for module in linears} == {Fp8Linear}
+    assert len(linears) == 7 * len(model.layers)  # four of the attention, three of the feed-forward
+    assert model.embed_tokens.weight.dtype == model.norm.weight.dtype == dtype
+    exact, rough = (e.encode([CAPTIONS[0]], "video")[0].text_embeds.float() for e in (encoders, eight))
+    assert 1e-3 < (rough - exact).norm() / exact.norm() < 0.1
+    names = (str(tiny_models / "text_encoder"), str(tiny_models / "text_encoder2"))
+    assert eight.fingerprint == text_encoder_fingerprint(*names, "fp8")
+    assert len({text_encoder_fingerprint(*names, way) for way in (None, "nf4", "fp8")}) == 3
 
 
 def test_a_download_cache_of_symlinks_gives_the_same_numbers(
