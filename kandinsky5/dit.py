@@ -184,6 +184,7 @@ class DiffusionTransformer3D(nn.Module):
             plan = make_plan(grid, nabla, x.device, self.nabla_observer)
             visual = to_fractal(patches)
             rotary = to_fractal(rotary.flatten(-3)).view(visual.shape[1], *rotary.shape[-3:])
+        rotary = rotary.clone()  # compiled blocks would be tied to the shape of what a view looks into
 
         if residual is not None and residual.skip and residual.residual is not None:
             visual = visual + residual.residual

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kandinsky5.checkpoints import build_meta_dit, check_dit_file, file_name_warning, load_dit
+from kandinsky5.compilation import compile_blocks
 from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.devices import compute_dtype, vae_dtype
 from kandinsky5.dit import DiffusionTransformer3D
@@ -227,6 +228,8 @@ class ModelLoader:
         if self.config.dit.blocks_to_swap:
             force_pin = self.config.dit.use_pinned_memory_for_block_swap
             swap_blocks(dit, self.config.dit.blocks_to_swap, self.device, force_pin=force_pin)
+        if self.config.dit.compile is not None:
+            compile_blocks(dit, self.config.dit.compile, self.device)
         return SamplingModel(dit, networks)
 
     def _beside(self, dit: DiffusionTransformer3D, lora: LoadedLora) -> LoRANetwork:

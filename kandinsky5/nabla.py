@@ -139,6 +139,7 @@ def dense_masked_attention(query: Tensor, key: Tensor, value: Tensor, block_mask
     return mixed.transpose(1, 2)
 
 
+@torch.compiler.disable  # keeps state between passes and brings its own compiled kernel
 def nabla_attention(query: Tensor, key: Tensor, value: Tensor, plan: NablaPlan, layer: int) -> Tensor:
     """Attention over the selected blocks; [B, N, heads, d] in fractal order -> [B, N, heads, d].
 

@@ -16,6 +16,8 @@ from kandinsky5.cli.common import (
     non_negative_int,
     positive_int,
 )
+from kandinsky5.cli.compile_options import add_compile_options, compile_config
+from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.configs.generate import (
     OUTPUT_SUFFIXES,
     OUTPUT_TYPES,
@@ -44,21 +46,13 @@ _EPILOG = (
     "--guidance_scale, --flow_shift, --save_path, --image_path, --end_image_path, --fp8. "
     "--frames counts pixel frames."
 )
-UNAVAILABLE = {
-    "compile": "--compile",
-    "compile_args": "--compile_args",
-}
+UNAVAILABLE = {}
 """Options whose machinery this version does not have: destination -> spelling. A set one is refused."""
 _WITHOUT_EFFECT = {
     "lycoris": "--lycoris: LoHa and LoKr files are recognised by themselves",
     "img_in_txt_in_offloading": "--img_in_txt_in_offloading belongs to another model",
     "vae_chunk_size": "--vae_chunk_size: the VAE always works in windows of 17 frames, as the official one",
     "split_attn": "--split_attn: guidance passes are never batched, so attention sees one clip at a time",
-    "compile_backend": "--compile_backend acts with --compile only",
-    "compile_mode": "--compile_mode acts with --compile only",
-    "compile_dynamic": "--compile_dynamic acts with --compile only",
-    "compile_fullgraph": "--compile_fullgraph acts with --compile only",
-    "compile_cache_size_limit": "--compile_cache_size_limit acts with --compile only",
 }
 """Accepted options that change nothing here: destination -> what the log says when one is given."""
 _MAGCACHE_SETTINGS = ("magcache_threshold", "magcache_k", "magcache_retention_ratio")
@@ -124,6 +118,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
             attention=attention[0],
             magcache=_magcache(args),
             cpu_noise=args.cpu_noise,
+            compile=_compile(args),
         ),
         text=TextEncoderConfig(
             text_encoder_cpu=args.text_encoder_cpu,
@@ -299,7 +294,8 @@ def _parser() -> Parser:
     _add_lora_options(parser)
     _add_encoder_options(parser)
     _add_output_options(parser)
-    _add_compile_options(parser)
+    add_compile_options(parser)
+    parser.add_argument("--compile_args", nargs=4, metavar=("B", "M", "D", "F"), help=argparse.SUPPRESS)
     return parser
 
 
@@ -542,19 +538,12 @@ def _crf(word: str) -> int:
     return value
 
 
-def _add_compile_options(parser: Parser) -> None:
-    group = parser.add_argument_group("compilation")
-    add = group.add_argument
-    add("--compile", action="store_true", help="compile the blocks as the --compile_* options say")
-    add("--compile_backend", metavar="WORD", help="default: inductor")
-    modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-    add("--compile_mode", choices=modes, help="default: default")
-    add("--compile_dynamic", choices=("true", "false", "auto"), help="default: auto")
-    add("--compile_fullgraph", action="store_true", help="refuse graph breaks")
-    add("--compile_cache_size_limit", type=positive_int, metavar="N", help="default: torch's")
-    add(
-        "--compile_args",
-        nargs=4,
-        metavar=("B", "M", "D", "F"),
-        help="backend, mode, dynamic, fullgraph in one option",
-    )
+def _compile(args: argparse.Namespace) -> CompileConfig | None:
+    """The compile options; `--compile_args B M D F` is their older spelling in one."""
+    if args.compile_args is not None:
+        backend, mode, dynamic, fullgraph = args.compile_args
+        if dynamic.lower() not in ("true", "false", "auto") or fullgraph.lower() not in ("true", "false"):
+            raise ConfigError("--compile_args takes backend, mode, dynamic (true, false, auto) and fullgraph")
+        args.compile_backend, args.compile_mode = backend, mode
+        args.compile_dynamic, args.compile_fullgraph = dynamic.lower(), fullgraph.lower() == "true"
+    return compile_config(args)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.configs.text_encoders import Quantization
 from kandinsky5.prompts import PromptSpec
 from kandinsky5.tasks import NablaParams, Task
@@ -58,6 +59,8 @@ class DitConfig:
     magcache: MagCacheConfig | None = None
     """None runs all blocks at every step."""
     cpu_noise: bool = False
+    compile: CompileConfig | None = None
+    """None runs the blocks as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

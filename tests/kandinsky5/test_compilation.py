@@ -1,0 +1,177 @@
+"""Compiled blocks compute what eager ones do, in few graphs, and keep float8 out where it must stay out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.registry import register_backend
+
+from kandinsky5.compilation import compile_blocks, float8_may_be_compiled
+from kandinsky5.conditioning import TextConditioning, VelocityModel, pad_text
+from kandinsky5.configs.compilation import CompileConfig
+from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.offload import swap_blocks
+from kandinsky5.tasks import NablaParams
+from kandinsky5_generate_video import main as generate
+from modules.fp8 import Fp8Linear, quantise_rows
+from networks.lora import LoRANetwork
+from networks.lora_kandinsky import create_network, is_target_name
+from tests.kandinsky5.generation_kit import SMALL, latents_of
+from tests.tiny import tiny_dit
+
+BUCKETS = ((2, 8, 12), (3, 4, 8), (1, 12, 12))
+"""[F, H, W]; token counts that equal no other size, which the compiler would take for one."""
+LENGTHS = (5, 9)
+
+
+class GraphRecorder:
+    """A compiler back end that runs graphs as they are and remembers what enters them."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+        self.dtypes: set[torch.dtype] = set()
+
+    def __call__(self, graph: Any, inputs: list[Any]) -> Any:
+        self.graphs += 1
+        self.dtypes |= {value.dtype for value in inputs if isinstance(value, Tensor)}
+        return make_boxed_func(graph.forward)
+
+
+@pytest.fixture
+def recorder() -> Iterator[GraphRecorder]:
+    torch._dynamo.reset()
+    recorder = GraphRecorder()
+    backend = aot_autograd(fw_compiler=recorder, bw_compiler=recorder)
+    register_backend(backend, name="recorder")
+    yield recorder
+    torch._dynamo.reset()
+    torch._dynamo.backends.registry._COMPILER_FNS.pop("recorder")
+
+
+def model(*, fp8: bool = False) -> tuple[DiffusionTransformer3D, LoRANetwork]:
+    dit = tiny_dit(compute_dtype=torch.bfloat16, num_text_blocks=1, num_visual_blocks=3)
+    if fp8:
+        for name, layer in list(dit.named_modules()):
+            if isinstance(layer, nn.Linear) and is_target_name(name):
+                weight, scale = quantise_rows(layer.weight.data)
+                parent = dit.get_submodule(name.rpartition(".")[0])
+                quantised = Fp8Linear(weight, scale, layer.bias, compute_dtype=torch.bfloat16)
+                setattr(parent, name.rpartition(".")[2], quantised)
+    network = create_network(
+        dit, network_dim=4, network_alpha=4, network_dropout=None, network_args={}, seed=0
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    dit.gradient_checkpointing = True
+    return dit, network
+
+
+def lora_steps(
+    dit: DiffusionTransformer3D, network: LoRANetwork, nabla: NablaParams | None = None
+) -> list[Tensor]:
+    """Gradients of the adapters for every bucket and caption length."""
+    gradients = []
+    buckets = BUCKETS if nabla is None else ((2, 16, 16),)
+    for shape in buckets:
+        for length in LENGTHS:
+            generator = torch.Generator().manual_seed(length)
+            caption = TextConditioning(
+                torch.randn(length, 64, generator=generator), torch.randn(32, generator=generator)
+            )
+            velocity = VelocityModel(dit, (1.0, 2.0, 2.0), nabla)(
+                torch.randn(1, 16, *shape, generator=generator),
+                torch.tensor([0.4]),
+                pad_text([caption], device="cpu", dtype=torch.bfloat16),
+            )
+            velocity.float().square().mean().backward()
+            gradients.append(
+                torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+            )
+            network.zero_grad()
+    return gradients
+
+
+def assert_near(compiled: list[Tensor], eager: list[Tensor]) -> None:
+    for ours, plain in zip(compiled, eager, strict=True):
+        assert (ours - plain).norm() / plain.norm() < 1.5e-2  # bfloat16 rounding
+
+
+@pytest.mark.parametrize("fp8", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["bf16", "fp8"])
+def test_gradients_are_those_of_eager_blocks_and_lengths_compile_nothing_anew(
+    recorder: GraphRecorder, fp8: bool
+) -> None:
+    eager = lora_steps(*model(fp8=fp8))
+    dit, network = model(fp8=fp8)
+    compile_blocks(dit, CompileConfig(compile_backend="recorder"), torch.device("cpu"))
+    first = lora_steps(dit, network)
+    graphs = recorder.graphs
+    assert_near(first, eager)
+    lora_steps(dit, network)
+    assert recorder.graphs == graphs
+    if not fp8:
+        # Forward and backward, whatever the lengths, of: the text block, the first visual block, whose input
+        # needs no gradient, and the other visual blocks.
+        assert graphs == 6
+    assert torch.float8_e4m3fn not in recorder.dtypes
+
+
+@pytest.mark.slow
+def test_swapped_blocks_compile(recorder: GraphRecorder) -> None:
+    eager = lora_steps(*model(fp8=True))
+    dit, network = model(fp8=True)
+    swap_blocks(dit, 1, torch.device("cpu"))
+    compile_blocks(dit, CompileConfig(compile_backend="recorder"), torch.device("cpu"))
+    assert_near(lora_steps(dit, network), eager)
+    assert torch.float8_e4m3fn not in recorder.dtypes
+
+
+@pytest.mark.slow
+def test_sparse_attention_stays_eager_inside_compiled_blocks(recorder: GraphRecorder) -> None:
+    params = NablaParams(P=0.5, wT=1, wH=1, wW=1)
+    eager = lora_steps(*model(), nabla=params)
+    dit, network = model()
+    compile_blocks(dit, CompileConfig(compile_backend="recorder"), torch.device("cpu"))
+    assert_near(lora_steps(dit, network, params), eager)
+
+
+@pytest.mark.parametrize(("capability", "may"), [((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_float8_is_compiled_from_ada_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], may: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert float8_may_be_compiled(torch.device("cuda")) is may
+
+
+def test_generation_with_compiled_blocks_gives_the_same_latents(tmp_path: Path, tiny_models: Path) -> None:
+    latents = []
+    for name, words in (("eager", ()), ("compiled", ("--compile", "--compile_backend", "eager"))):
+        output = tmp_path / f"{name}.safetensors"
+        paths = (
+            *("--dit", tiny_models / "model" / "tiny.safetensors", "--vae", tiny_models / "vae"),
+            *("--text_encoder_qwen", tiny_models / "text_encoder"),
+            *("--text_encoder_clip", tiny_models / "text_encoder2"),
+        )
+        given = ("--task", "k5-tiny-t2v", *paths, "--prompt", "a cat", *SMALL, *words)
+        generate([str(word) for word in (*given, "--output_type", "latent", "--output", output)])
+        latents.append(latents_of(output))
+    torch.testing.assert_close(latents[1], latents[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words", [("--compile_mode", "max-autotune"), ("--compile", "--compile_fullgraph", "--fp8_base")]
+)
+def test_compile_settings_that_cannot_act_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        generate(["--task", "k5-tiny-t2v", "--prompt", "a", "--output", str(tmp_path / "a.mp4"), *words])
+    assert stop.value.code == 2
+    assert "--compile" in capsys.readouterr().err
