@@ -1,7 +1,7 @@
 """Numbers of a run: one JSON line each in metrics.jsonl, and TensorBoard curves.
 
 metrics.jsonl lies in the output folder and may be shared by several runs; every line says which `run` (output
-name) and what `kind` (step, epoch, validation, sample) it is.
+name) and what `kind` (step, epoch, validation, sample, lora) it is.
 """
 
 from __future__ import annotations

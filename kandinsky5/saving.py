@@ -66,7 +66,13 @@ class OutputNames:
                 yield path
 
 
+def average_path(lora: Path) -> Path:
+    """Where the average of the weights (`--ema_decay`) lies beside a saved LoRA."""
+    return lora.with_name(f"{lora.stem}-ema.safetensors")
+
+
 def _is_position(text: str) -> bool:
+    text = text.removesuffix("-ema")
     return text == "" or (text.startswith("-") and text[1:].removeprefix("step").isdigit())
 
 
@@ -87,12 +93,13 @@ def expired(saving: SavingConfig, unit: Unit, number: int, *, state: bool) -> in
 
 
 def delete_result(path: Path) -> None:
-    """Remove a LoRA with the settings file beside it, or a state directory; missing ones are fine."""
+    """Remove a LoRA with its average and their settings files, or a state directory; both may be missing."""
     if path.is_dir():
         # Renamed first, so that a kill in the middle does not leave half a state under its name.
         doomed = path.with_name(f".k5state-{os.getpid()}-{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
         return
-    path.unlink(missing_ok=True)
-    path.with_name(f"{path.stem}_config_lora.json").unlink(missing_ok=True)
+    for file in (path, average_path(path)):
+        file.unlink(missing_ok=True)
+        file.with_name(f"{file.stem}_config_lora.json").unlink(missing_ok=True)

@@ -48,6 +48,10 @@ def check_files(config: TrainConfig) -> None:
     if config.model.vae is not None and not Path(config.model.vae).exists():
         raise ModelFileError(f"--vae {config.model.vae}: no such file or folder")
     check_optimizer_settings(config.optimizer)
+    if config.network.ema_decay is not None and is_schedule_free(config.optimizer.optimizer_type):
+        raise ConfigError(
+            f"--ema_decay: {config.optimizer.optimizer_type} saves an average of its weights already"
+        )
     parse_network_args(config.network.network_args, network_module=config.network.network_module)
     if config.tracking.logging_dir is not None:
         check_tensorboard()

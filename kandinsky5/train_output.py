@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from dataset.config import DatasetConfig
 from kandinsky5.configs.train import TrainConfig
 from kandinsky5.lora_metadata import RunFacts, lora_metadata
 from kandinsky5.metrics import Metrics
-from kandinsky5.saving import OutputNames, Unit, delete_result, expired
+from kandinsky5.saving import OutputNames, Unit, average_path, delete_result, expired
 from kandinsky5.train_setup import has_schedule_state
 from kandinsky5.training_state import RunState, write_state
 from modules.dtypes import dtype_from_word
@@ -21,10 +21,13 @@ from modules.errors import DivergedError, ResourceError
 from modules.logs import get_logger
 from modules.optimizers import has_averages, set_averaging
 from networks.lora import LoRANetwork
+from networks.lora_effect import LoraEffect, measure_effect
 from networks.lora_files import save_lora
+from networks.weight_average import WeightAverage
 
 log = get_logger(__name__)
 
+_SHOWN = 5
 CONTROL_WORDS = ("save", "sample", "stop")
 
 
@@ -61,6 +64,8 @@ class Output:
         optimizer: torch.optim.Optimizer,
         *,
         tracker_run: str,
+        weight_norms: Mapping[str, float],
+        average: WeightAverage | None,
     ) -> None:
         self.facts = facts
         self.tracker_run = tracker_run
@@ -69,16 +74,20 @@ class Output:
         self._datasets = datasets
         self._network = network
         self._optimizer = optimizer
+        self._weight_norms = weight_norms
+        self._average = average
+        self._metrics: Metrics | None = None
 
     def open_metrics(self, step: int) -> Metrics:
-        """The log of a run that stands at `step`."""
+        """The log of a run that stands at `step`; files saved from now on are reported in it."""
         folder = self._config.tracking.logging_dir
-        return Metrics(
+        self._metrics = Metrics(
             self._config.saving.output_dir,
             self._config.saving.output_name,
             start_step=step,
             tracker_folder=None if folder is None else folder / self.tracker_run,
         )
+        return self._metrics
 
     def save_due(
         self,
@@ -164,15 +173,47 @@ class Output:
         self._check_finite(path)
         saving = self._config.saving
         metadata = lora_metadata(self._config, self._datasets, self.facts, step=run.step, epoch=run.epoch)
-        with self.averaged_weights(), _disk_errors(path):
-            save_lora(
-                self._network,
-                path,
-                lora_format=saving.lora_format,
-                save_precision=dtype_from_word(saving.save_precision),
-                metadata=metadata,
+
+        def save(target: Path, described: Mapping[str, str]) -> None:
+            with _disk_errors(target):
+                save_lora(
+                    self._network,
+                    target,
+                    lora_format=saving.lora_format,
+                    save_precision=dtype_from_word(saving.save_precision),
+                    metadata=described,
+                )
+            log.info("saved %s", target)
+
+        with self.averaged_weights():
+            save(path, metadata)
+            effect = measure_effect(self._network, self._weight_norms)
+        self._report(path, effect, run.step)
+        if self._average is not None:
+            with self._average.in_place():
+                save(average_path(path), {**metadata, "ss_ema_decay": f"{self._average.decay:g}"})
+
+    def _report(self, path: Path, effect: LoraEffect, step: int) -> None:
+        """Say what the file does to the model: a LoRA without effect must not go unnoticed."""
+        if effect.does_nothing:
+            log.warning(
+                "%s DOES NOTHING: the change of every one of its %d layers is exactly zero. After the first "
+                "steps of a warm-up this is normal; later, look at --learning_rate and the schedule",
+                path.name, effect.num_layers,
+            )  # fmt: skip
+        else:
+            log.info("%s: %s", path.name, effect.describe())
+            if effect.unchanged:
+                log.warning(
+                    "%s: layers that have not moved: %s%s", path.name, ", ".join(effect.unchanged[:_SHOWN]),
+                    ", ..." if len(effect.unchanged) > _SHOWN else "",
+                )  # fmt: skip
+        if self._metrics is not None:
+            record = {"file": path.name, "change": effect.change, "blocks": dict(effect.blocks)}
+            self._metrics.write(
+                "lora", step, {**record, "layers": effect.num_layers, "unchanged": list(effect.unchanged)}
             )
-        log.info("saved %s", path)
+            self._metrics.scalars(step, {"lora/change": effect.change})
 
     def _write_state(self, folder: Path, run: RunState, schedule: LRScheduler | None) -> None:
         keep_schedule = schedule is not None and has_schedule_state(self._config.optimizer)
@@ -183,6 +224,7 @@ class Output:
                 self._network.state_dict(),
                 self._optimizer.state_dict(),
                 schedule.state_dict() if keep_schedule and schedule is not None else None,
+                None if self._average is None else self._average.state_dict(),
             )
         log.info("saved %s", folder)
 

@@ -17,6 +17,7 @@ from modules.errors import ConfigError
 from modules.logs import get_logger
 from modules.optimizers import describe_optimizer
 from networks.lora import Adapter, LoRAAdapter, LoRANetwork
+from networks.weight_average import WeightAverage
 
 log = get_logger(__name__)
 
@@ -78,6 +79,24 @@ def check_resumed(
             config.optimizer.learning_rate,
         )
     log.info("resuming %s at step %d of %d", saved.folder.name, before.step, length.total_steps)
+
+
+def resume_average(
+    saved: SavedState | None, network: LoRANetwork, decay: float | None
+) -> WeightAverage | None:
+    """The average of `--ema_decay`, continued from a state that has one; None without the option.
+
+    Call it once the network holds the state's weights and is on its device.
+    """
+    before = None if saved is None else saved.run.ema_decay
+    if saved is not None and before != decay:
+        log.info(
+            "resuming: --ema_decay changes from %s to %s%s",
+            before, decay, "; the average starts from the weights of the state" if before is None else "",
+        )  # fmt: skip
+    if decay is None:
+        return None
+    return WeightAverage(network, decay, None if saved is None else saved.average)
 
 
 def network_identity(network: LoRANetwork) -> dict[str, Any]:

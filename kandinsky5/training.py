@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,13 @@ from kandinsky5.sample_files import SampleNames
 from kandinsky5.saving import OutputNames
 from kandinsky5.train_output import Output, take_control_word
 from kandinsky5.train_plan import PlanSequence, RunLength, StepPlan, batch_loader, data_order_hash
-from kandinsky5.train_resume import check_resumed, network_identity, resolve_total_steps, restore
+from kandinsky5.train_resume import (
+    check_resumed,
+    network_identity,
+    resolve_total_steps,
+    restore,
+    resume_average,
+)
 from kandinsky5.train_samples import PreparedPrompt, TrainingSamples, encode_requests, read_requests
 from kandinsky5.training_state import RunState, SavedState, find_state, read_state, remove_stray_states
 from kandinsky5.validation import Validation
@@ -44,6 +50,7 @@ from modules.interruption import StopRequest, exit_on_signal, graceful_stop
 from modules.logs import get_logger
 from modules.optimizers import build_optimizer, describe_optimizer, learning_rates
 from networks.lora import LoRANetwork
+from networks.lora_effect import weight_norms
 
 log = get_logger(__name__)
 
@@ -164,6 +171,8 @@ class Trainer:
             config.network, self.dit, seed, allow_partial=config.model.lora_allow_partial
         )
         self.network.train()
+        # Before blocks stream: their weights then lie elsewhere. Only the main process reports.
+        norms = weight_norms(self.network, self.device) if accelerator.is_main_process else {}
         # Only the LoRA is handed to accelerate: the frozen model is neither wrapped, nor copied, nor saved.
         self.runner: nn.Module = accelerator.prepare(self.network)
         train_setup.stream_blocks(config.model, self.dit, self.device)
@@ -178,13 +187,18 @@ class Trainer:
         self.schedule: LRScheduler | None = restore(
             saved, optimizer_config, self.network, self.optimizer, length.total_steps
         )
+        self.average = (
+            resume_average(saved, self.network, config.network.ema_decay)
+            if accelerator.is_main_process
+            else None
+        )
         self.objective = self._objective(self.runner)
         self.validation = (
             Validation(validation_data, self._objective(self.network), self.network)
             if validation_data is not None and accelerator.is_main_process
             else None
         )
-        self.output = self._output(datasets, saved, dtype)
+        self.output = self._output(datasets, saved, dtype, norms)
         self.is_sampling_asked = False
         folder, name = config.saving.output_dir / "sample", config.saving.output_name
         names = SampleNames(folder, name, self.output.facts.session_id)
@@ -203,7 +217,13 @@ class Trainer:
             self.device,
         )
 
-    def _output(self, datasets: DatasetConfig, saved: SavedState | None, dtype: torch.dtype) -> Output:
+    def _output(
+        self,
+        datasets: DatasetConfig,
+        saved: SavedState | None,
+        dtype: torch.dtype,
+        norms: Mapping[str, float],
+    ) -> Output:
         started_at = saved.run.started_at if saved else time.time()
         prefix = self.config.tracking.log_prefix
         stamp = time.strftime("%Y%m%d%H%M%S", time.localtime(started_at))
@@ -227,6 +247,8 @@ class Trainer:
             self.network,
             self.optimizer,
             tracker_run=(saved.run.tracker_run if saved else "") or f"{prefix}{stamp}",
+            weight_norms=norms,
+            average=self.average,
         )
 
     def run(self, stop: StopRequest) -> None:
@@ -337,6 +359,8 @@ class Trainer:
         self._end_update()
         if self.config.network.scale_weight_norms is not None:
             self.network.scale_weight_norms(self.config.network.scale_weight_norms)
+        if self.average is not None:
+            self.average.update(self.step + 1)
 
     def _end_update(self) -> None:
         if self.schedule is not None:
@@ -484,6 +508,7 @@ class Trainer:
             recent_losses=tuple(self.recent_losses),
             session_id=self.output.facts.session_id,
             started_at=self.output.facts.started_at,
+            ema_decay=self.config.network.ema_decay,
             tracker_run=self.output.tracker_run,
         )
 

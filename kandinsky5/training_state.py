@@ -3,6 +3,7 @@
     lora.safetensors   the trained factors, float32
     optimizer.pt       the optimizer's state, read back with weights_only=True
     scheduler.pt       only for schedules that are no function of the step
+    ema.safetensors    only with --ema_decay: the average of the factors, float32
     state.json         position and settings of the run
     manifest.json      sizes and SHA-256 of the others, written last
 
@@ -61,6 +62,7 @@ class RunState:
     """The last epoch's worth, for the running average."""
     session_id: str = ""
     started_at: float = 0.0
+    ema_decay: float | None = None
     tracker_run: str = ""
     """Name of the folder of TensorBoard curves, which a resumed run continues."""
     library_versions: Mapping[str, str] = field(default_factory=dict)
@@ -80,6 +82,7 @@ class SavedState:
     lora: Mapping[str, Tensor]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any] | None
+    average: Mapping[str, Tensor] | None = None
 
 
 def write_state(
@@ -88,6 +91,7 @@ def write_state(
     lora: Mapping[str, Tensor],
     optimizer: Mapping[str, Any],
     scheduler: Mapping[str, Any] | None = None,
+    average: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a whole state directory; an older one of that name is replaced only by the finished new one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +102,8 @@ def write_state(
         _write_torch(building / "optimizer.pt", optimizer)
         if scheduler is not None:
             _write_torch(building / "scheduler.pt", scheduler)
+        if average is not None:
+            write_tensors(building / "ema.safetensors", average)
         write_json(building / "state.json", {**asdict(run), "format_version": FORMAT_VERSION})
         files = {path.name: _fingerprint(path) for path in sorted(building.iterdir())}
         write_json(building / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
@@ -174,13 +180,14 @@ def read_state(folder: Path) -> SavedState:
     values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     known = {item.name for item in fields(RunState)}
     run = RunState(**{key: value for key, value in values.items() if key in known})
-    scheduler = folder / "scheduler.pt"
+    scheduler, average = folder / "scheduler.pt", folder / "ema.safetensors"
     return SavedState(
         folder,
         run,
         read_tensors(folder / "lora.safetensors")[0],
         _read_torch(folder / "optimizer.pt"),
         _read_torch(scheduler) if scheduler.is_file() else None,
+        read_tensors(average)[0] if average.is_file() else None,
     )
 
 

@@ -393,6 +393,12 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scale_weight_norms", type=_positive, help="limit of the norm of every layer's change"
     )
+    group.add_argument(
+        "--ema_decay",
+        type=_share,
+        metavar="D",
+        help="save a moving average of the LoRA too: the share of it that stays at every step, such as 0.99",
+    )
 
 
 def _add_timesteps(parser: argparse.ArgumentParser) -> None:

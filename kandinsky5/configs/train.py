@@ -156,8 +156,12 @@ class NetworkConfig:
     network_weights: Path | None = None
     dim_from_weights: bool = False
     scale_weight_norms: float | None = None
+    ema_decay: float | None = None
+    """Share of the moving average that stays at every step; None keeps no average."""
 
     def __post_init__(self) -> None:
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ConfigError(f"--ema_decay must lie between 0 and 1, got {self.ema_decay:g}")
         if self.network_module == "networks.lora_kandinsky":
             return
         given = {

@@ -148,7 +148,7 @@ def test_an_error_while_sampling_costs_the_samples_and_not_the_run(
     models: tuple[object, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    said: pytest.LogCaptureFixture,
 ) -> None:
     networks = []
 
@@ -163,7 +163,7 @@ def test_an_error_while_sampling_costs_the_samples_and_not_the_run(
     train(dit, dataset, tmp_path / "out", *models, "--sample_prompts", prompts, *options)
     assert networks[0].training
     assert (tmp_path / "out/lora.safetensors").is_file()
-    assert "samples are missing, training goes on: latents are not finite" in caplog.text
+    assert "samples are missing, training goes on: latents are not finite" in said.text
 
 
 def test_a_stop_request_interrupts_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,100 @@
+"""Does a trained network act? The size of its changes beside the weights that they change."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modules.fp8 import Fp8Linear, dequantise
+from networks.factors import LayerFactors, LoraFactors
+from networks.lora import LoRALinear, LoRANetwork
+
+
+@dataclass(frozen=True, slots=True)
+class LoraEffect:
+    """Frobenius norms of the changes, relative to those of the weights they are added to."""
+
+    change: float
+    """Of all layers together."""
+    blocks: Mapping[str, float]
+    """Per block of the model, by its dotted name."""
+    unchanged: tuple[str, ...]
+    """Layers whose change is exactly zero."""
+    num_layers: int
+
+    @property
+    def does_nothing(self) -> bool:
+        return len(self.unchanged) == self.num_layers
+
+    def describe(self) -> str:
+        """One line: how much, where least and most, and how many layers stay as they were."""
+        least, most = (choose(self.blocks, key=self.blocks.__getitem__) for choose in (min, max))
+        return (
+            f"the weights change by {self.change:.3%} (least {least} {self.blocks[least]:.3%}, "
+            f"most {most} {self.blocks[most]:.3%}); "
+            f"{len(self.unchanged)} of {self.num_layers} layers are unchanged"
+        )
+
+
+@torch.no_grad()
+def weight_norms(network: LoRANetwork, device: torch.device) -> dict[str, float]:
+    """Frobenius norm of the frozen weight under every adapter; read while the layers hold their weights.
+
+    Args:
+        device: where to compute; weights in host memory visit it one at a time.
+    """
+    norms = [
+        torch.linalg.vector_norm(_frozen_weight(network.host, path, device), dtype=torch.float32)
+        for path in network.adapters
+    ]
+    return dict(zip(network.adapters, torch.stack(norms).tolist(), strict=True))
+
+
+def _frozen_weight(host: nn.Module, path: str, device: torch.device) -> Tensor:
+    layer = host.get_submodule(path)
+    while isinstance(layer, LoRALinear):
+        layer = layer.base
+    weight = layer.get_parameter("weight").to(device)
+    if isinstance(layer, Fp8Linear):
+        return dequantise(weight, layer.scale_weight.to(device), torch.float32)
+    return weight
+
+
+@torch.no_grad()
+def measure_effect(network: LoRANetwork, base_norms: Mapping[str, float]) -> LoraEffect:
+    """Compare the network's changes with the weights, whose norms `weight_norms` gave."""
+    names = list(network.adapters)
+    norms = torch.stack([_delta_norm(network.adapters[name].factors()) for name in names]).tolist()
+    changes, weights = defaultdict(list), defaultdict(list)
+    for name, norm in zip(names, norms, strict=True):
+        block = ".".join(name.split(".")[:2])
+        changes[block].append(norm)
+        weights[block].append(base_norms[name])
+    return LoraEffect(
+        change=_ratio(norms, list(base_norms.values())),
+        blocks={block: _ratio(changes[block], weights[block]) for block in changes},
+        unchanged=tuple(name for name, norm in zip(names, norms, strict=True) if norm == 0.0),
+        num_layers=len(names),
+    )
+
+
+def _ratio(changes: list[float], weights: list[float]) -> float:
+    whole = math.hypot(*weights)
+    return math.hypot(*changes) / whole if whole > 0 else math.inf
+
+
+def _delta_norm(factors: LayerFactors) -> Tensor:
+    """||delta||_F, float64 []; of a plain LoRA from rank x rank products, without forming delta.
+
+    ||U D||_F^2 = trace((U^T U)(D D^T)); in float64, so that small factors do not vanish when squared.
+    """
+    if not isinstance(factors, LoraFactors):
+        return torch.linalg.vector_norm(factors.delta(), dtype=torch.float64)
+    up, down = factors.up.double(), factors.down.double()
+    squared = ((up.t() @ up) * (down @ down.t())).sum().clamp(min=0.0)
+    return squared.sqrt() * abs(factors.scale)

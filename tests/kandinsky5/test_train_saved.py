@@ -1,0 +1,102 @@
+"""What is said and kept beside a saved LoRA: its effect on the model, and the average of its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kandinsky5 import training
+from kandinsky5.training_state import read_state
+from modules.tensor_files import read_header, read_tensors
+from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dit(tmp_path_factory.mktemp("dit"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+def test_every_save_reports_how_much_the_lora_changes(
+    dit: Path, dataset: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    words = ("--max_train_steps", 4, "--save_every_n_steps", 2, "--fp8_base", "--gradient_checkpointing")
+    train(dit, dataset, tmp_path, *words, "--logging_dir", tmp_path / "logs")
+    records = metrics(tmp_path, "lora")
+    assert [(r["step"], r["file"]) for r in records] == [
+        (2, "lora-step00000002.safetensors"),
+        (4, "lora-step00000004.safetensors"),
+        (4, "lora.safetensors"),
+    ]
+    assert 0 < records[0]["change"] < records[1]["change"] < 0.1
+    assert set(records[0]["blocks"]) == {"text_transformer_blocks.0", "visual_transformer_blocks.0"}
+    assert (records[0]["layers"], records[0]["unchanged"]) == (16, [])
+    assert "0 of 16 layers are unchanged" in said.text
+    assert "DOES NOTHING" not in said.text
+
+
+def test_a_lora_that_does_nothing_is_a_loud_warning(
+    dit: Path, dataset: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    warm_up = ("--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 5)
+    train(dit, dataset, tmp_path, "--max_train_steps", 1, *warm_up)
+    assert "lora.safetensors DOES NOTHING" in said.text
+    (record,) = metrics(tmp_path, "lora")
+    assert record["change"] == 0.0
+    assert len(record["unchanged"]) == record["layers"]
+
+
+def test_the_average_is_saved_beside_and_resumed_to_the_same_bytes(
+    dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--max_train_steps", 5, "--ema_decay", 0.7, "--save_state", "--save_every_n_steps", 2)
+    words = (*words, "--save_last_n_steps", 1)
+    train(dit, dataset, tmp_path / "plain", "--max_train_steps", 5)
+    train(dit, dataset, tmp_path / "whole", *words)
+    plain_word = training.take_control_word
+    calls = iter(range(1, 99))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "take_control_word", lambda n: "stop" if next(calls) == 3 else plain_word(n))
+        train(dit, dataset, tmp_path / "parts", *words)
+    train(dit, dataset, tmp_path / "parts", *words, "--resume", "auto")
+    for name in ("lora.safetensors", "lora-ema.safetensors"):
+        assert lora_bytes(tmp_path / "whole" / name) == lora_bytes(tmp_path / "parts" / name)
+    averages = [read_state(tmp_path / name / "lora-state").average for name in ("whole", "parts")]
+    assert averages[0] is not None
+    assert averages[1] is not None
+    assert all(torch.equal(averages[0][key], averages[1][key]) for key in averages[0])
+
+    whole = tmp_path / "whole"
+    assert lora_bytes(tmp_path / "plain/lora.safetensors") == lora_bytes(whole / "lora.safetensors")
+    assert lora_bytes(whole / "lora-ema.safetensors") != lora_bytes(whole / "lora.safetensors")
+    assert read_header(whole / "lora-ema.safetensors").metadata["ss_ema_decay"] == "0.7"
+    assert (
+        read_tensors(whole / "lora-ema.safetensors")[0].keys()
+        == lora_bytes(whole / "lora.safetensors").keys()
+    )
+    kept = sorted(path.name for path in whole.glob("lora-step*.safetensors"))
+    assert kept == ["lora-step00000004-ema.safetensors", "lora-step00000004.safetensors"]
+    train(dit, dataset, whole, "--max_train_steps", 1, "--overwrite")
+    assert not list(whole.glob("*-ema*"))
+
+
+def test_the_average_can_begin_in_a_resumed_run(dit: Path, dataset: Path, tmp_path: Path) -> None:
+    train(dit, dataset, tmp_path, "--max_train_steps", 1, "--save_state")
+    train(dit, dataset, tmp_path, "--max_train_steps", 2, "--resume", "auto", "--ema_decay", 0.9)
+    assert (tmp_path / "lora-ema.safetensors").is_file()
+
+
+@pytest.mark.parametrize("words", [("--ema_decay", 1), ("--ema_decay", 0)])
+def test_shares_without_sense_are_refused(
+    words: tuple[object, ...], dit: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train(dit, dataset, tmp_path, *words)
+    assert caught.value.code == 2
+    assert "--ema_decay must lie between 0 and 1" in capsys.readouterr().err
