@@ -13,6 +13,7 @@ from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.devices import compute_dtype, vae_dtype
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.magcache import task_ratios
+from kandinsky5.nabla import DensityReport
 from kandinsky5.offload import host_placement, max_blocks_to_swap, swap_blocks
 from kandinsky5.prompt_templates import PromptTemplates
 from kandinsky5.text_encoders import (
@@ -224,6 +225,8 @@ class ModelLoader:
         )
         dit.train(False)
         dit.set_attention_backend(self.config.dit.attention)
+        if self.config.dit.nabla is not None:
+            dit.nabla_observer = DensityReport(self.config.task.dit_params.num_visual_blocks)
         networks = () if is_merged else tuple(self._beside(dit, lora) for lora in self.loras)
         if self.config.dit.blocks_to_swap:
             force_pin = self.config.dit.use_pinned_memory_for_block_swap

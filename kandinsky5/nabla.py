@@ -15,7 +15,10 @@ from einops import rearrange
 from torch import Tensor
 
 from kandinsky5.tasks import NablaParams
-from modules.block_sparse import block_sparse_attention
+from modules.block_sparse import block_sparse_attention, describe_block_sparse_path
+from modules.logs import get_logger
+
+log = get_logger(__name__)
 
 SQUARE = 8
 """Side of the token squares; 64 consecutive tokens in fractal order are one square of one frame."""
@@ -35,6 +38,30 @@ class NablaPlan:
     observer: MaskObserver | None = None
     packed_masks: dict[int, Tensor] = field(default_factory=dict)
     """Decisions of the blocks already passed, so that gradient checkpointing does not take them anew."""
+
+
+class DensityReport:
+    """A `MaskObserver` that logs, after the first forward pass, how sparse it was and what computed it.
+
+    Args:
+        num_blocks: visual blocks of the model.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._densities: list[Tensor] = []
+        self._num_blocks = num_blocks
+
+    def __call__(self, block_mask: Tensor) -> None:
+        """block_mask [B, heads, nb, nb] of the next visual block."""
+        if len(self._densities) == self._num_blocks:
+            return
+        self._densities.append(block_mask.float().mean())
+        if len(self._densities) == self._num_blocks:
+            log.info(
+                "NABLA attends to %.1f %% of all block pairs, by %s",
+                100 * torch.stack(self._densities).mean().item(),
+                describe_block_sparse_path(block_mask.device),
+            )
 
 
 def to_fractal(grid_tokens: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dataset.cached_dataset import CachedDataset
 from dataset.config import DatasetConfig, load_dataset_config
 from kandinsky5.checkpoints import load_dit
+from kandinsky5.compilation import compile_blocks
 from kandinsky5.configs.train import (
     DataConfig,
     ModelConfig,
@@ -25,6 +26,7 @@ from kandinsky5.configs.train import (
     TrainConfig,
 )
 from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.nabla import DensityReport
 from kandinsky5.offload import host_placement, swap_blocks
 from modules.activation_offload import ActivationOffload, tensor_mover
 from modules.dtypes import dtype_from_word
@@ -180,6 +182,8 @@ def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
     )
     dit.requires_grad_(False)
     dit.set_attention_backend(model.attention)
+    if model.nabla is not None:
+        dit.nabla_observer = DensityReport(params.num_visual_blocks)
     dit.gradient_checkpointing = model.gradient_checkpointing
     dit.kept_attention_blocks = model.gradient_checkpointing_keep_attention
     if model.gradient_checkpointing_cpu_offload:
@@ -187,8 +191,8 @@ def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
     return dit
 
 
-def stream_blocks(model: ModelConfig, dit: DiffusionTransformer3D, device: torch.device) -> None:
-    """Start block swap, once the LoRA is in and on the device."""
+def finish_model(model: ModelConfig, dit: DiffusionTransformer3D, device: torch.device) -> None:
+    """Start block swap and compile, once the LoRA is in and on the device."""
     if model.blocks_to_swap:
         swap_blocks(
             dit,
@@ -197,6 +201,8 @@ def stream_blocks(model: ModelConfig, dit: DiffusionTransformer3D, device: torch
             ring_size=model.block_swap_ring_size,
             force_pin=model.use_pinned_memory_for_block_swap,
         )
+    if model.compile is not None:
+        compile_blocks(dit, model.compile, device)
 
 
 def build_network(

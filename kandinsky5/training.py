@@ -175,7 +175,7 @@ class Trainer:
         norms = weight_norms(self.network, self.device) if accelerator.is_main_process else {}
         # Only the LoRA is handed to accelerate: the frozen model is neither wrapped, nor copied, nor saved.
         self.runner: nn.Module = accelerator.prepare(self.network)
-        train_setup.stream_blocks(config.model, self.dit, self.device)
+        train_setup.finish_model(config.model, self.dit, self.device)
         optimizer_config = config.optimizer
         self.optimizer = build_optimizer(
             optimizer_config.optimizer_type,

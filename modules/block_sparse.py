@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,8 +23,22 @@ _PADDING_SHARE = 0.125
 
 def block_sparse_path(device: torch.device) -> str:
     """What `block_sparse_attention` uses there: "flex" (compiled) or "gathered" (plain torch)."""
-    has_compiler = importlib.util.find_spec("triton") is not None
-    return "flex" if device.type == "cuda" and has_compiler else "gathered"
+    return "flex" if device.type == "cuda" and _has_triton() else "gathered"
+
+
+def describe_block_sparse_path(device: torch.device) -> str:
+    """The same in words, with the package that would be faster where it is missing."""
+    if block_sparse_path(device) == "flex":
+        return "compiled flex_attention"
+    words = "gathered blocks in plain torch"
+    if device.type == "cuda":
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        words += f" (pip install {package} for compiled flex_attention, which is faster)"
+    return words
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def block_sparse_attention(

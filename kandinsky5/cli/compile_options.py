@@ -8,7 +8,7 @@ from kandinsky5.cli.common import positive_int
 from kandinsky5.configs.compilation import CompileConfig
 from modules.errors import ConfigError
 
-_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _SETTINGS = ("compile_backend", "compile_mode", "compile_dynamic", "compile_cache_size_limit")
 
 
@@ -18,7 +18,7 @@ def add_compile_options(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--compile", action="store_true", help="compile every transformer block")
     add("--compile_backend", metavar="WORD", help="torch.compile's back end (default: inductor)")
-    add("--compile_mode", choices=_MODES, help="how hard inductor tries (default: default)")
+    add("--compile_mode", choices=COMPILE_MODES, help="how hard inductor tries (default: default)")
     add(
         "--compile_dynamic",
         choices=("true", "false", "auto"),

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from kandinsky5.cli.compile_options import compile_config
 from kandinsky5.cli.config_file import with_config_file
 from kandinsky5.cli.train_options import ACCEPTED, UNAVAILABLE, UNAVAILABLE_VALUES, build_parser
 from kandinsky5.configs.train import (
@@ -142,6 +143,10 @@ def _impossible_pairs(args: argparse.Namespace) -> list[str]:
         ),
         (args.fp8_fast and not args.fp8_base, "--fp8_fast needs --fp8_base"),
         (
+            args.compile and args.gradient_checkpointing_keep_attention > 0,
+            "--gradient_checkpointing_keep_attention cannot see into compiled blocks: leave one of them out",
+        ),
+        (
             args.dim_from_weights and args.network_weights is None,
             "--dim_from_weights needs --network_weights",
         ),
@@ -170,6 +175,7 @@ def _model(args: argparse.Namespace) -> ModelConfig:
         ModelConfig,
         args,
         attention=attention[0] if attention else "sdpa",
+        compile=compile_config(args),
         task=task,
         dit=args.dit or task.dit_path,
         dit_params=_dit_params(task, args.override_dit),

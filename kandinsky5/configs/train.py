@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.tasks import DitParams, NablaParams, Task
 from modules.errors import ConfigError
 
@@ -92,6 +93,8 @@ class ModelConfig:
     disable_numpy_memmap: bool = False
     no_weight_check: bool = False
     lora_allow_partial: bool = False
+    compile: CompileConfig | None = None
+    """None runs the blocks as they are."""
     cuda_allow_tf32: bool = False
     cuda_cudnn_benchmark: bool = False
     vae: str | None = None

@@ -69,3 +69,11 @@ def test_float8_products_are_refused_on_a_device_without_them(
         train(*files, tmp_path / "out", *WHOLE, "--fp8_base", "--fp8_fast")
     assert stop.value.code == 5
     assert "--fp8_fast needs a CUDA device" in capsys.readouterr().err
+
+
+def test_compiled_blocks_train_to_the_same_losses(files: tuple[Path, Path], tmp_path: Path) -> None:
+    losses = []
+    for name, words in (("eager", ()), ("compiled", ("--compile", "--compile_backend", "eager"))):
+        train(*files, tmp_path / name, *WHOLE, "--blocks_to_swap", 2, *words)
+        losses.append([record["loss"] for record in metrics(tmp_path / name, "step")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

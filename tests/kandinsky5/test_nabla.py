@@ -1,0 +1,62 @@
+"""NABLA in the model and in training: sparse, reported, bit-exact on resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kandinsky5 import nabla
+from kandinsky5.conditioning import TextConditioning, VelocityModel, pad_text
+from kandinsky5.tasks import NablaParams
+from tests.flops import count_flops
+from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
+from tests.tiny import tiny_dit
+
+SPARSE = NablaParams(P=0.01, wT=1, wH=1, wW=1)
+
+
+def forward_flops(params: NablaParams | None) -> int:
+    dit = tiny_dit(num_text_blocks=1, num_visual_blocks=2)
+    caption = TextConditioning(torch.ones(3, 64), torch.ones(32))
+    text = pad_text([caption], device="cpu", dtype=torch.float32)
+    with count_flops() as counter, torch.no_grad():
+        VelocityModel(dit, (1.0, 2.0, 2.0), params)(torch.ones(1, 16, 4, 32, 32), torch.tensor([0.5]), text)
+    return counter.get_total_flops()
+
+
+def test_the_model_does_not_compute_what_the_mask_leaves_out() -> None:
+    """16 blocks of 64 tokens; a query block keeps hardly more than itself."""
+    dense_attention = 2 * 2 * 2 * 1024 * 1024 * 128  # two blocks, two products
+    assert forward_flops(None) - forward_flops(SPARSE) > 0.8 * dense_attention
+
+
+def test_density_and_kernel_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(nabla.log, "info", lambda message, *values: messages.append(message % values))
+    report = nabla.DensityReport(2)
+    for _ in range(2):
+        report(torch.ones(1, 2, 4, 4, dtype=torch.bool))
+        report(torch.eye(4, dtype=torch.bool)[None, None])
+    assert messages == ["NABLA attends to 62.5 % of all block pairs, by gathered blocks in plain torch"]
+
+
+def test_a_grid_without_whole_squares_is_an_error() -> None:
+    with pytest.raises(ValueError, match="multiples of 128 pixels"):
+        nabla.check_geometry((2, 8, 12))
+
+
+def test_a_training_run_of_twenty_steps_resumes_bit_for_bit(tmp_path: Path) -> None:
+    dit = write_dit(tmp_path)
+    dataset = write_dataset(tmp_path, ((2, 16, 16, 5), (2, 16, 16, 7), (3, 16, 16, 6)), resolution=128)
+    words = ("--nabla_P", 0.6, "--gradient_checkpointing", "--save_state", "--save_every_n_steps", 7)
+    train(dit, dataset, tmp_path / "whole", *words, "--max_train_steps", 20, task="k5-tiny-nabla")
+    state = tmp_path / "whole" / "lora-step00000007-state"
+    train(
+        *(dit, dataset, tmp_path / "again", *words, "--max_train_steps", 20, "--resume", state),
+        task="k5-tiny-nabla",
+    )
+    assert lora_bytes(tmp_path / "again/lora.safetensors") == lora_bytes(tmp_path / "whole/lora.safetensors")
+    losses = [[r["loss"] for r in metrics(tmp_path / name, "step")] for name in ("whole", "again")]
+    assert losses[0][7:] == losses[1]
