@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,80 @@ def test_a_latent_file_must_hold_a_latent(
 ) -> None:
     message = refused(run, 4, capsys, "--latent_path", models["--dit"], "--output", "x.mp4", size=())
     assert "no saved latent" in message
+
+
+def said_by(run: Generate, *words: object, **options: Any) -> list[str]:
+    """All log lines of a run."""
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler = Keep()
+    logging.getLogger("k5").addHandler(handler)
+    try:
+        run(*words, **options)
+    finally:
+        logging.getLogger("k5").removeHandler(handler)
+    return lines
+
+
+def test_a_lora_without_a_multiplier_has_1_and_that_is_said(
+    run: Generate, tmp_path: Path, lora: Path
+) -> None:
+    words = ("--prompt", "x", "--steps", 1, "--output_type", "latent", "--lora_weight", lora, lora)
+    said = said_by(run, *words, "--lora_multiplier", 0.5, "--output", "short.safetensors")
+    assert "1 multipliers for 2 LoRAs: the rest are 1.0" in said
+    run(*words, "--lora_multiplier", 0.5, 1, "--output", "whole.safetensors")
+    assert torch.equal(*(latents_of(tmp_path / f"{name}.safetensors") for name in ("short", "whole")))
+
+
+@pytest.mark.parametrize(
+    ("frames", "made"), [(1, 1), (2, 1), (4, 1), (5, 5), (8, 5), (9, 9)], ids=lambda count: str(count)
+)
+def test_frames_are_rounded_down_to_4k_plus_1_and_that_is_said(
+    run: Generate, tmp_path: Path, frames: int, made: int
+) -> None:
+    words = ("--prompt", "x", "--output_type", "latent", "--output", "x.safetensors")
+    size = ("--width", "32", "--height", "32", "--steps", "1", "--frames", str(frames))
+    said = said_by(run, *words, size=size)
+    assert latents_of(tmp_path / "x.safetensors").shape[2] == (made - 1) // 4 + 1
+    assert any(f"{frames}" in line and f"{made}" in line and "4k" in line for line in said) == (
+        frames != made
+    )
+
+
+def test_prompts_of_nothing_and_of_thousands_of_words_are_used(run: Generate, tmp_path: Path) -> None:
+    words = ("--output_type", "latent", "--steps", 1, "--output")
+    run("--prompt", "", *words, "empty.safetensors")
+    run("--prompt", "  \t ", *words, "spaces.safetensors")
+    said = said_by(run, "--prompt", "rabbit " * 3000, *words, "long.safetensors")
+    empty, spaces, long = (
+        latents_of(tmp_path / f"{name}.safetensors") for name in ("empty", "spaces", "long")
+    )
+    assert torch.equal(empty, spaces)
+    assert not torch.equal(empty, long)
+    assert any("tokens and was cut" in line for line in said)
+
+
+def test_one_bad_line_of_a_hundred_costs_only_itself(
+    run: Generate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"rabbit {number} --d {number}" for number in range(100)]
+    lines[41] = "rabbit --w wide"
+    (tmp_path / "p.txt").write_text("\n".join(lines), encoding="utf-8")
+    words = ("--from_file", "p.txt", "--output", "many", "--output_type", "latent", "--guidance", 1)
+    size = ("--width", "16", "--height", "16", "--frames", "1", "--steps", "1")
+    message = refused(run, 3, capsys, *words, size=size)
+    assert "99 of 100 prompts were made" in message
+    assert "line 42" in message
+    assert len(list((tmp_path / "many").iterdir())) == 99
+
+
+def test_qwen_in_float8_changes_the_clip_a_little(script: Generate, tmp_path: Path) -> None:
+    words = ("--prompt", "a fox", "--steps", 1, "--output_type", "latent", "--guidance", 1)
+    script(*words, "--output", "a.safetensors")
+    script(*words, "--output", "b.safetensors", "--fp8_llm")
+    plain, fp8 = (latents_of(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert 0 < (fp8 - plain).norm() < 0.05 * plain.norm()
