@@ -142,6 +142,21 @@ def test_image_to_video_and_nabla_tasks_are_sampled(
     assert frames_of(tmp_path / "out/sample" / video)[0].shape == (side, side, 3)
 
 
+def test_samples_and_lora_are_the_same_with_blocks_that_are_swapped(
+    dataset: Path, models: tuple[object, ...], tiny_models: Path, tmp_path: Path
+) -> None:
+    prompts = prompt_file(tmp_path, f"a {SMALL} --f 1")
+    shared = ("--sample_prompts", prompts, "--sample_every_n_steps", 2, "--max_train_steps", 3)
+    shared = (*shared, "--override_dit", "{}", "--fp8_base", "--gradient_checkpointing")
+    found = []
+    for name, words in (("plain", ()), ("swap", ("--blocks_to_swap", 2, "--offload_dit_during_sampling"))):
+        train(tiny_models / "model/tiny.safetensors", dataset, tmp_path / name, *models, *shared, *words)
+        picture = next(iter(names_in(tmp_path / name, ".png")))
+        with Image.open(tmp_path / name / "sample" / picture) as image:
+            found.append((np.asarray(image).tobytes(), lora_bytes(tmp_path / name / "lora.safetensors")))
+    assert found[0] == found[1]
+
+
 def test_an_error_while_sampling_costs_the_samples_and_not_the_run(
     dit: Path,
     dataset: Path,
