@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kandinsky5 import train_samples
+from kandinsky5 import train_samples, training
 from kandinsky5.prompt_templates import PromptTemplates, load_prompt_templates
 from kandinsky5.sample_files import SampleNames, write_grid, write_sample
 from kandinsky5.text_encoders import TextEncoders
@@ -95,6 +95,25 @@ def test_a_run_with_samples_and_one_without_end_in_the_same_bytes(
     assert [(r["step"], r["prompt"]) for r in records] == [(s, p) for s in (0, 4, 5) for p in (0, 1)]
     curves = EventAccumulator(str(next((tmp_path / "logs").iterdir()))).Reload()
     assert [event.step for event in curves.Images("sample_0")] == [0, 4, 5]
+
+
+def test_a_resumed_run_goes_on_with_its_grid_and_ends_in_the_same_bytes(
+    dit: Path, dataset: Path, models: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompt_file(tmp_path, f"a {SMALL} --f 1")
+    words = (*models, "--sample_prompts", prompts, "--sample_every_n_steps", 1, "--max_train_steps", 4)
+    train(dit, dataset, tmp_path / "whole", *words)
+    plain = training.take_control_word
+    calls = iter(range(1, 9))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "take_control_word", lambda n: "stop" if next(calls) == 3 else plain(n))
+        train(dit, dataset, tmp_path / "parts", *words)
+    # Stopping is quick: the samples of the last step are left out.
+    assert [record["step"] for record in metrics(tmp_path / "parts", "sample")] == [1, 2]
+    train(dit, dataset, tmp_path / "parts", *words, "--resume", "auto")
+    assert lora_bytes(tmp_path / "parts/lora.safetensors") == lora_bytes(tmp_path / "whole/lora.safetensors")
+    with Image.open(tmp_path / "parts/sample/lora_grid_00.png") as grid:
+        assert grid.size == (3 * 192 + 2 * 4, 208)
 
 
 def test_samples_show_the_lora_and_a_strength_of_zero_the_base_model(

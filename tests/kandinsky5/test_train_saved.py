@@ -13,6 +13,22 @@ from modules.tensor_files import read_header, read_tensors
 from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
 
 
+class ThirdsScheduleFree(torch.optim.SGD):
+    """Its "average" is three times the trained weights; the way there and back rounds."""
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(3.0)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.div_(3.0)
+
+
 @pytest.fixture(scope="module")
 def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dit(tmp_path_factory.mktemp("dit"))
@@ -84,6 +100,21 @@ def test_the_average_is_saved_beside_and_resumed_to_the_same_bytes(
     assert kept == ["lora-step00000004-ema.safetensors", "lora-step00000004.safetensors"]
     train(dit, dataset, whole, "--max_train_steps", 1, "--overwrite")
     assert not list(whole.glob("*-ema*"))
+
+
+def test_saving_averaged_weights_does_not_move_those_in_training(
+    dit: Path, dataset: Path, tmp_path: Path
+) -> None:
+    optimizer = f"{ThirdsScheduleFree.__module__}.ThirdsScheduleFree"
+    words = ("--optimizer_type", optimizer, "--learning_rate", 0.1, "--max_train_steps", 4)
+    train(dit, dataset, tmp_path / "once", *words)
+    train(dit, dataset, tmp_path / "often", *words, "--save_every_n_steps", 1)
+    assert lora_bytes(tmp_path / "once/lora.safetensors") == lora_bytes(tmp_path / "often/lora.safetensors")
+    losses = [[r["loss"] for r in metrics(tmp_path / name, "step")] for name in ("once", "often")]
+    assert losses[0] == losses[1]
+    with pytest.raises(SystemExit) as caught:
+        train(dit, dataset, tmp_path / "ema", *words, "--ema_decay", 0.9)
+    assert caught.value.code == 2
 
 
 def test_the_average_can_begin_in_a_resumed_run(dit: Path, dataset: Path, tmp_path: Path) -> None:
