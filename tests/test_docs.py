@@ -33,7 +33,6 @@ from dataset.config_keys import (
     VIDEO_KEYS,
 )
 from dataset.frames import CutRule, cut_frames
-from kandinsky5.cli import generate as generate_cli
 from kandinsky5.cli.train import parse_train
 from kandinsky5.cli.train_options import UNAVAILABLE, UNAVAILABLE_VALUES
 from kandinsky5.configs.train import TrainConfig
@@ -109,10 +108,6 @@ def _unavailable_list() -> str:
     rows = {f"--{name}": why for name, why in UNAVAILABLE.items()}
     rows |= {f"--{name} {value}": why for (name, value), why in UNAVAILABLE_VALUES.items()}
     lines = ["Training:", "", *(f"- `{option}` {why}" for option, why in rows.items())]
-    lines += ["", "Generation:", ""]
-    lines += [
-        f"- `{option}` is not available in this version" for option in generate_cli.UNAVAILABLE.values()
-    ]
     return "\n".join(lines) + "\n"
 
 

@@ -46,8 +46,6 @@ _EPILOG = (
     "--guidance_scale, --flow_shift, --save_path, --image_path, --end_image_path, --fp8. "
     "--frames counts pixel frames."
 )
-UNAVAILABLE = {}
-"""Options whose machinery this version does not have: destination -> spelling. A set one is refused."""
 _WITHOUT_EFFECT = {
     "lycoris": "--lycoris: LoHa and LoKr files are recognised by themselves",
     "img_in_txt_in_offloading": "--img_in_txt_in_offloading belongs to another model",
@@ -80,9 +78,6 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
     attention = _attention(args)
     problems = [f"one attention at a time: {' and '.join('--' + name for name in attention)} were given"]
     problems = problems if len(attention) > 1 else []
-    problems += [
-        f"{flag} is not available in this version" for dest, flag in UNAVAILABLE.items() if given[dest]
-    ]
     problems += _nabla_problems(args, task)
     problems += _file_problems(args)
     problems += _pattern_problems(args)

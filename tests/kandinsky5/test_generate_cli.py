@@ -62,15 +62,6 @@ def test_paths_default_to_the_tasks() -> None:
     assert config.models.text_encoder_clip == str(Path("weights/text_encoder2"))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [("--compile",), ("--compile_args", "inductor", "default", "auto", "False")],
-)
-def test_options_without_machinery_are_refused_by_name(words: tuple[str, ...]) -> None:
-    message = refusal(*BASE, *words)
-    assert "is not available in this version" in message
-
-
 def test_qwen_is_held_in_one_way_in_every_script(tmp_path: Path) -> None:
     assert parse().text.quantization is None
     assert parse("--fp8_vlm").text.quantization == "fp8"
@@ -87,11 +78,13 @@ def test_options_without_effect_say_so(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("k5"), "propagate", True)
     with caplog.at_level(logging.INFO):
-        parse("--lycoris", "--compile_mode", "default", "--vae_chunk_size", "4", "--blocks_to_swap", "0")
+        parse("--lycoris", "--split_attn", "--vae_chunk_size", "4", "--blocks_to_swap", "0")
     said = {record.getMessage() for record in caplog.records}
-    assert [
-        sum(option in line for line in said) for option in ("--lycoris", "--compile_mode", "--blocks")
-    ] == [1, 1, 0]
+    assert [sum(option in line for line in said) for option in ("--lycoris", "--split_attn", "--blocks")] == [
+        1,
+        1,
+        0,
+    ]
 
 
 def test_one_attention_at_a_time() -> None:
