@@ -52,7 +52,12 @@ def check_models(config: GenerateConfig, device: torch.device) -> None:
         check_vae_file(config.models.vae)
     except ModelFileError as error:
         problems += error.problems
-    problems += check_text_encoder_paths(config.models.text_encoder_qwen, config.models.text_encoder_clip)
+    params = config.task.dit_params
+    problems += check_text_encoder_paths(
+        config.models.text_encoder_qwen,
+        config.models.text_encoder_clip,
+        (params.in_text_dim, params.in_text_dim2),
+    )
     if problems:
         raise ModelFileError(problems)
     warning = file_name_warning(config.models.dit, is_i2v=config.task.is_i2v)

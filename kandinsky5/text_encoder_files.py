@@ -64,15 +64,30 @@ class LoadedEncoder:
     folder: Path
 
 
-def check_text_encoder(name: str, kind: EncoderKind) -> list[str]:
-    """Problems that can be seen without loading; hub ids are only looked at, not downloaded."""
+def check_text_encoder(name: str, kind: EncoderKind, width: int | None = None) -> list[str]:
+    """Problems that can be seen without loading; hub ids are only looked at, not downloaded.
+
+    Args:
+        width: the hidden size that the DiT takes; None leaves it unchecked.
+    """
     try:
         folder = _local_folder(name, kind)
-        if folder is not None:
-            _check_folder(folder, kind)
+        if folder is None:
+            return []
+        _check_folder(folder, kind)
+        config = _read_json(folder / "config.json", kind)
     except ModelFileError as error:
         return error.problems
+    nested = config.get("text_config")
+    found = (nested if isinstance(nested, dict) else {}).get("hidden_size", config.get("hidden_size"))
+    if width is not None and found is not None and found != width:
+        return [wrong_width_message(kind, found, width)]
     return []
+
+
+def wrong_width_message(kind: EncoderKind, found: int, wanted: int) -> str:
+    """What to say of an encoder that is not the one the DiT was trained with."""
+    return f"{_FLAGS[kind]}: the model is {found} wide, the task's DiT takes {wanted}"
 
 
 def encoder_fingerprint(name: str, kind: EncoderKind, quantization: Quantization | None = None) -> str:

@@ -17,11 +17,13 @@ from kandinsky5.conditioning import TextConditioning
 from kandinsky5.configs.text_encoders import Quantization
 from kandinsky5.prompt_templates import ContentType, PromptTemplates, load_prompt_templates
 from kandinsky5.text_encoder_files import (
+    EncoderKind,
     LoadedEncoder,
     check_text_encoder,
     encoder_fingerprint,
     load_clip,
     load_qwen,
+    wrong_width_message,
 )
 from kandinsky5.text_tokens import CaptionTokens, ClipTokens, QwenTokens, check_tokenizer
 from modules.errors import ConfigError, ModelFileError
@@ -178,19 +180,28 @@ def load_text_encoders(
 
 def check_text_dims(encoders: TextEncoders, expected: tuple[int, int]) -> None:
     """Refuse encoders whose widths are not the DiT's in_text_dim and in_text_dim2."""
-    flags = ("--text_encoder_qwen", "--text_encoder_clip")
+    kinds: tuple[EncoderKind, EncoderKind] = ("qwen", "clip")
     problems = [
-        f"{flag}: the model is {found} wide, the task's DiT takes {wanted}"
-        for flag, found, wanted in zip(flags, encoders.text_dims, expected, strict=True)
+        wrong_width_message(kind, found, wanted)
+        for kind, found, wanted in zip(kinds, encoders.text_dims, expected, strict=True)
         if found != wanted
     ]
     if problems:
         raise ModelFileError(problems)
 
 
-def check_text_encoder_paths(qwen: str, clip: str) -> list[str]:
-    """Problems of the two `--text_encoder_*` values, found without loading anything."""
-    return [*check_text_encoder(qwen, "qwen"), *check_text_encoder(clip, "clip")]
+def check_text_encoder_paths(
+    qwen: str, clip: str, expected_dims: tuple[int, int] | tuple[None, None] = (None, None)
+) -> list[str]:
+    """Problems of the two `--text_encoder_*` values, found without loading anything.
+
+    Args:
+        expected_dims: the DiT's in_text_dim and in_text_dim2, when there is a DiT.
+    """
+    return [
+        *check_text_encoder(qwen, "qwen", expected_dims[0]),
+        *check_text_encoder(clip, "clip", expected_dims[1]),
+    ]
 
 
 def text_encoder_fingerprint(qwen: str, clip: str, quantization: Quantization | None = None) -> str:

@@ -114,19 +114,16 @@ def test_text_encoders_that_bring_code_are_refused(
     assert not Path("marker").exists()
 
 
-def test_a_text_encoder_of_another_width_ends_before_the_dit_loads(
-    script: Generate,
-    own_models: dict[str, Path],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.usefixtures("no_models")
+def test_a_text_encoder_of_another_width_is_refused_before_anything_loads(
+    run: Generate, own_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    monkeypatch.setattr("kandinsky5.generation.ModelLoader.dit", None)
     clip = own_models["--text_encoder_clip"]
     small = CLIPTextConfig.from_pretrained(clip, hidden_size=16, intermediate_size=16)
     CLIPTextModel(small).save_pretrained(clip)
-    message = refused(script, 4, capsys, *BASE)
+    message = refused(run, 4, capsys, *BASE)
     assert "--text_encoder_clip: the model is 16 wide, the task's DiT takes 32" in message
 
 
