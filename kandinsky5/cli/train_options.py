@@ -269,6 +269,10 @@ def _add_attention_and_compile(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sage_attn", action="store_true", help="SageAttention, for generation only")
     group.add_argument("--xformers", action="store_true", help="xformers' memory-efficient attention")
     group.add_argument("--split_attn", action="store_true", help="accepted, no effect")
+    group = parser.add_argument_group(
+        "NABLA, block-sparse attention",
+        "Training with it has been tested on CPUs; it has not been run on a GPU yet.",
+    )
     group.add_argument("--force_nabla_attention", action="store_true", help="NABLA whatever the task says")
     group.add_argument("--nabla_method", choices=("topcdf", "topk"), help="block selection (default: topcdf)")
     group.add_argument(
