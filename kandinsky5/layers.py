@@ -200,7 +200,8 @@ class Attention(nn.Module):
         if nabla is None:
             mixed = attention(query, key, value, keys=keys, backend=self.backend)
         else:
-            mixed = nabla_attention(query, key, value, nabla, layer=id(self))
+            # torch's decorator hides the signature.
+            mixed = nabla_attention(query, key, value, nabla, id(self))  # pyright: ignore[reportCallIssue]
         return self.out_layer(mixed.flatten(-2))
 
     def _split(self, hidden: Tensor) -> Tensor:
