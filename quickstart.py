@@ -40,7 +40,7 @@ GENERATE = "kandinsky5_generate_video.py"
 CHECKS = (
     ("lint", ("-m", "ruff", "check", ".")),
     ("format", ("-m", "ruff", "format", "--check", ".")),
-    ("types", ("-m", "pyright")),
+    ("types", ("-m", "pyright", "--pythonpath", str(PYTHON))),
     ("tests", ("-m", "pytest")),
 )
 
