@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kandinsky5.configs.caching import MIN_TILE_PX
 from kandinsky5.vae_attention import FrameCausalMidBlock
 from kandinsky5.vae_files import check_vae_file, read_vae, vae_fingerprint, vae_from_config
 from kandinsky5.vae_tiles import TileGrid, Tiling, map_tiles, map_windows
@@ -44,7 +45,6 @@ _LATENT_WINDOWS = Tiling(5, 2)
 _KEPT_FRAMES = Tiling(16, 8)
 _KEPT_LATENTS = Tiling(4, 2)
 _TILE_OVERLAP_PX = 32
-MIN_TILE_PX = 64
 _FALLBACK_TILE_PX = 272
 _LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution
 

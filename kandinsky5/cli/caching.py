@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kandinsky5.cli.common import DTYPE_CHOICES, Parser, existing_file, positive_int
+from kandinsky5.cli.vae_options import add_vae_tiling_options, tile_px
 from kandinsky5.configs.caching import (
-    DEFAULT_TILE_PX,
-    MIN_TILE_PX,
     CacheLatentsConfig,
     CacheRunConfig,
     CacheTextConfig,
@@ -50,7 +49,7 @@ def parse_cache_latents(argv: Sequence[str] | None = None) -> CacheLatentsConfig
         vae=args.vae,
         vae_dtype=args.vae_dtype,
         nabla_resize=args.nabla_resize,
-        tile_px=_tile_px(args),
+        tile_px=tile_px(args),
         disable_cudnn_backend=args.disable_cudnn_backend,
         debug=_debug_config(args),
     )
@@ -107,19 +106,7 @@ def _add_latent_options(parser: Parser) -> None:
         action="store_true",
         help="round sizes up to multiples of 128 pixels, as tasks with NABLA attention need them",
     )
-    add("--vae_tiling", action="store_true", help=f"encode in spatial tiles of {DEFAULT_TILE_PX} pixels")
-    add(
-        "--vae_spatial_tile_sample_min_size",
-        type=_tile_side,
-        metavar="PX",
-        help="side of the tiles, a multiple of 8; implies --vae_tiling",
-    )
-    add(
-        "--vae_chunk_size",
-        type=positive_int,
-        metavar="N",
-        help="accepted; windows are the official 17 frames",
-    )
+    add_vae_tiling_options(add, "encode")
     add("--disable_cudnn_backend", action="store_true", help="compute convolutions without cuDNN")
     add("--debug_mode", choices=("image", "console", "video"), help="show what would be encoded, then stop")
     add("--console_width", type=positive_int, default=80, help="characters per line of --debug_mode console")
@@ -148,19 +135,6 @@ def _add_text_options(parser: Parser) -> None:
         metavar="PATH",
         help="read the official prompt templates from this file instead of the installed diffusers",
     )
-
-
-def _tile_side(word: str) -> int:
-    side = int(word)
-    if side < MIN_TILE_PX or side % 8:
-        raise argparse.ArgumentTypeError(f"must be a multiple of 8 from {MIN_TILE_PX} on, got {word}")
-    return side
-
-
-def _tile_px(args: argparse.Namespace) -> int | None:
-    if args.vae_spatial_tile_sample_min_size is not None:
-        return args.vae_spatial_tile_sample_min_size
-    return DEFAULT_TILE_PX if args.vae_tiling else None
 
 
 def _shared_problems(args: argparse.Namespace) -> list[str | None]:

@@ -17,6 +17,7 @@ from kandinsky5.cli.common import (
     positive_int,
 )
 from kandinsky5.cli.compile_options import add_compile_options, compile_config
+from kandinsky5.cli.vae_options import add_vae_tiling_options, tile_px
 from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.configs.generate import (
     OUTPUT_SUFFIXES,
@@ -40,7 +41,6 @@ from modules.logs import get_logger
 log = get_logger(__name__)
 
 DEFAULT_TASK = "k5-pro-t2v-5s-sd"
-DEFAULT_TILE_PX = 256
 _EPILOG = (
     "Spellings of the sibling scripts are understood too: --video_size H W, --video_length, --infer_steps, "
     "--guidance_scale, --flow_shift, --save_path, --image_path, --end_image_path, --fp8. "
@@ -120,7 +120,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
             quantization=qwen_quantization(fp8_llm=args.fp8_llm, quantized_qwen=args.quantized_qwen),
             prompt_templates=args.prompt_templates,
         ),
-        vae=VaeConfig(vae_dtype=args.vae_dtype, tile_px=_tile_px(args)),
+        vae=VaeConfig(vae_dtype=args.vae_dtype, tile_px=tile_px(args)),
         lora=LoraConfig(
             lora_weight=tuple(args.lora_weight),
             lora_multiplier=tuple(args.lora_multiplier),
@@ -264,19 +264,6 @@ def _pattern_problems(args: argparse.Namespace) -> list[str]:
             except re.error as error:
                 problems.append(f"{flag} {pattern}: not a regular expression: {error}")
     return problems
-
-
-def _tile_px(args: argparse.Namespace) -> int | None:
-    if args.vae_spatial_tile_sample_min_size is not None:
-        return args.vae_spatial_tile_sample_min_size
-    return DEFAULT_TILE_PX if args.vae_tiling else None
-
-
-def _tile_side(word: str) -> int:
-    side = int(word)
-    if side < 64 or side % 8:
-        raise argparse.ArgumentTypeError(f"must be a multiple of 8 from 64 on, got {word}")
-    return side
 
 
 def _parser() -> Parser:
@@ -481,19 +468,7 @@ def _add_encoder_options(parser: Parser) -> None:
         help="read the official prompt templates from this file",
     )
     add("--vae_dtype", choices=DTYPE_CHOICES, help="dtype of the VAE (default: float16, on a CPU float32)")
-    add("--vae_tiling", action="store_true", help=f"decode in spatial tiles of {DEFAULT_TILE_PX} pixels")
-    add(
-        "--vae_spatial_tile_sample_min_size",
-        type=_tile_side,
-        metavar="PX",
-        help="side of the tiles, a multiple of 8; implies --vae_tiling",
-    )
-    add(
-        "--vae_chunk_size",
-        type=positive_int,
-        metavar="N",
-        help="accepted; windows are the official 17 frames",
-    )
+    add_vae_tiling_options(add, "decode")
 
 
 def _add_output_options(parser: Parser) -> None:
