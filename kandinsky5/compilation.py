@@ -8,6 +8,7 @@ import torch
 
 from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.dit import DiffusionTransformer3D
+from modules.errors import ConfigError
 from modules.fp8 import Fp8Linear
 from modules.logs import get_logger
 
@@ -20,6 +21,20 @@ _FLOAT8_CAPABILITY = (8, 9)
 def float8_may_be_compiled(device: torch.device) -> bool:
     """Whether compiled code can convert float8 there: Triton needs compute capability 8.9 (Ada) for it."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FLOAT8_CAPABILITY
+
+
+def check_compile_backend(config: CompileConfig | None) -> None:
+    """Refuse a back end that torch does not know, before a model is loaded.
+
+    Raises:
+        ConfigError: with the names there are.
+    """
+    if config is None:
+        return
+    known = torch.compiler.list_backends(exclude_tags=())
+    if config.compile_backend not in known:
+        shown = ", ".join(torch.compiler.list_backends())
+        raise ConfigError(f"torch has no compiler back end {config.compile_backend!r}; it has: {shown}")
 
 
 def compile_blocks(dit: DiffusionTransformer3D, config: CompileConfig, device: torch.device) -> None:

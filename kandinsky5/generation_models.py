@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kandinsky5.checkpoints import build_meta_dit, check_dit_file, file_name_warning, load_dit
-from kandinsky5.compilation import compile_blocks
+from kandinsky5.compilation import check_compile_backend, compile_blocks
 from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.devices import compute_dtype, vae_dtype
 from kandinsky5.dit import DiffusionTransformer3D
@@ -86,6 +86,7 @@ def check_dit_options(config: GenerateConfig, device: torch.device) -> None:
     if problems:
         raise ConfigError(problems)
     check_attention_backend(dit.attention, for_training=False)
+    check_compile_backend(dit.compile)
     if dit.fp8_fast:
         check_fp8_matmul(device)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from dataset.cached_dataset import CachedDataset
 from dataset.config import DatasetConfig
 from kandinsky5.checkpoints import check_dit_file, file_name_warning
+from kandinsky5.compilation import check_compile_backend
 from kandinsky5.configs.train import ModelConfig, OptimizerConfig, SavingConfig, TrainConfig
 from kandinsky5.metrics import check_tensorboard
 from kandinsky5.offload import max_blocks_to_swap
@@ -80,6 +81,7 @@ def check_memory_options(model: ModelConfig) -> None:
     if problems:
         raise ConfigError(problems)
     check_attention_backend(model.attention, for_training=True)
+    check_compile_backend(model.compile)
 
 
 def check_optimizer_settings(config: OptimizerConfig) -> None:

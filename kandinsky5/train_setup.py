@@ -17,6 +17,7 @@ from dataset.cached_dataset import CachedDataset
 from dataset.config import DatasetConfig, load_dataset_config
 from kandinsky5.checkpoints import load_dit
 from kandinsky5.compilation import compile_blocks
+from kandinsky5.configs.compilation import NO_BACKEND
 from kandinsky5.configs.train import (
     DataConfig,
     ModelConfig,
@@ -54,6 +55,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises:
         ResourceError: the launcher started several processes that do not see each other.
+        ConfigError: the launcher was told to compile.
     """
     run = config.run
     network = config.network
@@ -67,6 +69,12 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     ]
     if run.ddp_timeout is not None:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=run.ddp_timeout)))
+    launched_with = os.environ.get("ACCELERATE_DYNAMO_BACKEND", NO_BACKEND)
+    if launched_with.lower() != NO_BACKEND:
+        raise ConfigError(
+            f"accelerate was started with --dynamo_backend {launched_with}, which would compile the LoRA instead "
+            "of the model: give the option to the training script, after its name"
+        )
     # Without a device accelerate must be told so: it would start processes that each believe to be alone.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=handlers

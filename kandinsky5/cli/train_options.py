@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from kandinsky5.cli.common import DTYPE_CHOICES, Parser, float_between, non_negative_int, positive_int
-from kandinsky5.cli.compile_options import COMPILE_MODES, add_compile_options
+from kandinsky5.cli.compile_options import add_accelerate_compile_options, add_compile_options
 from kandinsky5.configs.train import TIMESTEP_SAMPLINGS, WEIGHTING_SCHEMES
 
 DESCRIPTION = "Train a LoRA for Kandinsky 5 on cached latents and captions."
@@ -26,7 +26,6 @@ ACCEPTED = {
 _LATER = "is not available in this version"
 UNAVAILABLE = {
     "sage_attn": "has no backward pass and cannot train; use --sdpa",
-    "dynamo_backend": f"{_LATER}",
     "wandb_run_name": f"belongs to wandb, which {_LATER}",
     "wandb_api_key": f"belongs to wandb, which {_LATER}",
     "log_tracker_config": _LATER,
@@ -291,13 +290,8 @@ def _add_attention_and_compile(parser: argparse.ArgumentParser) -> None:
         help="leave the sliding window out",
     )
     add_compile_options(parser)
-    group = parser.add_argument_group("accelerate's compiler, and CUDA arithmetic")
-    group.add_argument(
-        "--dynamo_backend", default="NO", help="accelerate's name for a compiler (default: NO)"
-    )
-    group.add_argument("--dynamo_mode", choices=COMPILE_MODES, help="with --dynamo_backend")
-    group.add_argument("--dynamo_fullgraph", action="store_true", help="with --dynamo_backend")
-    group.add_argument("--dynamo_dynamic", action="store_true", help="with --dynamo_backend")
+    add_accelerate_compile_options(parser)
+    group = parser.add_argument_group("CUDA arithmetic")
     group.add_argument("--cuda_allow_tf32", action="store_true", help="TF32 in float32 products")
     group.add_argument("--cuda_cudnn_benchmark", action="store_true", help="let cuDNN time its algorithms")
 

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+NO_BACKEND = "no"
+"""accelerate's word for not compiling."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompileConfig:
     """The `--compile_*` options; torch.compile's own words."""

@@ -73,7 +73,47 @@ def test_float8_products_are_refused_on_a_device_without_them(
 
 def test_compiled_blocks_train_to_the_same_losses(files: tuple[Path, Path], tmp_path: Path) -> None:
     losses = []
-    for name, words in (("eager", ()), ("compiled", ("--compile", "--compile_backend", "eager"))):
+    for name, words in (("eager", ()), ("compiled", ("--dynamo_backend", "EAGER"))):
         train(*files, tmp_path / name, *WHOLE, "--blocks_to_swap", 2, *words)
         losses.append([record["loss"] for record in metrics(tmp_path / name, "step")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--dynamo_backend", "FX2TRT"), "torch has no compiler back end 'fx2trt'; it has: cudagraphs"),
+        (("--compile", "--compile_backend", "inductr"), "torch has no compiler back end 'inductr'"),
+        (("--dynamo_mode", "max-autotune"), "--dynamo_mode acts with --dynamo_backend only"),
+        (("--dynamo_backend", "inductor", "--compile"), "give only one of the two"),
+        (
+            ("--dynamo_backend", "inductor", "--dynamo_fullgraph", "--fp8_base"),
+            "stay outside compiled graphs",
+        ),
+    ],
+)
+def test_compilers_that_cannot_act_are_refused_before_anything_loads(
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train(*files, tmp_path / "out", *WHOLE, *words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_launcher_that_compiles_is_told_where_the_option_belongs(
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(SystemExit) as stop:
+        train(*files, tmp_path / "out", *WHOLE)
+    assert stop.value.code == 2
+    assert "give the option to the training script" in capsys.readouterr().err
