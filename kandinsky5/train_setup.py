@@ -72,8 +72,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     launched_with = os.environ.get("ACCELERATE_DYNAMO_BACKEND", NO_BACKEND)
     if launched_with.lower() != NO_BACKEND:
         raise ConfigError(
-            f"accelerate was started with --dynamo_backend {launched_with}, which would compile the LoRA instead "
-            "of the model: give the option to the training script, after its name"
+            f"accelerate was started with --dynamo_backend {launched_with}, which would compile the LoRA "
+            "instead of the model: give the option to the training script, after its name"
         )
     # Without a device accelerate must be told so: it would start processes that each believe to be alone.
     accelerator = Accelerator(
