@@ -43,9 +43,9 @@ class OutputNames:
         return self.output_dir / f"{self.output_name}.control"
 
     @property
-    def settings(self) -> Path:
-        """The options of the run, defaults included."""
-        return self.output_dir / f"{self.output_name}_options.json"
+    def config(self) -> Path:
+        """The options of the run, defaults included, for `--config_file`."""
+        return self.output_dir / f"{self.output_name}_config.toml"
 
     def _stem(self, unit: Unit, number: int) -> str:
         middle = f"{number:06d}" if unit == "epoch" else f"step{number:08d}"

@@ -105,6 +105,13 @@ def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
     raise ConfigError(f"accelerate was started with {word}: add --mixed_precision bf16, or no for float32")
 
 
+def resolved_precision(model: ModelConfig, device: torch.device) -> dict[str, str]:
+    """The option that gives `compute_dtype` again wherever a run is started; none if `--dit_dtype` does."""
+    if model.dit_dtype is not None:
+        return {}
+    return {"mixed_precision": "bf16" if compute_dtype(model, device) == torch.bfloat16 else "no"}
+
+
 def shared_seed(run: RunConfig, resumed: int | None) -> int:
     """The run's seed, equal on all processes: given, resumed, or random."""
     if run.seed is not None:

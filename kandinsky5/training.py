@@ -11,8 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +28,7 @@ from kandinsky5.lora_metadata import RunFacts
 from kandinsky5.metrics import Metrics
 from kandinsky5.objective import Objective
 from kandinsky5.sample_files import SampleNames
+from kandinsky5.saved_config import shareable_options, write_config
 from kandinsky5.saving import OutputNames
 from kandinsky5.train_output import Output, take_control_word
 from kandinsky5.train_plan import PlanSequence, RunLength, StepPlan, batch_loader, data_order_hash
@@ -45,7 +44,7 @@ from kandinsky5.training_state import RunState, SavedState, find_state, read_sta
 from kandinsky5.validation import Validation
 from modules.dtypes import dtype_name
 from modules.errors import DivergedError, ResourceError
-from modules.files import remove_strays, write_json
+from modules.files import remove_strays
 from modules.interruption import StopRequest, exit_on_signal, graceful_stop
 from modules.logs import get_logger
 from modules.optimizers import build_optimizer, describe_optimizer, learning_rates
@@ -106,8 +105,9 @@ def _prepare(config: TrainConfig) -> Trainer | None:
         train_checks.log_datasets(datasets, data)
         log.info("%s", train_checks.describe_model(config.model))
         if config.tracking.log_config:
-            log.info("options: %s", _shareable_options(config))
-        write_json(OutputNames(saving.output_dir, saving.output_name).settings, _shareable_options(config))
+            log.info("options: %s", shareable_options(config))
+        resolved = {"seed": seed, **train_setup.resolved_precision(config.model, accelerator.device)}
+        write_config(OutputNames(saving.output_dir, saving.output_name).config, config, resolved)
     own = list(enumerate(requests))[accelerator.process_index :: accelerator.num_processes]
     prompts = encode_requests(config, own, accelerator.device)
     return Trainer(config, accelerator, datasets, data, validation_data, length, seed, saved, prompts)
@@ -126,19 +126,6 @@ def _run_length(
         num_processes=num_processes,
         total_steps=resolve_total_steps(asked, saved),
     )
-
-
-def _shareable_options(config: TrainConfig) -> dict[str, Any]:
-    """The options without folders: of a path only its last part is kept."""
-
-    def share(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [share(item) for item in value]
-        if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value)):
-            return Path(str(value).replace("\\", "/")).name
-        return value
-
-    return {name: share(value) for name, value in config.options.items()}
 
 
 class Trainer:

@@ -1,11 +1,11 @@
-"""Options from a TOML file, turned into the words they would be on the command line."""
+"""Options from a TOML file, turned into the words they would be on the command line, and the way back."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +93,42 @@ def _words(key: str, value: Any, action: argparse.Action) -> list[str]:
         return [f"--{key}", *(str(item) for item in value)]
     # The form with = keeps values that start with a dash from being read as options.
     return [f"--{key}={value}"]
+
+
+def file_values(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    *,
+    places: Collection[str],
+    places_or_ids: Collection[str],
+) -> dict[str, Any]:
+    """What a configuration file would hold to give these options again: `option_words` reversed.
+
+    Args:
+        places: options that name files or folders although their type is text.
+        places_or_ids: the same, or a model id of the Hub such as `owner/name`, which stays text.
+    Returns:
+        Option name -> bool, number, text, list of them, or `Path` for every file and folder. Options that are
+        not given and have no default are left out.
+    """
+    values: dict[str, Any] = {}
+    for action in parser._actions:
+        value = vars(args).get(action.dest)
+        if value is None or action.dest == argparse.SUPPRESS:
+            continue
+        name = max(action.option_strings, key=len).removeprefix("--")
+        if action.nargs == 0:
+            # A pair of switches may write into one name: only the one that was chosen is true.
+            values[name] = value == action.const
+        elif name in places or (name in places_or_ids and not _is_hub_id(str(value))):
+            values[name] = Path(value)
+        elif isinstance(value, tuple):  # a type of ours that reads "a,b"
+            values[name] = ",".join(map(str, value))
+        else:
+            values[name] = value
+    return dict(sorted(values.items()))
+
+
+def _is_hub_id(text: str) -> bool:
+    owner, _, name = text.partition("/")
+    return bool(owner.strip(".~") and name) and not set(name) & set("/\\") and not Path(text).exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky5.cli.compile_options import compile_config
-from kandinsky5.cli.config_file import with_config_file
+from kandinsky5.cli.config_file import file_values, with_config_file
 from kandinsky5.cli.train_options import ACCEPTED, UNAVAILABLE, UNAVAILABLE_VALUES, build_parser
 from kandinsky5.configs.train import (
     NETWORK_MODULES,
@@ -34,6 +34,10 @@ from modules.errors import ConfigError
 from modules.keyword_args import parse_keyword_args
 
 _SECRETS = ("wandb_api_key", "huggingface_token")
+_PLACES = ("vae",)
+_PLACES_OR_IDS = ("text_encoder_qwen", "text_encoder_clip")
+_NOT_OF_THE_RUN = ("help", "config_file", "resume", "overwrite", "traceback", "show_timesteps")
+"""Options that say how this call is made, which a repeated run decides anew."""
 _NEWCOMER_DEFAULTS = {
     "discrete_flow_shift": 1.0,
     "timestep_sampling": "sigma",
@@ -87,11 +91,9 @@ def _train_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             problems += error.problems
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    options = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in sorted(vars(args).items())
-        if key not in _SECRETS
-    }
+    values = file_values(parser, args, places=_PLACES, places_or_ids=_PLACES_OR_IDS)
+    left_out = {*_SECRETS, *_NOT_OF_THE_RUN}
+    options = {name: value for name, value in values.items() if name not in left_out}
     return TrainConfig(**parts, options=options, notes=tuple(_notes(parser, args, parts["model"])))
 
 

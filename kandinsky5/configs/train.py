@@ -289,7 +289,8 @@ class TrainConfig:
     tracking: TrackingConfig
     samples: SampleConfig
     options: Mapping[str, Any]
-    """Every option as given or defaulted, for the resolved configuration beside the LoRA; no secrets."""
+    """Every option as given or defaulted, as a configuration file would hold it; files and folders are
+    `Path`. No secrets, and nothing that only concerns this call."""
     notes: tuple[str, ...] = ()
     """Log lines about options that have no effect here."""
 

@@ -1,0 +1,55 @@
+"""The options of a run as a TOML file that `--config_file` takes back, without folders and keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kandinsky5.configs.train import TrainConfig
+from modules.files import write_text
+
+_HEAD = """\
+# The options of a run, defaults included; --config_file takes this file back.
+# Files and folders stand here by their own name only, as comments: give them on the command line.
+"""
+
+
+def write_config(path: Path, config: TrainConfig, resolved: Mapping[str, Any]) -> None:
+    """Write the options of a run.
+
+    Args:
+        resolved: values that were decided at the start of the run (seed, precision), by option name; they
+            take the place of what was given.
+    """
+    values = {**config.options, **resolved}
+    lines = [_line(name, values[name]) for name in sorted(values)]
+    write_text(path, _HEAD + "\n".join(lines) + "\n")
+
+
+def shareable_options(config: TrainConfig) -> dict[str, Any]:
+    """The options without folders: of files and folders only their own names, as text."""
+    return {name: _share(value) for name, value in config.options.items()}
+
+
+def _share(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value).replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return [_share(item) for item in value] if isinstance(value, list) else value
+
+
+def _line(name: str, value: Any) -> str:
+    items = value if isinstance(value, list) else [value]
+    is_place = any(isinstance(item, Path) for item in items)
+    return f"{'# ' if is_place else ''}{name} = {_toml(_share(value))}"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's; TOML wants the delete character escaped too, and no half of a pair.
+        whole = value.encode("utf-8", "replace").decode("utf-8")
+        return json.dumps(whole, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)
