@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from kandinsky5.configs.train import SavingConfig
+from networks.lora_scales import lora_config_path
 
 Unit = Literal["epoch", "step"]
 
@@ -102,4 +103,4 @@ def delete_result(path: Path) -> None:
         return
     for file in (path, average_path(path)):
         file.unlink(missing_ok=True)
-        file.with_name(f"{file.stem}_config_lora.json").unlink(missing_ok=True)
+        lora_config_path(file).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.config import DatasetConfig
 from kandinsky5.configs.train import TrainConfig
+from kandinsky5.hub import HubUploads
 from kandinsky5.lora_metadata import RunFacts, lora_metadata
 from kandinsky5.metrics import Metrics
 from kandinsky5.saving import OutputNames, Unit, average_path, delete_result, expired
@@ -66,6 +67,7 @@ class Output:
         tracker_run: str,
         weight_norms: Mapping[str, float],
         average: WeightAverage | None,
+        uploads: HubUploads | None,
     ) -> None:
         self.facts = facts
         self.tracker_run = tracker_run
@@ -76,6 +78,7 @@ class Output:
         self._optimizer = optimizer
         self._weight_norms = weight_norms
         self._average = average
+        self._uploads = uploads
         self._metrics: Metrics | None = None
 
     def open_metrics(self, step: int) -> Metrics:
@@ -135,6 +138,15 @@ class Output:
             self._write_state(self.names.final_state, run, schedule)
         return self.names.final_lora
 
+    def finish_uploads(self) -> None:
+        """Wait for uploads that are on their way.
+
+        Raises:
+            ResourceError: some failed twice.
+        """
+        if self._uploads is not None:
+            self._uploads.finish()
+
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Within the block the weights are those that are meant to be used, for schedule-free optimizers."""
@@ -184,6 +196,8 @@ class Output:
                     metadata=described,
                 )
             log.info("saved %s", target)
+            if self._uploads is not None:
+                self._uploads.add_lora(target)
 
         with self.averaged_weights():
             save(path, metadata)
@@ -227,6 +241,8 @@ class Output:
                 None if self._average is None else self._average.state_dict(),
             )
         log.info("saved %s", folder)
+        if self._uploads is not None:
+            self._uploads.add_state(folder)
 
     def _check_finite(self, path: Path) -> None:
         """A weight that is not finite must not replace a good file."""

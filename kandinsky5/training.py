@@ -24,6 +24,7 @@ from dataset.config import DatasetConfig
 from kandinsky5 import train_checks, train_setup
 from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.train import TrainConfig
+from kandinsky5.hub import HubUploads, fetch_state
 from kandinsky5.lora_metadata import RunFacts
 from kandinsky5.metrics import Metrics
 from kandinsky5.objective import Objective
@@ -70,6 +71,7 @@ def train(config: TrainConfig) -> None:
         return
     with graceful_stop() as stop:
         trainer.run(stop)
+        trainer.output.finish_uploads()
     if stop.exit_code:
         raise SystemExit(stop.exit_code)
 
@@ -77,10 +79,7 @@ def train(config: TrainConfig) -> None:
 def _prepare(config: TrainConfig) -> Trainer | None:
     """Check everything, then load and build everything; None if the run is finished already."""
     saving = config.saving
-    state_path = (
-        find_state(saving.output_dir, saving.output_name, config.run.resume) if config.run.resume else None
-    )
-    saved = None if state_path is None else read_state(state_path)
+    saved = _saved_state(config)
     train_checks.check_files(config)
     requests = read_requests(config)
     accelerator = train_setup.build_accelerator(config)
@@ -90,6 +89,8 @@ def _prepare(config: TrainConfig) -> Trainer | None:
         remove_stray_states(saving.output_dir)
         for note in config.notes:
             log.info("%s", note)
+    wants_uploads = config.hub.huggingface_repo_id is not None and accelerator.is_main_process
+    uploads = HubUploads(config.hub) if wants_uploads else None
     accelerator.wait_for_everyone()
     seed = train_setup.shared_seed(config.run, saved.run.seed if saved else None)
     datasets, data = train_setup.open_datasets(config, seed)
@@ -110,7 +111,20 @@ def _prepare(config: TrainConfig) -> Trainer | None:
         write_config(OutputNames(saving.output_dir, saving.output_name).config, config, resolved)
     own = list(enumerate(requests))[accelerator.process_index :: accelerator.num_processes]
     prompts = encode_requests(config, own, accelerator.device)
-    return Trainer(config, accelerator, datasets, data, validation_data, length, seed, saved, prompts)
+    return Trainer(
+        config, accelerator, datasets, data, validation_data, length, seed, saved, prompts, uploads
+    )
+
+
+def _saved_state(config: TrainConfig) -> SavedState | None:
+    """What `--resume` names, read and verified."""
+    resume, hub = config.run.resume, config.hub
+    if resume is None:
+        return None
+    if hub.resume_from_huggingface:
+        return read_state(fetch_state(resume, hub.huggingface_token))
+    path = find_state(config.saving.output_dir, config.saving.output_name, resume)
+    return None if path is None else read_state(path)
 
 
 def _run_length(
@@ -142,6 +156,7 @@ class Trainer:
         seed: int,
         saved: SavedState | None,
         prompts: Sequence[PreparedPrompt],
+        uploads: HubUploads | None,
     ) -> None:
         self.config, self.accelerator, self.data, self.length = config, accelerator, data, length
         self.seed = seed
@@ -185,7 +200,7 @@ class Trainer:
             if validation_data is not None and accelerator.is_main_process
             else None
         )
-        self.output = self._output(datasets, saved, dtype, norms)
+        self.output = self._output(datasets, saved, dtype, norms, uploads)
         self.is_sampling_asked = False
         folder, name = config.saving.output_dir / "sample", config.saving.output_name
         names = SampleNames(folder, name, self.output.facts.session_id)
@@ -210,6 +225,7 @@ class Trainer:
         saved: SavedState | None,
         dtype: torch.dtype,
         norms: Mapping[str, float],
+        uploads: HubUploads | None,
     ) -> Output:
         started_at = saved.run.started_at if saved else time.time()
         prefix = self.config.tracking.log_prefix
@@ -236,6 +252,7 @@ class Trainer:
             tracker_run=(saved.run.tracker_run if saved else "") or f"{prefix}{stamp}",
             weight_norms=norms,
             average=self.average,
+            uploads=uploads,
         )
 
     def run(self, stop: StopRequest) -> None:

@@ -31,7 +31,7 @@ from modules.tensor_files import encode_header, file_order, read_tensors, tensor
 from networks.factors import LayerFactors, LoraFactors, factors_from_roles
 from networks.lora import LoRANetwork
 from networks.lora_keys import LayerNames, group_keys, is_dora_key, parse_key, underscored
-from networks.lora_scales import FOLDED_MARK, PeftScale, find_scale
+from networks.lora_scales import FOLDED_MARK, PeftScale, find_scale, lora_config_path
 
 log = get_logger(__name__)
 
@@ -320,7 +320,7 @@ def save_folded(
         tensors[f"{prefix}{name}.lora_B{suffix}.weight"] = up.to(dtype)
     marked = {**(metadata or {}), FOLDED_MARK[0]: FOLDED_MARK[1]}
     write_tensors(path, tensors, with_hashes(tensors, marked))
-    write_json(path.with_name(f"{path.stem}_config_lora.json"), _peft_config(layers, rank))
+    write_json(lora_config_path(path), _peft_config(layers, rank))
 
 
 def _peft_config(layers: Collection[str], rank: int) -> dict[str, object]:

@@ -39,6 +39,11 @@ class PeftScale:
         return alpha / (rank**0.5 if self.use_rslora else rank)
 
 
+def lora_config_path(lora: Path) -> Path:
+    """The PEFT settings beside a LoRA file, which official loaders read its scale from."""
+    return lora.with_name(f"{lora.stem}_config_lora.json")
+
+
 def find_scale(path: Path, metadata: Mapping[str, str]) -> PeftScale:
     """The scale of a file without `.alpha` tensors.
 
@@ -54,7 +59,7 @@ def find_scale(path: Path, metadata: Mapping[str, str]) -> PeftScale:
         where = f"{path}: metadata lora_adapter_metadata"
         settings = _parse_settings(metadata["lora_adapter_metadata"], where)
         return _peft_scale({name.removeprefix("transformer."): v for name, v in settings.items()}, where)
-    for config in (path.with_name(f"{path.stem}_config_lora.json"), path.with_name("config_lora.json")):
+    for config in (lora_config_path(path), path.with_name("config_lora.json")):
         if config.is_file():
             return _peft_scale(_parse_settings(_read_config(config), str(config)), str(config))
     log.info("%s: no alpha in the file or beside it, so it is used at scale 1", path.name)

@@ -17,6 +17,7 @@ from kandinsky5.configs.train import (
     NETWORK_MODULES,
     ConditioningConfig,
     DataConfig,
+    HubConfig,
     MetadataConfig,
     ModelConfig,
     NetworkConfig,
@@ -82,6 +83,7 @@ def _train_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         "saving": _saving,
         "metadata": lambda a: _fill(MetadataConfig, a),
         "tracking": lambda a: _fill(TrackingConfig, a),
+        "hub": lambda a: _fill(HubConfig, a),
         "samples": _samples,
     }
     for name, build in builders.items():
@@ -161,6 +163,10 @@ def _impossible_pairs(args: argparse.Namespace) -> list[str]:
             (args.validate_every_n_steps or args.validate_every_n_epochs)
             and not args.validation_dataset_config,
             "--validate_every_n_* needs --validation_dataset_config",
+        ),
+        (
+            args.resume_from_huggingface and args.resume in (None, "auto"),
+            "--resume_from_huggingface needs --resume USER/REPO/PATH",
         ),
         (args.log_with == "tensorboard" and args.logging_dir is None, "--log_with needs --logging_dir"),
     ]

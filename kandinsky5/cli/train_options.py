@@ -29,14 +29,6 @@ UNAVAILABLE = {
     "wandb_run_name": f"belongs to wandb, which {_LATER}",
     "wandb_api_key": f"belongs to wandb, which {_LATER}",
     "log_tracker_config": _LATER,
-    "huggingface_repo_id": f"upload {_LATER}",
-    "huggingface_repo_type": f"upload {_LATER}",
-    "huggingface_path_in_repo": f"upload {_LATER}",
-    "huggingface_token": f"upload {_LATER}",
-    "huggingface_repo_visibility": f"upload {_LATER}",
-    "save_state_to_huggingface": f"upload {_LATER}",
-    "resume_from_huggingface": f"upload {_LATER}",
-    "async_upload": f"upload {_LATER}",
 }
 """Options that are refused when given, each with what the message says after the option's name."""
 
@@ -497,12 +489,30 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_upload(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("Hugging Face upload")
-    for name in ("repo_id", "repo_type", "path_in_repo", "token", "repo_visibility"):
-        group.add_argument(f"--huggingface_{name}", help=name.replace("_", " "))
-    group.add_argument("--save_state_to_huggingface", action="store_true", help="upload states too")
-    group.add_argument("--resume_from_huggingface", action="store_true", help="read --resume from the Hub")
-    group.add_argument("--async_upload", action="store_true", help="upload beside training")
+    group = parser.add_argument_group("Hugging Face hub")
+    add = group.add_argument
+    add("--huggingface_repo_id", metavar="USER/REPO", help="upload every saved LoRA there; made if missing")
+    add(
+        "--huggingface_repo_type",
+        choices=("model", "dataset", "space"),
+        default="model",
+        help="(default: model)",
+    )
+    add("--huggingface_path_in_repo", default="", metavar="FOLDER", help="folder in the repository")
+    add("--huggingface_token", metavar="TOKEN", help="(default: the one that `hf auth login` stored)")
+    add(
+        "--huggingface_repo_visibility",
+        choices=("public", "private"),
+        default="private",
+        help="of a repository that is made (default: private)",
+    )
+    add("--save_state_to_huggingface", action="store_true", help="upload states too")
+    add(
+        "--resume_from_huggingface",
+        action="store_true",
+        help="--resume names a state on the hub: USER/REPO/PATH[:REVISION[:TYPE]]",
+    )
+    add("--async_upload", action="store_true", help="upload beside the training")
 
 
 def step_count(word: str) -> int | float:

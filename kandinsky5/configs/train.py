@@ -244,6 +244,36 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HubConfig:
+    """Uploads to the Hugging Face hub."""
+
+    huggingface_repo_id: str | None = None
+    """`user/name`; None: nothing is uploaded."""
+    huggingface_repo_type: Literal["model", "dataset", "space"] = "model"
+    huggingface_path_in_repo: str = ""
+    huggingface_token: str | None = field(default=None, repr=False)
+    """None: the one that `hf auth login` stored."""
+    huggingface_repo_visibility: Literal["public", "private"] = "private"
+    """Of a repository that does not exist yet."""
+    save_state_to_huggingface: bool = False
+    resume_from_huggingface: bool = False
+    """`--resume` names a folder on the hub."""
+    async_upload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.huggingface_repo_id is not None:
+            return
+        given = {
+            "huggingface_path_in_repo": self.huggingface_path_in_repo,
+            "save_state_to_huggingface": self.save_state_to_huggingface,
+            "async_upload": self.async_upload,
+        }
+        problems = [f"--{name} needs --huggingface_repo_id" for name, value in given.items() if value]
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig:
     """Videos and images made while training."""
 
@@ -287,6 +317,7 @@ class TrainConfig:
     saving: SavingConfig
     metadata: MetadataConfig
     tracking: TrackingConfig
+    hub: HubConfig
     samples: SampleConfig
     options: Mapping[str, Any]
     """Every option as given or defaulted, as a configuration file would hold it; files and folders are

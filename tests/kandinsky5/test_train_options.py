@@ -88,7 +88,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         (["--override_dit", '{"depth": 3}'], "model_dim"),
         (["--override_dit", "{"], "no JSON"),
         (["--log_with", "wandb"], "tensorboard"),
-        (["--huggingface_repo_id", "me/it"], "not available"),
+        (["--network_module", "lycoris.kohya"], "not available"),
         (["--sage_attn"], "cannot train"),
         (["--min_timestep", "800", "--max_timestep", "200"], "below"),
         (["--output_name", "a/b"], "--output_dir"),
