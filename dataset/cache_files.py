@@ -6,10 +6,10 @@ Keys and names are musubi-tuner's; its own files are read as far as their conten
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -124,10 +124,33 @@ class TextCacheMeta(_Meta):
     """All that a text cache depends on."""
 
     caption1: str
+    more_captions: tuple[str, ...] = ()
+    """Recorded as caption2, caption3, ..."""
     template: Content
     qwen_max_length: int
     clip_max_length: int
     encoder_fingerprint: str
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return self.caption1, *self.more_captions
+
+    def to_strings(self) -> dict[str, str]:
+        """The metadata entries."""
+        entries = _Meta.to_strings(self)
+        del entries["more_captions"]
+        return entries | {f"caption{n}": text for n, text in enumerate(self.captions, start=1)}
+
+    def difference(self, found: Mapping[str, str]) -> str | None:
+        """The first field in which a file's metadata differ from this, in words."""
+        recorded = _num_captions(found)
+        if recorded > len(self.captions):
+            return f"captions were {recorded}, are {len(self.captions)}"
+        return _Meta.difference(self, found)
+
+
+def _num_captions(metadata: Mapping[str, str]) -> int:
+    return sum(re.fullmatch(r"caption\d+", name) is not None for name in metadata)
 
 
 def _short(text: str | None) -> str:
@@ -175,8 +198,8 @@ class LatentCacheInfo:
 class TextCacheInfo:
     """What the header of a text cache says."""
 
-    embeds_key: str
-    pooled_key: str
+    keys: tuple[tuple[str, str], ...]
+    """For each caption the keys of its token embeddings and of its pooled one."""
     embed_dims: tuple[int, int]
     """Width of the token embeddings and of the pooled one."""
     metadata: Mapping[str, str]
@@ -276,25 +299,45 @@ def inspect_text_cache(path: Path) -> TextCacheInfo:
     """
     header, _ = _checked_header(path)
     keys = _keys_by_name(path, header)
-    missing = [name for name in ("text_embeds", "pooled_embed") if name not in keys]
-    if missing:
-        raise CacheError(f"{path}: holds no {' and no '.join(missing)}")
-    embeds = header.tensors[keys["text_embeds"]].shape
-    pooled = header.tensors[keys["pooled_embed"]].shape
-    mask = header.tensors[keys["attention_mask"]].shape if "attention_mask" in keys else embeds[:1]
-    if len(embeds) != 2 or len(pooled) != 1 or min(*embeds, *pooled) < 1 or mask != embeds[:1]:
-        raise CacheError(
-            f"{path}: unexpected shapes: text_embeds {list(embeds)}, pooled_embed {list(pooled)}, "
-            f"attention_mask {list(mask)}"
-        )
+    captions = tuple(
+        _caption_keys(path, header, keys, number)
+        for number in range(1, max(1, _num_captions(header.metadata)) + 1)
+    )
+    dims = {(header.tensors[embeds].shape[1], header.tensors[pooled].shape[0]) for embeds, pooled in captions}
+    if len(dims) > 1:
+        raise CacheError(f"{path}: its captions have different widths: {sorted(dims)}")
     return TextCacheInfo(
-        embeds_key=keys["text_embeds"],
-        pooled_key=keys["pooled_embed"],
-        embed_dims=(embeds[1], pooled[0]),
+        keys=captions,
+        embed_dims=dims.pop(),
         metadata=header.metadata,
         # musubi-tuner writes no template, because it knows only one.
         is_ours="template" in header.metadata,
     )
+
+
+def _caption_keys(
+    path: Path, header: TensorFileHeader, keys: Mapping[str, str], number: int
+) -> tuple[str, str]:
+    """The keys of one caption's two tensors, their shapes checked."""
+    prefix = _caption_prefix(number)
+    missing = [name for name in ("text_embeds", "pooled_embed") if prefix + name not in keys]
+    if missing:
+        raise CacheError(f"{path}: holds no {' and no '.join(prefix + name for name in missing)}")
+    embeds_key, pooled_key = keys[f"{prefix}text_embeds"], keys[f"{prefix}pooled_embed"]
+    embeds, pooled = header.tensors[embeds_key].shape, header.tensors[pooled_key].shape
+    mask_key = keys.get(f"{prefix}attention_mask")
+    mask = embeds[:1] if mask_key is None else header.tensors[mask_key].shape
+    if len(embeds) != 2 or len(pooled) != 1 or min(*embeds, *pooled) < 1 or mask != embeds[:1]:
+        raise CacheError(
+            f"{path}: unexpected shapes: {prefix}text_embeds {list(embeds)}, "
+            f"{prefix}pooled_embed {list(pooled)}, {prefix}attention_mask {list(mask)}"
+        )
+    return embeds_key, pooled_key
+
+
+def _caption_prefix(number: int) -> str:
+    """Starts the tensor names of a caption; the first one's are musubi-tuner's."""
+    return "" if number == 1 else f"caption{number}_"
 
 
 # ---------------------------------------------------------------------------------------------- freshness
@@ -370,22 +413,33 @@ def write_latent_cache(path: Path, latents: Tensor, latents_image: Tensor, meta:
     write_tensors(path, tensors, _metadata(meta))
 
 
-def write_text_cache(path: Path, text_embeds: Tensor, pooled_embed: Tensor, meta: TextCacheMeta) -> None:
-    """Write one text cache as a whole file.
+def write_text_cache(
+    path: Path,
+    text_embeds: Tensor,
+    pooled_embed: Tensor,
+    meta: TextCacheMeta,
+    more: Sequence[tuple[Tensor, Tensor]] = (),
+) -> None:
+    """Write one text cache as a whole file. With one caption it is what musubi-tuner writes and reads.
 
     Args:
         text_embeds: [L, dim], real tokens only; stored as bfloat16.
         pooled_embed: [dim2]; stored as float32.
+        more: the same two for each of meta.more_captions.
     Raises:
         DataError: a number is not finite; nothing is written.
     """
-    assert text_embeds.ndim == 2
-    assert pooled_embed.ndim == 1
-    tensors = {
-        "text_embeds_bfloat16": _finite(path, "text_embeds", text_embeds.to(torch.bfloat16)),
-        "pooled_embed_float32": _finite(path, "pooled_embed", pooled_embed.to(torch.float32)),
-        "attention_mask": torch.ones(text_embeds.shape[0], dtype=torch.bool),
-    }
+    assert len(more) == len(meta.more_captions)
+    tensors = {}
+    for number, (embeds, pooled) in enumerate([(text_embeds, pooled_embed), *more], start=1):
+        assert embeds.ndim == 2
+        assert pooled.ndim == 1
+        prefix = _caption_prefix(number)
+        tensors |= {
+            f"{prefix}text_embeds_bfloat16": _finite(path, "text_embeds", embeds.to(torch.bfloat16)),
+            f"{prefix}pooled_embed_float32": _finite(path, "pooled_embed", pooled.to(torch.float32)),
+            f"{prefix}attention_mask": torch.ones(embeds.shape[0], dtype=torch.bool),
+        }
     write_tensors(path, tensors, _metadata(meta))
 
 
@@ -431,13 +485,6 @@ class TextCache:
     pooled_embed: Tensor
     """[dim2], float32."""
 
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a text cache; see `read_text_cache`."""
-        info = inspect_text_cache(path)
-        tensors = _read(path, info.embeds_key, info.pooled_key)
-        return cls(text_embeds=tensors[0], pooled_embed=tensors[1].float())
-
 
 def read_latent_cache(path: Path, content: Content) -> LatentCache:
     """Read a latent cache.
@@ -453,13 +500,17 @@ def read_latent_cache(path: Path, content: Content) -> LatentCache:
     return LatentCache(latents=tensors[0], latents_image=tensors[1] if image_key is not None else None)
 
 
-def read_text_cache(path: Path) -> TextCache:
-    """Read a text cache.
+def read_text_cache(path: Path, caption: int = 0) -> TextCache:
+    """Read one caption of a text cache, counted from 0.
 
     Raises:
-        CacheError: as `inspect_text_cache`, or a number is not finite.
+        CacheError: as `inspect_text_cache`, a number is not finite, or there are not so many captions.
     """
-    return TextCache.read(path)
+    info = inspect_text_cache(path)
+    if caption >= len(info.keys):
+        raise CacheError(f"{path}: holds {len(info.keys)} captions, not {caption + 1}: it was replaced")
+    tensors = _read(path, *info.keys[caption])
+    return TextCache(text_embeds=tensors[0], pooled_embed=tensors[1].float())
 
 
 def _read(path: Path, *keys: str) -> list[Tensor]:

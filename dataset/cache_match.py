@@ -52,6 +52,8 @@ class CachedItem:
     """Of the dataset, which decides how its cache names are read."""
     latent_path: Path
     text_path: Path
+    num_captions: int
+    """Held by `text_path`; one is drawn each time."""
     empty_text_path: Path
     """The cache of the empty caption, for caption dropout."""
     num_frames: int
@@ -198,9 +200,10 @@ class _Matcher:
             if base_name not in texts:
                 self._missing(base_name, left_out, NO_TEXT, self._no_texts)
                 continue
-            if self._check_text(texts[base_name]):
+            text = self._check_text(texts[base_name])
+            if text is not None:
                 for path in latents[base_name]:
-                    self._add(base_name, path, texts[base_name])
+                    self._add(base_name, path, texts[base_name], len(text.keys))
         for base_name in sorted(set(texts) - set(latents)):
             self._missing(base_name, left_out, NO_LATENTS, self._no_latents)
         self._check_empty_text()
@@ -264,21 +267,21 @@ class _Matcher:
         if not self.options.allow_missing:
             problems.lines.append(base_name)
 
-    def _check_text(self, path: Path) -> bool:
-        """Whether a text cache can be used."""
+    def _check_text(self, path: Path) -> TextCacheInfo | None:
+        """What a text cache holds; None if it cannot be used."""
         try:
             info = inspect_text_cache(path)
         except CacheError as error:
             self._bad_texts.lines.extend(error.problems)
-            return False
+            return None
         problem = self._text_problem(info)
         if problem is not None:
             self._bad_texts.lines.append(f"{path}: {problem}")
-            return False
+            return None
         self.text_dims.add(info.embed_dims)
         if info.is_ours:
             self.text_fingerprints.add(info.metadata.get("encoder_fingerprint", ""))
-        return True
+        return info
 
     def _text_problem(self, info: TextCacheInfo) -> str | None:
         template = self.dataset.template
@@ -296,7 +299,7 @@ class _Matcher:
         )
         return None
 
-    def _add(self, base_name: str, path: Path, text_path: Path) -> None:
+    def _add(self, base_name: str, path: Path, text_path: Path, num_captions: int) -> None:
         """Check one latent cache and put it into the items."""
         try:
             info = inspect_latent_cache(path, self.dataset.content)
@@ -321,6 +324,7 @@ class _Matcher:
                 content=self.dataset.content,
                 latent_path=path,
                 text_path=text_path,
+                num_captions=num_captions,
                 empty_text_path=self._empty_text_path(),
                 num_frames=num_frames,
                 shape=info.shape,
@@ -386,7 +390,8 @@ class _Matcher:
                 self._check_text(path)
             else:
                 self._no_texts.lines.append(
-                    f"{path.name}: the empty caption, which caption_dropout_rate needs"
+                    f"{path.name}: the empty caption, which caption dropout needs (with "
+                    "--skip_existing the command makes nothing else)"
                 )
 
     def _messages(self) -> list[str]:

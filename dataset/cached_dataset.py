@@ -31,6 +31,8 @@ class BatchPlan:
     """Name each clip of an epoch, the same on every machine: noise and timesteps are drawn by them."""
     drops_caption: tuple[bool, ...]
     """Whether the clip is trained with the empty caption this time."""
+    caption_numbers: tuple[int, ...]
+    """Which of its captions each clip is trained with, from 0."""
     timestep_quantiles: tuple[float, ...] | None
     """Uniform numbers in [0, 1) that share out the noise levels over the epoch."""
 
@@ -69,6 +71,7 @@ class CachedDataset(Dataset[CachedBatch]):
         allow_upstream_text_cache: bool = False,
         strict: bool = False,
         num_timestep_buckets: int | None = None,
+        draws_captions: bool = True,
     ) -> None:
         """Find and check every cache file by its header; no source is opened.
 
@@ -80,6 +83,7 @@ class CachedDataset(Dataset[CachedBatch]):
             strict: any item that was skipped is an error.
             num_timestep_buckets: spread the noise levels of an epoch evenly over this many parts; None and 1
                 leave them to chance.
+            draws_captions: False always takes the first caption and drops none, so that losses compare.
         Raises:
             CacheError: caches are missing, damaged or do not fit the dataset file; the message lists them
                 and gives the command that makes them.
@@ -94,6 +98,7 @@ class CachedDataset(Dataset[CachedBatch]):
         self.config = config
         self.seed = seed
         self.num_timestep_buckets = num_timestep_buckets
+        self.draws_captions = draws_captions
         self.items: tuple[CachedItem, ...] = matched.items
         self.summaries: tuple[DatasetSummary, ...] = matched.summaries
         self.notes: tuple[str, ...] = matched.notes
@@ -106,6 +111,15 @@ class CachedDataset(Dataset[CachedBatch]):
     def num_items(self) -> int:
         """Clips per epoch, repeats counted."""
         return sum(self.config.datasets[item.dataset_index].num_repeats for item in self.items)
+
+    @property
+    def caption_rules(self) -> tuple[str, ...]:
+        """What decides the captions that are drawn, where there is anything to draw."""
+        rates = {d.index: d.caption_dropout_rate for d in self.config.datasets if d.caption_dropout_rate}
+        return (
+            *(f"dataset {index} dropout {rate:g}" for index, rate in rates.items()),
+            *(f"{item.key} {item.num_captions}" for item in self.items if item.num_captions > 1),
+        )
 
     def summary_table(self) -> str:
         """Found, used and skipped items by reason, and the clips per bucket, as text."""
@@ -151,14 +165,23 @@ class CachedDataset(Dataset[CachedBatch]):
             drops_caption=tuple(
                 self._drops_caption(i, key, epoch) for (i, _), key in zip(members, keys, strict=True)
             ),
+            caption_numbers=tuple(
+                self._caption_number(i, key, epoch) for (i, _), key in zip(members, keys, strict=True)
+            ),
             timestep_quantiles=None if quantiles is None else tuple(quantiles[: len(members)]),
         )
 
     def _drops_caption(self, position: int, key: str, epoch: int) -> bool:
         rate = self.config.datasets[self.items[position].dataset_index].caption_dropout_rate
-        if rate == 0:
+        if rate == 0 or not self.draws_captions:
             return False
         return torch.rand((), generator=generator_for("caption dropout", self.seed, epoch, key)).item() < rate
+
+    def _caption_number(self, position: int, key: str, epoch: int) -> int:
+        count = self.items[position].num_captions
+        if count == 1 or not self.draws_captions:
+            return 0
+        return int(torch.randint(count, (), generator=generator_for("caption", self.seed, epoch, key)))
 
     def _quantiles(
         self, num_batches: int, batch_size: int, epoch: int, dataset_index: int
@@ -189,8 +212,8 @@ class CachedDataset(Dataset[CachedBatch]):
                     f"{item.latent_path}: was replaced by one of another size during the training"
                 )
         texts = [
-            read_text_cache(item.empty_text_path if dropped else item.text_path)
-            for item, dropped in zip(items, plan.drops_caption, strict=True)
+            read_text_cache(item.empty_text_path) if dropped else read_text_cache(item.text_path, number)
+            for item, dropped, number in zip(items, plan.drops_caption, plan.caption_numbers, strict=True)
         ]
         images = [cache.latents_image for cache in latents if cache.latents_image is not None]
         return CachedBatch(

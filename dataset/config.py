@@ -44,6 +44,8 @@ class _CommonConfig:
     resolution: Size = (960, 544)
     """(width, height): its area is the target, and without buckets it is the size itself."""
     caption_extension: str | None = None
+    caption_lines: bool = False
+    """Every line of a caption file is a caption of its own, and one is drawn each time."""
     batch_size: int = 1
     num_repeats: int = 1
     enable_bucket: bool = False
@@ -58,7 +60,10 @@ class _CommonConfig:
         return [(f.name, str(getattr(self, f.name))) for f in fields(self) if f.name not in hidden]
 
     def _text_settings(self, template: Content) -> dict[str, Any]:
-        return {"template": template, "caption_extension": self.caption_extension}
+        settings: dict[str, Any] = {"template": template, "caption_extension": self.caption_extension}
+        if self.caption_lines:
+            settings["caption_lines"] = True
+        return settings
 
     def _size_settings(self) -> dict[str, Any]:
         return {
@@ -218,17 +223,20 @@ def exact_rate(fps: float) -> Fraction:
     return Fraction(str(fps))
 
 
-def load_dataset_config(path: Path, *, batch_size: int | None = None) -> DatasetConfig:
+def load_dataset_config(
+    path: Path, *, batch_size: int | None = None, caption_dropout_rate: float | None = None
+) -> DatasetConfig:
     """Read a dataset file.
 
     Args:
         path: a `.toml` or `.json` file.
-        batch_size: the command line's --batch_size, used where the file gives none.
+        batch_size, caption_dropout_rate: the command line's, used where the file gives none.
     Raises:
         ConfigError: everything that is wrong with the file, in one list.
     """
     text = read_config_text(path)
-    reader = _Reader(text, batch_size)
+    options = {"batch_size": batch_size, "caption_dropout_rate": caption_dropout_rate}
+    reader = _Reader(text, {key: value for key, value in options.items() if value is not None})
     datasets = reader.read()
     if reader.problems:
         raise ConfigError(reader.problems)
@@ -238,9 +246,10 @@ def load_dataset_config(path: Path, *, batch_size: int | None = None) -> Dataset
 class _Reader:
     """Walks the parsed file once and collects problems instead of stopping at the first."""
 
-    def __init__(self, text: ConfigText, batch_size: int | None) -> None:
+    def __init__(self, text: ConfigText, options: dict[str, Any]) -> None:
         self.text = text
-        self.batch_size = batch_size
+        self.options = options
+        """Of the command line: they count where the file is silent."""
         self.problems: list[str] = []
         self.notes: list[str] = []
 
@@ -304,12 +313,11 @@ class _Reader:
         unused = sorted(key for key in own if key in ignored)
         if unused:
             self.notes.append(f"dataset {index}: {', '.join(unused)}: no effect with Kandinsky 5, ignored")
-        given = {key: value for key, value in {**defaults, **own}.items() if key not in ignored}
-        if self.batch_size is not None:
-            given.setdefault("batch_size", self.batch_size)
+        given = {**self.options, **defaults, **own}
+        given = {key: value for key, value in given.items() if key not in ignored}
         if not is_video:
             given.pop("target_fps", None)  # may stand in [general] for the video datasets
-        self._check_together(index, given, content)
+        self._check_together(index, given, own, content)
         if len(self.problems) > problems_before:
             return None
         return self._build(index, given, content)
@@ -323,7 +331,9 @@ class _Reader:
                 self.notes.append(f"dataset {index}: {old} is an old spelling of {new}")
         return table
 
-    def _check_together(self, index: int, given: dict[str, Any], content: Content) -> None:
+    def _check_together(
+        self, index: int, given: dict[str, Any], own: dict[str, Any], content: Content
+    ) -> None:
         where = self._where(index)
         directory, jsonl = f"{content}_directory", f"{content}_jsonl_file"
         if directory in given and jsonl in given:
@@ -333,6 +343,10 @@ class _Reader:
         if directory in given and "caption_extension" not in given:
             self.problems.append(
                 f'{where}: {directory} needs caption_extension, for example caption_extension = ".txt"'
+            )
+        if jsonl in given and "caption_lines" in own:
+            self.problems.append(
+                f'{where}: caption_lines is for caption files; in a JSONL file write "caption": ["a", "b"]'
             )
         if content == "video" and "target_fps" in given and "source_fps" not in given:
             self.problems.append(

@@ -109,6 +109,7 @@ def _extraction(raw: Any) -> str:
 GENERAL_KEYS: dict[str, KeyCheck] = {
     "resolution": _resolution,
     "caption_extension": _extension,
+    "caption_lines": _boolean,
     "batch_size": _positive_int,
     "num_repeats": _positive_int,
     "enable_bucket": _boolean,

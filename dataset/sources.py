@@ -26,11 +26,11 @@ _MAX_LISTED = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceItem:
-    """One image or video with its caption."""
+    """One image or video with its captions."""
 
     path: Path
-    caption: str
-    """Stripped of white space at both ends; may be empty."""
+    captions: tuple[str, ...]
+    """At least one; each stripped of white space at both ends, and it may be empty."""
     base_name: str
     """The name its caches start with: no folder, no last extension."""
     is_frame_folder: bool = False
@@ -68,8 +68,8 @@ class SourceListing:
 
     @property
     def empty_captions(self) -> int:
-        """Items used with an empty caption."""
-        return sum(not item.caption for item in self.items)
+        """Items used with nothing but empty captions."""
+        return sum(not any(item.captions) for item in self.items)
 
 
 def list_items(dataset: AnyDatasetConfig) -> SourceListing:
@@ -119,7 +119,8 @@ def _list_directory(dataset: AnyDatasetConfig, directory: Path) -> SourceListing
         if isinstance(caption, SkippedItem):
             skipped.append(caption)
         else:
-            items.append(SourceItem(path=path, caption=caption, base_name=path.stem))
+            captions = _caption_lines(caption) if dataset.caption_lines else (caption,)
+            items.append(SourceItem(path=path, captions=captions, base_name=path.stem))
     return SourceListing(items=tuple(items), skipped=tuple(skipped))
 
 
@@ -134,6 +135,12 @@ def _read_caption(media: Path, path: Path) -> str | SkippedItem:
     except OSError as error:
         detail = f"{path.name} cannot be read: {error.strerror}"
         return SkippedItem(name=media.name, reason=NO_CAPTION, detail=detail, is_failure=True)
+
+
+def _caption_lines(text: str) -> tuple[str, ...]:
+    """One caption per line; lines without text are no captions, unless there is nothing else."""
+    lines = tuple(line.strip() for line in text.split("\n") if line.strip())
+    return lines or ("",)
 
 
 def _is_unicode(text: str) -> bool:
@@ -190,10 +197,8 @@ def _jsonl_entry(line: str, folder: Path, content: Content) -> tuple[SourceItem 
         raise ValueError(f"{keys[0]} must be a path in quotes")
     if "://" in written or written.lower().startswith(("file:", "data:")):
         raise ValueError(f"{keys[0]} is a URL; only files on this machine are read")
-    caption = value.get("caption")
-    if not isinstance(caption, str):
-        raise ValueError("caption must be a text in quotes" if "caption" in value else "has no caption")
-    if not _is_unicode(caption) or not _is_unicode(written):
+    captions = _jsonl_captions(value)
+    if not all(map(_is_unicode, [*captions, written])):
         raise ValueError("holds half a character (a lone surrogate such as \\ud800)")
     path = _resolve(Path(written), folder)
     key = os.path.normcase(path.resolve())
@@ -205,7 +210,18 @@ def _jsonl_entry(line: str, folder: Path, content: Content) -> tuple[SourceItem 
     if not is_folder and path.suffix.lower() not in _extensions(content):
         raise ValueError(f"{keys[0]} {written} is no {content}; known: {' '.join(_extensions(content))}")
     base_name = path.resolve().name if is_folder else path.stem
-    return SourceItem(path=path, caption=caption.strip(), base_name=base_name, is_frame_folder=is_folder), key
+    item = SourceItem(path=path, captions=captions, base_name=base_name, is_frame_folder=is_folder)
+    return item, key
+
+
+def _jsonl_captions(value: dict[str, Any]) -> tuple[str, ...]:
+    if "caption" not in value:
+        raise ValueError("has no caption")
+    written = value["caption"]
+    captions = written if isinstance(written, list) else [written]
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError('caption must be a text in quotes or a list of them: ["a cat", "a cat on a sofa"]')
+    return tuple(caption.strip() for caption in captions)
 
 
 def _json_object(line: str) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def ascii_picture(frame: np.ndarray, width: int) -> str:
 def _print_clip(clip: PlannedClip, frames: np.ndarray, width: int) -> None:
     num_frames, height, columns = clip.shape
     print(f"{clip.cache_name}: {num_frames} frames of {columns}x{height}")
-    print(f"caption: {clip.item.caption}")
+    for caption in clip.item.captions:
+        print(f"caption: {caption}")
     print(ascii_picture(frames[0], width))
     if num_frames > 1:
         print(f"last frame:\n{ascii_picture(frames[-1], width)}")

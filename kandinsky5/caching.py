@@ -288,17 +288,17 @@ def _text_work(
     targets = [
         _TextTarget(
             path=dataset.cache_directory / text_cache_name(item.base_name),
-            meta=replace(blank, caption1=item.caption),
+            meta=replace(blank, caption1=item.captions[0], more_captions=item.captions[1:]),
         )
         for item in listing.items
     ]
     size = config.run.batch_size or dataset.batch_size
     batches = [tuple(targets[start : start + size]) for start in range(0, len(targets), size)]
-    if dataset.caption_dropout_rate > 0:
-        # By itself: training compares nothing with it, and every dataset's empty caption is then the same.
-        path = dataset.cache_directory / empty_text_cache_name(dataset.template)
-        batches.append((_TextTarget(path=path, meta=blank),))
-        outcome.num_caches += 1
+    # By itself: its bytes then depend on no other caption. Made always, so that a training can drop captions
+    # without another run of this script.
+    path = dataset.cache_directory / empty_text_cache_name(dataset.template)
+    batches.append((_TextTarget(path=path, meta=blank),))
+    outcome.num_caches += 1
     stale = frozenset(
         target.path
         for batch in batches
@@ -310,14 +310,29 @@ def _text_work(
 
 
 def _encode_captions(encoders: TextEncoders, work: _TextWork) -> None:
-    total = sum(len(batch) for batch in work.batches)
+    total = sum(len(target.meta.captions) for batch in work.batches for target in batch)
     with tqdm(total=total, desc=f"dataset {work.outcome.dataset.index}", unit="caption") as progress:
         for batch in work.batches:
-            captions = [target.meta.caption1 for target in batch]
-            results = encoders.encode(captions, batch[0].meta.template)
-            for target, result in zip(batch, results, strict=True):
+            for target, (first, *more) in zip(batch, _encode_batch_captions(encoders, batch), strict=True):
                 if target.path in work.stale:
                     with disk_errors(target.path.parent):
-                        write_text_cache(target.path, result.text_embeds, result.pooled_embed, target.meta)
+                        write_text_cache(target.path, *first, target.meta, more)
                     work.outcome.encoded += 1
-            progress.update(len(batch))
+            progress.update(sum(len(target.meta.captions) for target in batch))
+
+
+def _encode_batch_captions(
+    encoders: TextEncoders, batch: Sequence[_TextTarget]
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """For each item the embeddings of its captions.
+
+    The first captions of all items share a call, then the second ones, and so on: no call is larger than the
+    batch, and a first caption is encoded as it would be without any others.
+    """
+    encoded: list[list[tuple[Tensor, Tensor]]] = [[] for _ in batch]
+    for number in range(max(len(target.meta.captions) for target in batch)):
+        members = [i for i, target in enumerate(batch) if number < len(target.meta.captions)]
+        captions = [batch[i].meta.captions[number] for i in members]
+        for i, result in zip(members, encoders.encode(captions, batch[0].meta.template), strict=True):
+            encoded[i].append((result.text_embeds, result.pooled_embed))
+    return encoded

@@ -133,8 +133,11 @@ def batch_loader(
 
 
 def data_order_hash(data: CachedDataset) -> str:
-    """Names the order of the first epoch: another dataset, batch size or seed gives another."""
-    digest = hashlib.sha256()
+    """Names the order of the first epoch and what its captions are drawn from.
+
+    Another dataset, batch size, seed, dropout rate or number of captions gives another.
+    """
+    digest = hashlib.sha256("".join(f"{rule}\n" for rule in data.caption_rules).encode("utf-8"))
     for batch in data.epoch_batches(1):
         digest.update("\n".join([*batch.item_keys, ""]).encode("utf-8") + b"\n")
     return digest.hexdigest()

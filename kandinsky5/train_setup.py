@@ -132,19 +132,22 @@ def open_datasets(config: TrainConfig, seed: int) -> tuple[DatasetConfig, Cached
     Raises:
         ConfigError, CacheError, DataError: see `dataset`.
     """
-    datasets = load_dataset_config(config.data.dataset_config)
-    return datasets, _cached(config, datasets, seed, config.timesteps.num_timestep_buckets)
+    datasets = load_dataset_config(
+        config.data.dataset_config, caption_dropout_rate=config.data.caption_dropout_rate
+    )
+    buckets = config.timesteps.num_timestep_buckets
+    return datasets, _cached(config, datasets, seed, num_timestep_buckets=buckets)
 
 
 def open_validation(config: TrainConfig) -> CachedDataset | None:
     """The caches of `--validation_dataset_config`, in an order that no seed of a run decides."""
     path = config.data.validation_dataset_config
-    return None if path is None else _cached(config, load_dataset_config(path), 0, None)
+    if path is None:
+        return None
+    return _cached(config, load_dataset_config(path, caption_dropout_rate=0.0), 0, draws_captions=False)
 
 
-def _cached(
-    config: TrainConfig, datasets: DatasetConfig, seed: int, num_timestep_buckets: int | None
-) -> CachedDataset:
+def _cached(config: TrainConfig, datasets: DatasetConfig, seed: int, **options: Any) -> CachedDataset:
     data: DataConfig = config.data
     return CachedDataset(
         datasets,
@@ -153,7 +156,7 @@ def _cached(
         allow_upstream_text_cache=data.allow_upstream_text_cache,
         strict=data.strict,
         needs_image_latents=config.model.task.is_i2v,
-        num_timestep_buckets=num_timestep_buckets,
+        **options,
     )
 
 

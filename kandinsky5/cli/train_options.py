@@ -139,6 +139,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config_file", help="TOML file with options of this script; the command line wins")
     group.add_argument("--dataset_config", type=Path, help="dataset file (required)")
     group.add_argument(
+        "--caption_dropout_rate",
+        type=_share,
+        default=0.0,
+        help="chance that a clip is trained with the empty caption; a dataset's own rate wins (default: 0)",
+    )
+    group.add_argument(
         "--validation_dataset_config",
         type=Path,
         help="dataset whose loss is measured on fixed noise, with and without the LoRA",

@@ -116,6 +116,8 @@ class DataConfig:
     """Which caches are trained on, and how they are read."""
 
     dataset_config: Path
+    caption_dropout_rate: float = 0.0
+    """For datasets whose own table gives no rate."""
     validation_dataset_config: Path | None = None
     validate_every_n_steps: int | None = None
     validate_every_n_epochs: int | None = None

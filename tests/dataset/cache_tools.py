@@ -55,18 +55,23 @@ def add_text(
     tokens: int = 3,
     encoder: str = "qwen",
     dim: int = 8,
+    more: Sequence[int] = (),
 ) -> None:
-    """One text cache."""
+    """One text cache; `more` gives the numbers of tokens of further captions."""
     meta = TextCacheMeta(
         caption1=name,
+        more_captions=tuple(f"{name} {length}" for length in more),
         template=template,
         qwen_max_length=256,
         clip_max_length=77,
         encoder_fingerprint=encoder,
     )
     generator = generator_for(name)
-    embeds = torch.randn(tokens, dim, generator=generator)
-    write_text_cache(folder / text_cache_name(name), embeds, torch.randn(4, generator=generator), meta)
+    first, *rest = (
+        (torch.randn(length, dim, generator=generator), torch.randn(4, generator=generator))
+        for length in (tokens, *more)
+    )
+    write_text_cache(folder / text_cache_name(name), *first, meta, rest)
 
 
 def write_indexes(

@@ -168,6 +168,7 @@ def test_another_resolution_makes_a_latent_cache_stale(tmp_path: Path) -> None:
     ("name", "value"),
     [
         ("caption1", "a dog"),
+        ("more_captions", ("a dog",)),
         ("template", "image"),
         ("qwen_max_length", 512),
         ("clip_max_length", 60),
@@ -179,7 +180,27 @@ def test_each_thing_a_text_cache_depends_on_makes_it_stale(tmp_path: Path, name:
     assert text_cache_problem(path, TEXT_META) is None
     problem = text_cache_problem(path, dataclasses.replace(TEXT_META, **{name: value}))
     assert problem is not None
-    assert name in problem
+    assert name.removeprefix("more_").removesuffix("s") in problem
+
+
+def test_captions_lie_in_one_file_and_each_is_read_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / text_cache_name("a")
+    tensors = [(torch.full((length, 4), float(length)), torch.ones(3) * length) for length in (2, 3)]
+    meta = dataclasses.replace(TEXT_META, more_captions=("a dog",))
+    write_text_cache(path, *tensors[0], meta, tensors[1:])
+    assert text_cache_problem(path, meta) is None
+    assert text_cache_problem(path, TEXT_META) == "captions were 2, are 1"
+    for number, (embeds, pooled) in enumerate(tensors):
+        cache = read_text_cache(path, number)
+        assert torch.equal(cache.text_embeds.float(), embeds)
+        assert torch.equal(cache.pooled_embed, pooled)
+    with pytest.raises(CacheError, match="holds 2 captions, not 3"):
+        read_text_cache(path, 2)
+    stored, metadata = read_tensors(path)
+    del stored["caption2_pooled_embed_float32"]
+    write_tensors(path, stored, metadata)
+    with pytest.raises(CacheError, match="holds no caption2_pooled_embed"):
+        inspect_text_cache(path)
 
 
 def test_a_cache_cut_anywhere_is_remade_and_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dataset.cache_names import text_cache_name
 from dataset.cached_dataset import BatchPlan, CachedDataset
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.sources import SkippedItem
+from kandinsky5.train_plan import data_order_hash
 from modules.errors import CacheError
 from modules.tensor_files import read_tensors, write_tensors
 from tests.dataset.cache_tools import add_text, add_video_latents, write_indexes
@@ -191,6 +193,49 @@ def test_caption_dropout_swaps_in_the_empty_caption_at_its_rate(tmp_path: Path) 
     assert lengths[1] >= 2
 
 
+def test_one_of_several_captions_is_drawn_by_seed_epoch_and_item(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "num_repeats = 30")
+    fill(config)
+    folder = config.datasets[0].cache_directory
+    add_text(folder, "c", tokens=3, more=(5, 7))
+    data = CachedDataset(config, seed=0)
+    assert [item.num_captions for item in data.items] == [1, 1, 1, 1, 3, 1, 1]
+    drawn = {0: 0, 1: 0, 2: 0}
+    for plan in data.epoch_batches(1):
+        lengths = [len(embeds) for embeds in data.load_batch(plan).text_embeds]
+        for key, number, length in zip(plan.item_keys, plan.caption_numbers, lengths, strict=True):
+            if key.startswith("0/c_"):
+                drawn[number] += 1
+                assert length == (3, 5, 7)[number]
+            else:
+                assert number == 0
+    assert min(drawn.values()) >= 4
+    assert CachedDataset(config, seed=0).epoch_batches(1) == data.epoch_batches(1)
+    numbers = [
+        {
+            key: number
+            for plan in batches
+            for key, number in zip(plan.item_keys, plan.caption_numbers, strict=True)
+        }
+        for batches in (data.epoch_batches(1), data.epoch_batches(2))
+    ]
+    assert numbers[0] != numbers[1]
+    first = CachedDataset(config, seed=0, draws_captions=False)
+    assert all(set(plan.caption_numbers) == {0} for plan in first.epoch_batches(1))
+
+
+def test_captions_and_dropout_are_part_of_what_a_run_is_resumed_with(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    fill(config)
+    plain = data_order_hash(CachedDataset(config, seed=0))
+    add_text(config.datasets[0].cache_directory, "c", more=(5,))
+    several = data_order_hash(CachedDataset(config, seed=0))
+    cached_empty = config.datasets[0].cache_directory / empty_text_cache_name("video")
+    shutil.copy(config.datasets[0].cache_directory / text_cache_name("a"), cached_empty)
+    dropping = replace(config, datasets=(replace(config.datasets[0], caption_dropout_rate=0.2),))
+    assert len({plain, several, data_order_hash(CachedDataset(dropping, seed=0))}) == 3
+
+
 @pytest.mark.parametrize("kind", ["latents", "text"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_a_cut_cache_is_found_before_the_first_step(config: DatasetConfig, kind: str, share: float) -> None:
@@ -348,7 +393,9 @@ def test_many_problems_come_in_one_message_with_ten_examples(tmp_path: Path) -> 
 
 def test_a_file_replaced_by_another_size_during_training_is_an_error(config: DatasetConfig) -> None:
     data = CachedDataset(config, seed=0)
-    plan = BatchPlan(items=(0,), item_keys=("x",), drops_caption=(False,), timestep_quantiles=None)
+    plan = BatchPlan(
+        items=(0,), item_keys=("x",), drops_caption=(False,), caption_numbers=(0,), timestep_quantiles=None
+    )
     path = data.items[0].latent_path
     add_video_latents(path.parent, "z", size=(96, 48))
     shutil.copy(path.parent / "z_00000-005_0096x0048_k5.safetensors", path)

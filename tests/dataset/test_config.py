@@ -53,6 +53,18 @@ def test_a_value_comes_from_the_table_then_general_then_the_command_line(tmp_pat
     assert [d.batch_size for d in load_dataset_config(path, batch_size=7).datasets] == [2, 7]
     path = write(tmp_path, general + IMAGE + "batch_size = 2\n" + VIDEO)
     assert [d.batch_size for d in load_dataset_config(path, batch_size=7).datasets] == [2, 3]
+    path = write(tmp_path, IMAGE + "caption_dropout_rate = 0\n" + VIDEO)
+    datasets = load_dataset_config(path, caption_dropout_rate=0.1).datasets
+    assert [d.caption_dropout_rate for d in datasets] == [0.0, 0.1]
+
+
+def test_caption_lines_are_for_files_and_name_an_index_entry_of_their_own(tmp_path: Path) -> None:
+    assert video(tmp_path, "caption_lines = true").text_settings_hash != video(tmp_path).text_settings_hash
+    assert video(tmp_path, "caption_lines = false").text_settings_hash == video(tmp_path).text_settings_hash
+    table = '[[datasets]]\nvideo_jsonl_file = "v.jsonl"\ncache_directory = "c"\n'
+    assert load_dataset_config(write(tmp_path, "[general]\ncaption_lines = true\n" + table)).datasets
+    with pytest.raises(ConfigError, match='write "caption"'):
+        load_dataset_config(write(tmp_path, table + "caption_lines = true\n"))
 
 
 def test_json_means_the_same_as_toml(tmp_path: Path) -> None:

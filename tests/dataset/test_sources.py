@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from dataset.sources import CAPTION_NOT_UTF8, MISSING_FILE, NO_CAPTION, SourceLi
 from modules.errors import ConfigError, DataError
 
 
-def images(directory: Path) -> SourceListing:
+def images(directory: Path, **settings: Any) -> SourceListing:
     """The listing of a folder of images."""
     config = ImageDatasetConfig(
         index=0,
@@ -21,6 +22,7 @@ def images(directory: Path) -> SourceListing:
         cache_directory=directory,
         image_directory=directory,
         caption_extension=".txt",
+        **settings,
     )
     return list_items(config)
 
@@ -88,13 +90,13 @@ def test_empty_captions_are_the_empty_prompt_and_counted(tmp_path: Path) -> None
     add(tmp_path, "b.png", " \n\t ")
     add(tmp_path, "c.png", "x")
     listing = images(tmp_path)
-    assert [item.caption for item in listing.items] == ["", "", "x"]
+    assert [item.captions for item in listing.items] == [("",), ("",), ("x",)]
     assert listing.empty_captions == 2
 
 
 def test_captions_lose_outer_white_space_and_byte_order_mark_and_nothing_else(tmp_path: Path) -> None:
     add(tmp_path, "a.png", b"\xef\xbb\xbf\n\t {} {0} <|im_end|>\nline 2\0 \xe7\x8c\xab \n")
-    assert images(tmp_path).items[0].caption == "{} {0} <|im_end|>\nline 2\0 猫"
+    assert images(tmp_path).items[0].captions == ("{} {0} <|im_end|>\nline 2\0 猫",)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
@@ -160,7 +162,7 @@ def test_jsonl_reads_byte_order_mark_crlf_and_empty_lines(tmp_path: Path) -> Non
     add(tmp_path, "a.png")
     line = json.dumps({"image_path": str(tmp_path / "a.png"), "caption": " x\u2028y "})
     (tmp_path / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n\r\n\n")
-    assert [item.caption for item in jsonl(tmp_path / "m.jsonl").items] == ["x\u2028y"]
+    assert [item.captions for item in jsonl(tmp_path / "m.jsonl").items] == [("x\u2028y",)]
 
 
 def test_jsonl_paths_count_from_the_working_directory_then_from_its_own_folder(
@@ -207,3 +209,22 @@ def test_a_video_may_be_a_folder_of_frames(tmp_path: Path) -> None:
     (item,) = list_items(config).items
     assert (item.base_name, item.is_frame_folder) == ("shot.7", True)
     assert [p.name for p in frame_paths(item.path)] == ["0001.PNG", "0002.png"]
+
+
+def test_each_line_is_a_caption_only_when_asked_for(tmp_path: Path) -> None:
+    add(tmp_path, "a.png", "one\r\n\n  two \n")
+    add(tmp_path, "b.png", " \n ")
+    assert [item.captions for item in images(tmp_path).items] == [("one\r\n\n  two",), ("",)]
+    assert [item.captions for item in images(tmp_path, caption_lines=True).items] == [("one", "two"), ("",)]
+
+
+def test_a_jsonl_line_may_list_captions(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    path = write_lines(
+        tmp_path / "m.jsonl", {"image_path": str(tmp_path / "a.png"), "caption": [" one ", "two"]}
+    )
+    assert jsonl(path).items[0].captions == ("one", "two")
+    for wrong in ([], ["one", 2], {"a": 1}, None):
+        write_lines(path, {"image_path": str(tmp_path / "a.png"), "caption": wrong})
+        with pytest.raises(ConfigError, match="line 1: caption must be a text in quotes or a list"):
+            jsonl(path)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import kandinsky5_cache_latents
 import kandinsky5_cache_text_encoder_outputs
+from dataset.cache_files import read_text_cache
 from kandinsky5.cache_preview import ascii_picture
 from kandinsky5.text_encoders import load_text_encoders
 from kandinsky5.vae import VideoVAE, load_vae, uint8_to_pixels
@@ -121,7 +122,7 @@ def test_caching_twice_and_with_more_threads_gives_the_same_bytes(project: Path,
     cache_latents(project, tiny_models, "--num_workers", "4")
     cache_text(project, tiny_models)
     assert contents(project) == first
-    assert len(first) == 3 + 4 + 3 + 2 + 4  # latents and texts of both datasets, four indexes
+    assert len(first) == 3 + 4 + 3 + 2 + 2 + 4  # latents and texts of both datasets, empty captions, indexes
 
 
 def test_another_batch_size_makes_fewer_calls_and_the_same_draw(
@@ -196,11 +197,44 @@ def test_a_cached_caption_is_what_generation_encodes(project: Path, tiny_models:
         assert metadata["template"] == content
 
 
-def test_caption_dropout_gets_its_empty_captions(project: Path, tiny_models: Path) -> None:
-    write_dataset(project, extra="caption_dropout_rate = 0.1")
+def test_the_empty_caption_is_cached_with_each_datasets_template(project: Path, tiny_models: Path) -> None:
     cache_text(project, tiny_models)
+    encoders = load_text_encoders(
+        str(tiny_models / "text_encoder"),
+        str(tiny_models / "text_encoder2"),
+        device="cpu",
+        dtype=torch.float32,
+    )
     for kind in ("image", "video"):
-        assert (project / f"cache_{kind}s" / f"k5_empty_{kind}.safetensors").is_file()
+        path = project / f"cache_{kind}s" / f"k5_empty_{kind}.safetensors"
+        before = path.stat().st_mtime_ns
+        (expected,) = encoders.encode([""], "image" if kind == "image" else "video")
+        assert torch.equal(read_text_cache(path).text_embeds, expected.text_embeds)
+        cache_text(project, tiny_models, "--skip_existing", "--prune")
+        assert path.stat().st_mtime_ns == before
+
+
+def test_more_captions_leave_the_first_ones_bytes_and_an_edited_line_makes_that_item_again(
+    project: Path, tiny_models: Path
+) -> None:
+    cache_text(project, tiny_models, "--batch_size", "2")
+    single = {path.name: read_tensors(path)[0] for path in project.glob("cache_images/*_k5_te.safetensors")}
+    write_dataset(project, extra="caption_lines = true")
+    (project / "images" / "a.txt").write_text("photo a\n\n a red square \n", encoding="utf-8")
+    cache_text(project, tiny_models, "--batch_size", "2")
+    path = project / "cache_images" / "a_k5_te.safetensors"
+    tensors, metadata = read_tensors(path)
+    assert (metadata["caption1"], metadata["caption2"]) == ("photo a", "a red square")
+    assert all(torch.equal(tensors[key], value) for key, value in single[path.name].items())
+    assert not torch.equal(tensors["caption2_pooled_embed_float32"], tensors["pooled_embed_float32"])
+    before = times(project)
+    for text in ("photo a\na blue square", "photo a"):
+        (project / "images" / "a.txt").write_text(text, encoding="utf-8")
+        cache_text(project, tiny_models, "--skip_existing", "--batch_size", "2")
+        after = times(project)
+        assert {name for name in after if after[name] != before[name]} == {path.name}
+        before = after
+    assert read_tensors(path)[0].keys() == single[path.name].keys()
 
 
 def test_nabla_resize_reaches_multiples_of_128_and_keeps_the_name(project: Path, tiny_models: Path) -> None:
