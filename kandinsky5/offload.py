@@ -81,7 +81,7 @@ def swap_blocks(
 
     Modulation does not travel with the blocks: it runs before them; LoRA parameters stay on the device.
     The host copy is page-locked when the device reads it faster so and it takes less than half of the free
-    memory, or when `force_pin` says so.
+    memory, or when `force_pin` says so; pageable copies pass through two page-locked buffers.
     """
     blocks = swapped_blocks(dit, count)
     size = sum(t.numel() * t.element_size() for block in blocks for t in block.parameters())

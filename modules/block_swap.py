@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from modules.staged_copies import StagedCopies
+
 _ALIGNMENT = 64
 """Bytes; every tensor of a packed block starts at a multiple of it."""
 
@@ -51,20 +53,30 @@ class StreamCopies:
         self._stream = torch.cuda.Stream(device)
 
     def start(self, host: Tensor, buffer: Tensor) -> torch.cuda.Event:
-        copied = torch.cuda.Event()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return self.start_after(self.fence(), host, buffer)
+
+    def fence(self) -> torch.cuda.Event:
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def start_after(self, fence: torch.cuda.Event, host: Tensor, buffer: Tensor) -> torch.cuda.Event:
         with torch.cuda.stream(self._stream):
+            self._stream.wait_event(fence)
             buffer.copy_(host, non_blocking=True)
-            copied.record()
-        return copied
+            return self._stream.record_event()
 
     def wait(self, ticket: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(ticket)
 
+    def finish(self, ticket: torch.cuda.Event) -> None:
+        ticket.synchronize()
 
-def copy_engine(device: torch.device) -> CopyEngine:
-    """The engine that fits the device."""
-    return StreamCopies(device) if device.type == "cuda" else DirectCopies()
+
+def copy_engine(device: torch.device, *, pinned: bool, size: int) -> CopyEngine:
+    """The engine that fits the device and the host memory, for copies of up to `size` bytes."""
+    if device.type != "cuda":
+        return DirectCopies()
+    copies = StreamCopies(device)
+    return copies if pinned else StagedCopies(copies, size, pin=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +145,8 @@ class BlockSwap:
             gradient and for which `travels(name)` holds are packed; all others stay where they are.
         device: where the blocks compute.
         ring_size: device buffers; with two or more the next fills while one computes.
-        pin: page-locked host memory, which a device reads faster and beside the computation.
+        pin: page-locked host memory, which a device reads faster and beside the computation; pageable memory
+            passes through two page-locked buffers.
         engine: how copies are made.
     """
 
@@ -150,12 +163,12 @@ class BlockSwap:
         if ring_size < 1:
             raise ValueError("a ring needs at least one buffer")
         self._device = device
-        self._engine = engine or copy_engine(device)
         self._packed = [
             _PackedBlock((t for name, t in _frozen_tensors(block) if travels(name)), pin=pin)
             for block in blocks
         ]
         largest = max(packed.host.numel() for packed in self._packed)
+        self._engine = engine or copy_engine(device, pinned=pin, size=largest)
         self._slots = [
             _Slot(torch.empty(largest, dtype=torch.uint8, device=device))
             for _ in range(min(ring_size, len(blocks)))

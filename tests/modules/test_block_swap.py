@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modules.block_swap import BlockSwap, DirectCopies, spread
+from modules.block_swap import BlockSwap, CopyEngine, DirectCopies, spread
 
 
 class LateCopies:
@@ -77,7 +77,7 @@ def sample(blocks: list[Block]) -> list[Tensor]:
     return [x]
 
 
-def swap(blocks: list[Block], engine: LateCopies | DirectCopies, ring_size: int = 2) -> BlockSwap:
+def swap(blocks: list[Block], engine: CopyEngine, ring_size: int = 2) -> BlockSwap:
     chosen = [blocks[index] for index in spread(4, len(blocks))]
     return BlockSwap(chosen, torch.device("cpu"), travels=lambda _: True, ring_size=ring_size, engine=engine)
 

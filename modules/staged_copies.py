@@ -1,0 +1,80 @@
+"""Copies from pageable host memory by way of two page-locked buffers, filled by a thread of their own.
+
+A device copies beside the computation only from page-locked memory, and locking all of the weights takes
+more memory than many machines can spare. While one buffer is on its way to the device the next is filled.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+STAGING_BUFFERS = 2
+
+
+class FencedCopies(Protocol):
+    """Copies of page-locked memory whose three moments can be asked for one by one, from any thread."""
+
+    def fence(self) -> Any:
+        """A mark behind all computation queued so far."""
+        ...
+
+    def start_after(self, fence: Any, host: Tensor, buffer: Tensor) -> Any:
+        """Begin copying `host` into `buffer` behind the fence; returns a ticket."""
+        ...
+
+    def wait(self, ticket: Any) -> None:
+        """Let the computation queued from now on see the copy."""
+        ...
+
+    def finish(self, ticket: Any) -> None:
+        """Return when the copy has been made: its `host` may then be written again."""
+        ...
+
+
+@dataclass(slots=True)
+class _Staging:
+    buffer: Tensor
+    ticket: Any = None
+    """Of the last copy out of it."""
+
+
+class StagedCopies:
+    """A copy engine for pageable memory.
+
+    Args:
+        copies: how a page-locked buffer reaches the device.
+        size: bytes of the largest copy.
+        pin: page-lock the buffers; off where there is no device to copy to.
+    """
+
+    def __init__(self, copies: FencedCopies, size: int, *, pin: bool) -> None:
+        self._copies = copies
+        self._staging = [
+            _Staging(torch.empty(size, dtype=torch.uint8, pin_memory=pin)) for _ in range(STAGING_BUFFERS)
+        ]
+        self._turn = 0
+        # One thread: copies are made in the order in which they were asked for.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="staged-copies")
+
+    def start(self, host: Tensor, buffer: Tensor) -> Future[Any]:
+        """Begin copying `host` into `buffer` once all computation queued so far is done with the buffer."""
+        return self._thread.submit(self._copy, self._copies.fence(), host, buffer)
+
+    def wait(self, ticket: Future[Any]) -> None:
+        """Let the computation queued from now on see the copy; what went wrong with it is raised here."""
+        self._copies.wait(ticket.result())
+
+    def _copy(self, fence: Any, host: Tensor, buffer: Tensor) -> Any:
+        staging = self._staging[self._turn]
+        self._turn = (self._turn + 1) % len(self._staging)
+        if staging.ticket is not None:
+            self._copies.finish(staging.ticket)
+        part = staging.buffer[: host.numel()]
+        part.copy_(host)
+        staging.ticket = self._copies.start_after(fence, part, buffer)
+        return staging.ticket
