@@ -26,6 +26,7 @@ from kandinsky5.nabla import MaskObserver, from_fractal, make_plan, to_fractal
 from kandinsky5.tasks import DitParams, NablaParams
 from modules.activation_offload import ActivationOffload
 from modules.attention import AttentionBackend, KeyMask, keep_attention_outputs
+from modules.block_swap import BlockSwap
 
 NUM_TIMESTEPS = 1000
 """The model receives timestep = NUM_TIMESTEPS * sigma."""
@@ -90,6 +91,8 @@ class DiffusionTransformer3D(nn.Module):
         self.gradient_checkpointing = False
         self.kept_attention_blocks = 0
         self.activation_offload: ActivationOffload | None = None
+        self.weight_streams: list[BlockSwap] = []
+        """What brings weights from host memory, in place (see `kandinsky5.offload`)."""
         self.nabla_observer: MaskObserver | None = None
         head_dim = sum(axes_dims)
         block_sizes = (model_dim, ff_dim, time_dim, head_dim)

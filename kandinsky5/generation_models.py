@@ -14,7 +14,7 @@ from kandinsky5.devices import compute_dtype, vae_dtype
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.magcache import task_ratios
 from kandinsky5.nabla import DensityReport
-from kandinsky5.offload import host_placement, max_blocks_to_swap, swap_blocks
+from kandinsky5.offload import host_placement, max_blocks_to_swap, stream_weights
 from kandinsky5.prompt_templates import PromptTemplates
 from kandinsky5.text_encoders import (
     TextEncoders,
@@ -164,11 +164,6 @@ class SamplingModel:
         for network, multiplier in zip(self.networks, multipliers, strict=False):
             network.set_multiplier(multiplier)
 
-    def to(self, device: torch.device) -> None:
-        self.dit.to(device)
-        for network in self.networks:
-            network.to(device)
-
 
 class ModelLoader:
     """Loads the models of one run as its options say; keeps none of them."""
@@ -234,9 +229,12 @@ class ModelLoader:
         if self.config.dit.nabla is not None:
             dit.nabla_observer = DensityReport(self.config.task.dit_params.num_visual_blocks)
         networks = () if is_merged else tuple(self._beside(dit, lora) for lora in self.loras)
-        if self.config.dit.blocks_to_swap:
-            force_pin = self.config.dit.use_pinned_memory_for_block_swap
-            swap_blocks(dit, self.config.dit.blocks_to_swap, self.device, force_pin=force_pin)
+        stream_weights(
+            dit,
+            self.config.dit.blocks_to_swap,
+            self.device,
+            force_pin=self.config.dit.use_pinned_memory_for_block_swap,
+        )
         if self.config.dit.compile is not None:
             compile_blocks(dit, self.config.dit.compile, self.device)
         return SamplingModel(dit, networks)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import torch
+from contextlib import ExitStack
 
 from kandinsky5.generation import Run
 from kandinsky5.generation_models import SamplingModel, empty_device_cache
+from kandinsky5.offload import resident_weights_on_host
 from kandinsky5.prompts import parse_prompt_line
 from kandinsky5.run_settings import repeat_command
 from kandinsky5.sampling_pipeline import encode_images, encode_prompts
@@ -33,11 +33,7 @@ class _HeldModels:
         self._encoders: TextEncoders | None = None
         self._vae: VideoVAE | None = None
         self._model: SamplingModel | None = None
-        dit = run.config.dit
-        self._offloads = dit.offload_dit_during_sampling and run.device.type != "cpu"
-        if self._offloads and dit.blocks_to_swap:
-            log.info("no effect: --offload_dit_during_sampling: with --blocks_to_swap the DiT stays as it is")
-            self._offloads = False
+        self._dit_is_away = ExitStack()
 
     def encoders(self) -> TextEncoders:
         self._move_dit_out()
@@ -52,16 +48,18 @@ class _HeldModels:
         return self._vae
 
     def model(self) -> SamplingModel:
+        self._dit_is_away.close()
         if self._model is None:
             self._model = self._run.loader.dit()
-        elif self._offloads:
-            self._model.to(self._run.device)
         return self._model
 
     def _move_dit_out(self) -> None:
-        if self._model is not None and self._offloads:
-            self._model.to(torch.device("cpu"))
-            empty_device_cache(self._run.device)
+        if self._model is None:
+            return
+        self._dit_is_away.close()
+        device, moves = self._run.device, self._run.config.dit.offload_dit_during_sampling
+        self._dit_is_away.enter_context(resident_weights_on_host(self._model.dit, device, enabled=moves))
+        empty_device_cache(device)
 
 
 def run_interactive(run: Run, read_line: Callable[[], str] | None = None) -> None:

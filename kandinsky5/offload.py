@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.layers import ModulationLayer
 from kandinsky5.tasks import DitParams
 from modules.block_swap import BlockSwap, CopyEngine, spread
 from modules.logs import get_logger
 
 log = get_logger(__name__)
 
+MODULATION_RING = 2
+"""Device buffers of one modulation layer each."""
 RESIDENT_VISUAL_BLOCKS = 2
 """Visual blocks that are never swapped."""
 
@@ -53,7 +56,7 @@ def host_placement(
     """Where each weight is loaded to: what streams to the device later stays in host memory.
 
     Modulation is an eighth of the model and is read once per step, so with `modulation_on_host` its weights
-    come to the device one layer at a time (`linear_float32`).
+    come to the device one layer at a time (`stream_weights`).
     """
     with torch.device("meta"):
         skeleton = DiffusionTransformer3D(**params.as_kwargs())
@@ -68,7 +71,12 @@ def host_placement(
     return place
 
 
-def swap_blocks(
+def modulation_layers(dit: DiffusionTransformer3D) -> list[nn.Module]:
+    """Every modulation layer in the order in which a forward pass runs them."""
+    return [module for module in dit.modules() if isinstance(module, ModulationLayer)]
+
+
+def stream_weights(
     dit: DiffusionTransformer3D,
     count: int,
     device: torch.device,
@@ -76,49 +84,57 @@ def swap_blocks(
     ring_size: int = 2,
     force_pin: bool = False,
     engine: CopyEngine | None = None,
-) -> BlockSwap:
-    """Stream the frozen weights of `count` blocks from host memory; call after LoRA has been injected.
+) -> None:
+    """Stream the frozen weights of `count` blocks, and modulation that lies on the host; call after LoRA.
 
-    Modulation does not travel with the blocks: it runs before them; LoRA parameters stay on the device.
-    The host copy is page-locked when the device reads it faster so and it takes less than half of the free
-    memory, or when `force_pin` says so; pageable copies pass through two page-locked buffers.
+    Modulation does not travel with the blocks: it runs before them and once per step, so it has a ring of its
+    own. LoRA parameters stay on the device. The host copies are page-locked when the device reads them faster
+    so and they take less than half of the free memory, or when `force_pin` says so; pageable copies pass
+    through two page-locked buffers.
+
+    Args:
+        ring_size: device buffers for the blocks.
+        engine: how copies are made, also where nothing needs to be copied.
     """
-    blocks = swapped_blocks(dit, count)
-    size = sum(t.numel() * t.element_size() for block in blocks for t in block.parameters())
-    pin = device.type == "cuda" and (force_pin or size < _free_host_memory() / 2)
-    swap = BlockSwap(
-        blocks,
-        device,
-        travels=lambda name: "modulation" not in name,
-        ring_size=ring_size,
-        pin=pin,
-        engine=engine,
-    )
-    log.info(
-        "%d blocks stream from %s host memory: %.2f GiB there, %.2f GiB of buffers on the device",
-        count,
-        "page-locked" if pin else "pageable",
-        swap.host_bytes / 2**30,
-        swap.device_bytes / 2**30,
-    )
-    return swap
+    modulation = modulation_layers(dit)
+    is_away = any(tensor.device != device for layer in modulation for tensor in layer.parameters())
+    streams = [("blocks", swapped_blocks(dit, count), ring_size)] if count else []
+    if is_away or engine is not None:
+        streams.append(("modulation layers", modulation, MODULATION_RING))
+    for what, modules, buffers in streams:
+        size = sum(t.numel() * t.element_size() for module in modules for t in module.parameters())
+        pin = device.type == "cuda" and (force_pin or size < _free_host_memory() / 2)
+        stream = BlockSwap(
+            modules,
+            device,
+            travels=lambda name, what=what: what != "blocks" or "modulation" not in name,
+            ring_size=buffers,
+            pin=pin,
+            engine=engine,
+        )
+        dit.weight_streams.append(stream)
+        log.info(
+            "%d %s stream from %s host memory: %.2f GiB there, %.2f GiB of buffers on the device",
+            len(modules),
+            what,
+            "page-locked" if pin else "pageable",
+            stream.host_bytes / 2**30,
+            stream.device_bytes / 2**30,
+        )
 
 
 @contextmanager
 def resident_weights_on_host(
-    dit: DiffusionTransformer3D, blocks_to_swap: int, device: torch.device, *, enabled: bool
+    dit: DiffusionTransformer3D, device: torch.device, *, enabled: bool
 ) -> Iterator[None]:
     """Within the block the weights that stay on the device make room there; the model cannot run meanwhile.
 
-    Swapped blocks keep their ring of buffers, and what lies in host memory anyway does not move.
+    What streams keeps its rings of buffers, and what lies in host memory anyway does not move.
     """
     if not enabled or device.type == "cpu":
         yield
         return
-    travelling: set[int] = set()
-    if blocks_to_swap:
-        for block in swapped_blocks(dit, blocks_to_swap):
-            travelling.update(id(tensor) for tensor in (*block.parameters(), *block.buffers()))
+    travelling = {id(tensor) for stream in dit.weight_streams for tensor in stream.tensors()}
     resident = [
         tensor
         for tensor in (*dit.parameters(), *dit.buffers())

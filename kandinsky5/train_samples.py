@@ -244,10 +244,9 @@ class TrainingSamples:
         step: int,
         epoch: int | None,
     ) -> list[Sample]:
-        model = self._config.model
         moves = self._config.samples.offload_dit_during_sampling
         samples = []
-        with resident_weights_on_host(dit, model.blocks_to_swap, self._device, enabled=moves):
+        with resident_weights_on_host(dit, self._device, enabled=moves):
             empty_device_cache(self._device)
             vae = _load_vae(self._config, self._device)
             for prompt, clip in latents:

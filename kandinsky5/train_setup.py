@@ -28,7 +28,7 @@ from kandinsky5.configs.train import (
 )
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.nabla import DensityReport
-from kandinsky5.offload import host_placement, swap_blocks
+from kandinsky5.offload import host_placement, stream_weights
 from modules.activation_offload import ActivationOffload, tensor_mover
 from modules.dtypes import dtype_from_word
 from modules.errors import ConfigError, ResourceError
@@ -210,15 +210,14 @@ def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
 
 
 def finish_model(model: ModelConfig, dit: DiffusionTransformer3D, device: torch.device) -> None:
-    """Start block swap and compile, once the LoRA is in and on the device."""
-    if model.blocks_to_swap:
-        swap_blocks(
-            dit,
-            model.blocks_to_swap,
-            device,
-            ring_size=model.block_swap_ring_size,
-            force_pin=model.use_pinned_memory_for_block_swap,
-        )
+    """Let weights on the host stream, and compile, once the LoRA is in and on the device."""
+    stream_weights(
+        dit,
+        model.blocks_to_swap,
+        device,
+        ring_size=model.block_swap_ring_size,
+        force_pin=model.use_pinned_memory_for_block_swap,
+    )
     if model.compile is not None:
         compile_blocks(dit, model.compile, device)
 

@@ -7,7 +7,7 @@ order is up through the blocks and down again; the last ones of the way up still
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,13 +56,17 @@ class StreamCopies:
         return self.start_after(self.fence(), host, buffer)
 
     def fence(self) -> torch.cuda.Event:
-        return torch.cuda.current_stream(self._device).record_event()
+        fence = torch.cuda.Event()
+        fence.record(torch.cuda.current_stream(self._device))
+        return fence
 
     def start_after(self, fence: torch.cuda.Event, host: Tensor, buffer: Tensor) -> torch.cuda.Event:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(fence)
             buffer.copy_(host, non_blocking=True)
-            return self._stream.record_event()
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        return copied
 
     def wait(self, ticket: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(ticket)
@@ -106,6 +110,10 @@ class _PackedBlock:
         for part in self._parts:
             part.view_in(self.host).copy_(part.tensor.data)
             part.tensor.data = _nowhere(part)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that are packed."""
+        return (part.tensor for part in self._parts)
 
     def attach(self, buffer: Tensor) -> None:
         """Let the block compute with the copy in `buffer`."""
@@ -177,6 +185,11 @@ class BlockSwap:
         self._hooks = [
             block.register_forward_pre_hook(self._starter(position)) for position, block in enumerate(blocks)
         ]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The parameters and buffers that travel."""
+        for packed in self._packed:
+            yield from packed.tensors()
 
     @property
     def host_bytes(self) -> int:

@@ -17,7 +17,7 @@ from kandinsky5.compilation import compile_blocks, float8_may_be_compiled
 from kandinsky5.conditioning import TextConditioning, VelocityModel, pad_text
 from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.offload import swap_blocks
+from kandinsky5.offload import stream_weights
 from kandinsky5.tasks import NablaParams
 from kandinsky5_generate_video import main as generate
 from modules.fp8 import Fp8Linear, quantise_rows
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_eager_blocks_and_lengths_compile_nothing_anew(
 def test_swapped_blocks_compile(recorder: GraphRecorder) -> None:
     eager = lora_steps(*model(fp8=True))
     dit, network = model(fp8=True)
-    swap_blocks(dit, 1, torch.device("cpu"))
+    stream_weights(dit, 1, torch.device("cpu"))
     compile_blocks(dit, CompileConfig(compile_backend="recorder"), torch.device("cpu"))
     assert_near(lora_steps(dit, network), eager)
     assert torch.float8_e4m3fn not in recorder.dtypes

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kandinsky5.conditioning import TextConditioning, VelocityModel, pad_text
 from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.offload import max_blocks_to_swap, split_blocks_to_swap, swap_blocks
+from kandinsky5.offload import max_blocks_to_swap, split_blocks_to_swap, stream_weights
 from kandinsky5.tasks import LITE_PARAMS, PRO_PARAMS, TINY_PARAMS, DitParams
 from modules.activation_offload import ActivationOffload, DirectMover
 from networks.lora_kandinsky import create_network
@@ -55,7 +55,11 @@ def lora_step(prepare: Callable[[DiffusionTransformer3D], object] | None = None)
 
 
 def stream_blocks(dit: DiffusionTransformer3D) -> None:
-    swap_blocks(dit, 4, torch.device("cpu"), engine=LateCopies(0))
+    stream_weights(dit, 4, torch.device("cpu"), engine=LateCopies(0))
+
+
+def stream_modulation(dit: DiffusionTransformer3D) -> None:
+    stream_weights(dit, 0, torch.device("cpu"), engine=LateCopies(0))
 
 
 def no_checkpointing(dit: DiffusionTransformer3D) -> None:
@@ -70,13 +74,32 @@ def offload_activations(dit: DiffusionTransformer3D) -> None:
     dit.activation_offload = ActivationOffload(DirectMover(), min_bytes=0)
 
 
-@pytest.mark.parametrize("prepare", [no_checkpointing, keep_attention, offload_activations, stream_blocks])
+@pytest.mark.parametrize(
+    "prepare", [no_checkpointing, keep_attention, offload_activations, stream_blocks, stream_modulation]
+)
 def test_a_lora_step_is_bit_equal_however_its_memory_is_kept(
     prepare: Callable[[DiffusionTransformer3D], None],
 ) -> None:
     plain, prepared = lora_step(), lora_step(prepare)
     assert len(plain) == len(prepared) > 100
     assert all(torch.equal(a, b) for a, b in zip(plain, prepared, strict=True))
+
+
+def test_blocks_and_modulation_travel_each_in_a_ring_of_their_own() -> None:
+    dit = tiny_dit(num_visual_blocks=6)
+    names = {id(tensor): name for name, tensor in dit.named_parameters()}
+    stream_weights(dit, 4, torch.device("cpu"), engine=LateCopies(0))
+    blocks, modulation = ({names[id(tensor)] for tensor in stream.tensors()} for stream in dit.weight_streams)
+    assert modulation == {name for name in names.values() if "modulation" in name}
+    assert not blocks & modulation
+    largest = max(tensor.numel() for name, tensor in tiny_dit().named_parameters() if "modulation" in name)
+    assert dit.weight_streams[1].device_bytes >= 2 * 4 * largest
+
+
+def test_weights_that_lie_on_the_device_do_not_travel() -> None:
+    dit = tiny_dit()
+    stream_weights(dit, 0, torch.device("cpu"))
+    assert not dit.weight_streams
 
 
 def test_kept_attention_is_not_computed_again() -> None:
