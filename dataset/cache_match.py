@@ -47,6 +47,8 @@ class CachedItem:
 
     key: str
     """Dataset number and clip, without any folder: the same on every machine."""
+    source: str
+    """Base name of the media file, which all its cuts share, in all datasets."""
     dataset_index: int
     content: Content
     """Of the dataset, which decides how its cache names are read."""
@@ -60,6 +62,11 @@ class CachedItem:
     """Pixel frames."""
     shape: tuple[int, int, int]
     """(latent_frames, latent_height, latent_width)."""
+
+    @property
+    def bucket(self) -> str:
+        """Width x height x frames in pixels."""
+        return f"{self.shape[2] * PIXELS_PER_LATENT}x{self.shape[1] * PIXELS_PER_LATENT}x{self.num_frames}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -320,6 +327,7 @@ class _Matcher:
         self.items.append(
             CachedItem(
                 key=f"{self.dataset.index}/{path.name.removesuffix(LATENT_SUFFIX)}",
+                source=base_name,
                 dataset_index=self.dataset.index,
                 content=self.dataset.content,
                 latent_path=path,

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -121,6 +123,31 @@ class CachedDataset(Dataset[CachedBatch]):
             *(f"{item.key} {item.num_captions}" for item in self.items if item.num_captions > 1),
         )
 
+    def part(self, keep: Callable[[CachedItem], bool], *notes: str) -> CachedDataset:
+        """The same datasets with some of their items only; nothing is read again.
+
+        Args:
+            notes: log lines that say so.
+        """
+        part = copy.copy(self)
+        part.items = tuple(item for item in self.items if keep(item))
+        part._groups = _group(part.items)
+        part.notes = (*self.notes, *notes)
+        part.summaries = tuple(part._count(summary) for summary in self.summaries)
+        return part
+
+    def _count(self, summary: DatasetSummary) -> DatasetSummary:
+        items = [item for item in self.items if item.dataset_index == summary.index]
+        dataset = self.config.datasets[summary.index]
+        buckets = Counter(item.bucket for item in items)
+        return replace(
+            summary,
+            used=len({item.source for item in items}),
+            clips=len(items),
+            buckets=tuple(sorted(buckets.items())),
+            batches=sum(-(-count * dataset.num_repeats // dataset.batch_size) for count in buckets.values()),
+        )
+
     def summary_table(self) -> str:
         """Found, used and skipped items by reason, and the clips per bucket, as text."""
         return summary_table(self.summaries)
@@ -142,6 +169,17 @@ class CachedDataset(Dataset[CachedBatch]):
             )
         order = torch.randperm(len(batches), generator=generator_for("batch order", self.seed, epoch))
         return [batches[i] for i in order.tolist()]
+
+    def measured_batches(self) -> list[BatchPlan]:
+        """Every clip once with its first caption, in an order that no seed decides: for measurements."""
+        plans = []
+        for group in self._groups:
+            size = self.config.datasets[self.items[group[0]].dataset_index].batch_size
+            for start in range(0, len(group), size):
+                plan = self._plan([(position, 0) for position in group[start : start + size]], 1, None)
+                count = len(plan.items)
+                plans.append(replace(plan, drops_caption=(False,) * count, caption_numbers=(0,) * count))
+        return plans
 
     def _cut(
         self, group: Sequence[int], epoch: int, dataset_index: int, batch_size: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,18 @@ class Metrics:
         record = {"run": self._run, "kind": kind, "step": step, **values}
         self._attempt(self._append, json.dumps(_finite(record), ensure_ascii=False) + "\n")
 
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """What was written of a kind, oldest first, by earlier parts of the run too."""
+        found: list[dict[str, Any]] = []
+        self._attempt(self._read, kind, found)
+        return found
+
+    def draw(self, path: Path, kind: str, write: Callable[[Path, list[dict[str, Any]]], None]) -> None:
+        """Renew a picture of all records of a kind."""
+        records = self.records(kind)
+        if records:
+            self._attempt(write, path, records)
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Points of the curves, by their names in TensorBoard."""
         if self._writer is not None:
@@ -74,6 +86,14 @@ class Metrics:
         # Opened each time: another run may have rewritten the file meanwhile.
         with self._path.open("a", encoding="utf-8", newline="\n") as stream:
             stream.write(line)
+
+    def _read(self, kind: str, found: list[dict[str, Any]]) -> None:
+        mark = json.dumps(kind)
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            # Steps are most of the lines: only those that may be meant are parsed.
+            record = json.loads(line) if mark in line else {}
+            if record.get("run") == self._run and record.get("kind") == kind:
+                found.append(record)
 
     def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -48,6 +48,11 @@ class OutputNames:
         """The options of the run, defaults included, for `--config_file`."""
         return self.output_dir / f"{self.output_name}_config.toml"
 
+    @property
+    def validation_plot(self) -> Path:
+        """The losses of all checks of the run as a picture."""
+        return self.output_dir / f"{self.output_name}_validation.png"
+
     def _stem(self, unit: Unit, number: int) -> str:
         middle = f"{number:06d}" if unit == "epoch" else f"step{number:08d}"
         return f"{self.output_name}-{middle}"

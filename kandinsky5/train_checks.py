@@ -134,6 +134,7 @@ def prepare_output(saving: SavingConfig, *, is_resuming: bool) -> None:
         )
         for path in existing:
             delete_result(path)
+        names.validation_plot.unlink(missing_ok=True)
 
 
 def check_sizes(config: TrainConfig, data: CachedDataset) -> None:
@@ -149,7 +150,7 @@ def check_sizes(config: TrainConfig, data: CachedDataset) -> None:
         if config.model.nabla is not None and (height % 16 or width % 16):
             problems.append(
                 f"caches of {where}: NABLA needs sides divisible by 128 pixels. Cache the latents again:\n"
-                f"  python kandinsky5_cache_latents.py --dataset_config {config.data.dataset_config} "
+                f"  python kandinsky5_cache_latents.py --dataset_config {data.config.path} "
                 "--vae <path> --nabla_resize"
             )
         is_i2v_clip = config.model.task.is_i2v and config.conditioning.i2v_conditioning == "inference"

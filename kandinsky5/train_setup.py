@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.cached_dataset import CachedDataset
 from dataset.config import DatasetConfig, load_dataset_config
+from dataset.held_out import hold_out
 from kandinsky5.checkpoints import load_dit
 from kandinsky5.compilation import compile_blocks
 from kandinsky5.configs.compilation import NO_BACKEND
@@ -139,12 +140,19 @@ def open_datasets(config: TrainConfig, seed: int) -> tuple[DatasetConfig, Cached
     return datasets, _cached(config, datasets, seed, num_timestep_buckets=buckets)
 
 
-def open_validation(config: TrainConfig) -> CachedDataset | None:
-    """The caches of `--validation_dataset_config`, in an order that no seed of a run decides."""
-    path = config.data.validation_dataset_config
+def open_validation(config: TrainConfig, data: CachedDataset) -> tuple[CachedDataset, CachedDataset | None]:
+    """What of `data` is trained on, and what is measured: a share of it, or a dataset of its own.
+
+    Raises:
+        ConfigError, CacheError, DataError: see `dataset`.
+    """
+    path, share = config.data.validation_dataset_config, config.data.validation_split
+    if share is not None:
+        return hold_out(data, share)
     if path is None:
-        return None
-    return _cached(config, load_dataset_config(path, caption_dropout_rate=0.0), 0, draws_captions=False)
+        return data, None
+    measured = load_dataset_config(path, caption_dropout_rate=0.0)
+    return data, _cached(config, measured, 0, draws_captions=False)
 
 
 def _cached(config: TrainConfig, datasets: DatasetConfig, seed: int, **options: Any) -> CachedDataset:

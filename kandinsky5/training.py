@@ -43,6 +43,7 @@ from kandinsky5.train_resume import (
 from kandinsky5.train_samples import PreparedPrompt, TrainingSamples, encode_requests, read_requests
 from kandinsky5.training_state import RunState, SavedState, find_state, read_state, remove_stray_states
 from kandinsky5.validation import Validation
+from kandinsky5.validation_checks import ValidationChecks, model_settings
 from modules.dtypes import dtype_name
 from modules.errors import DivergedError, ResourceError
 from modules.files import remove_strays
@@ -94,8 +95,10 @@ def _prepare(config: TrainConfig) -> Trainer | None:
     accelerator.wait_for_everyone()
     seed = train_setup.shared_seed(config.run, saved.run.seed if saved else None)
     datasets, data = train_setup.open_datasets(config, seed)
-    validation_data = train_setup.open_validation(config)
-    train_checks.check_sizes(config, data)
+    data, validation_data = train_setup.open_validation(config, data)
+    for measured in (data, validation_data):
+        if measured is not None:
+            train_checks.check_sizes(config, measured)
     length = _run_length(config, data, accelerator.num_processes, saved)
     if saved is not None:
         check_resumed(config, saved, data, length, seed)
@@ -195,11 +198,7 @@ class Trainer:
             else None
         )
         self.objective = self._objective(self.runner)
-        self.validation = (
-            Validation(validation_data, self._objective(self.network), self.network)
-            if validation_data is not None and accelerator.is_main_process
-            else None
-        )
+        self.validation = self._validation(validation_data, dtype)
         self.output = self._output(datasets, saved, dtype, norms, uploads)
         self.is_sampling_asked = False
         folder, name = config.saving.output_dir / "sample", config.saving.output_name
@@ -218,6 +217,16 @@ class Trainer:
             self.seed,
             self.device,
         )
+
+    def _validation(self, data: CachedDataset | None, dtype: torch.dtype) -> ValidationChecks:
+        names = OutputNames(self.config.saving.output_dir, self.config.saving.output_name)
+        validation = None
+        if data is not None and self.accelerator.is_main_process:
+            # Not through the wrapper for several processes: the others do not take part.
+            settings = model_settings(self.config, dtype_name(dtype))
+            objective = self._objective(self.network)
+            validation = Validation(data, objective, self.network, model_settings=settings)
+        return ValidationChecks(self.config.data, validation, names.validation_plot)
 
     def _output(
         self,
@@ -259,6 +268,7 @@ class Trainer:
         """Train to the last step, or until asked to stop."""
         is_main = self.accelerator.is_main_process
         metrics = self.output.open_metrics(self.step) if is_main else None
+        self._make_up_for_checks(metrics)
         plans = PlanSequence(self.data, self.length, self.accelerator.process_index)
         batches = batch_loader(
             self.data,
@@ -427,17 +437,19 @@ class Trainer:
     def _after_step(self, metrics: Metrics | None, request: int, stop: StopRequest) -> None:
         """Ends of epochs, validation and saving, on the main process alone; samples on all."""
         epoch, rest = divmod(self.step, self.length.steps_per_epoch)
+        ended_epoch = epoch if rest == 0 else None
         if metrics is not None:
             is_end = self.step == self.length.total_steps
             if rest == 0:
                 average = sum(self.recent_losses) / max(1, len(self.recent_losses))
                 metrics.write("epoch", self.step, {"epoch": epoch, "loss": average})
                 metrics.scalars(self.step, {"loss/epoch": average})
-            if self._is_validation_due(rest == 0, epoch):
-                self._validate(metrics)
+            # Stopping is quick: the resumed run makes the check.
+            if not request and self.validation.is_due(self.step, ended_epoch, is_end=is_end):
+                self.validation.run(self.step, metrics, self.output.averaged_weights())
             self.output.save_due(
                 self.step,
-                epoch if rest == 0 else None,
+                ended_epoch,
                 self._run_state(),
                 self.schedule,
                 is_end=is_end,
@@ -445,9 +457,15 @@ class Trainer:
             )
         if self.accelerator.num_processes > 1:
             self.accelerator.wait_for_everyone()
-        ended_epoch = epoch if rest == 0 else None
         if not request and (self.is_sampling_asked or self.samples.is_due(self.step, ended_epoch)):
             self._sample(ended_epoch, metrics, stop)
+
+    def _make_up_for_checks(self, metrics: Metrics | None) -> None:
+        """Make the check that the stop at this step left out."""
+        epoch, rest = divmod(self.step, self.length.steps_per_epoch)
+        ended_epoch = epoch if rest == 0 else None
+        if metrics is not None and self.validation.is_missed(self.step, ended_epoch, metrics):
+            self.validation.run(self.step, metrics, self.output.averaged_weights())
 
     def _sample(self, epoch: int | None, metrics: Metrics | None, stop: StopRequest) -> None:
         """Make the samples of this step, every process its own prompts."""
@@ -464,28 +482,6 @@ class Trainer:
             if sample.animation is not None:
                 name = f"sample_{sample.prompt_number}"
                 metrics.picture(self.step, name, sample.animation.encoded, sample.animation.size)
-
-    def _is_validation_due(self, is_epoch_end: bool, epoch: int) -> bool:
-        if self.validation is None:
-            return False
-        by_step, by_epoch = self.config.data.validate_every_n_steps, self.config.data.validate_every_n_epochs
-        due_by_step = by_step is not None and self.step % by_step == 0
-        due_by_epoch = by_epoch is not None and is_epoch_end and epoch % by_epoch == 0
-        return due_by_step or due_by_epoch or self.step == self.length.total_steps
-
-    def _validate(self, metrics: Metrics) -> None:
-        if self.validation is None:
-            return
-        with self.output.averaged_weights():
-            values = self.validation.measure()
-        metrics.write("validation", self.step, values)
-        metrics.scalars(
-            self.step, {"loss/validation": values["loss"], "loss/validation_base": values["base_loss"]}
-        )
-        log.info(
-            "step %d: validation loss %.5f with the LoRA, %.5f without",
-            self.step, values["loss"], values["base_loss"],
-        )  # fmt: skip
 
     def _finish(self, metrics: Metrics | None) -> None:
         if self.accelerator.is_main_process:

@@ -2,40 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dataset.cached_dataset import BatchPlan, CachedDataset
+from dataset.cached_dataset import CachedDataset
 from kandinsky5.flow_matching import draw_noise
 from kandinsky5.objective import Objective
+from modules.seeding import generator_for
 from networks.lora import LoRANetwork
 
-SIGMAS = (0.125, 0.375, 0.625, 0.875)
-"""The middles of four equal bins of noise levels."""
+NUM_BINS = 4
+"""Equal parts of the noise levels 0..1; every clip is measured at one level of each."""
 _SEED = 0
 """Fixed, not the run's, so that runs with different seeds can be compared."""
 
 
+def draw_levels(item_keys: Sequence[str]) -> Tensor:
+    """Noise levels [NUM_BINS, B]: for every clip one in each bin, a pure function of bin and clip.
+
+    Stratified: over many clips they fill their bins evenly, where fixed ones would leave gaps.
+    """
+    rows = [
+        [float(torch.rand((), generator=generator_for(_SEED, "level", part, key))) for key in item_keys]
+        for part in range(NUM_BINS)
+    ]
+    return (torch.arange(NUM_BINS)[:, None] + torch.tensor(rows)) / NUM_BINS
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Some clips at some noise levels, whose losses are averaged."""
+
+    section: str
+    """Key in the record; "" stands for the record itself."""
+    labels: Mapping[str, Any]
+    clips: Tensor
+    """[N] bool."""
+    part: int | None = None
+    """Number of the bin; None for all."""
+
+    def mean(self, losses: Tensor) -> float:
+        """losses [N, NUM_BINS] -> their average within the group."""
+        chosen = losses[self.clips]
+        return float((chosen if self.part is None else chosen[:, self.part]).mean())
+
+
 class Validation:
-    """Measures a dataset; the base model's numbers are taken once."""
+    """Measures a dataset; the base model's numbers are taken once, or from an earlier part of the run.
 
-    def __init__(self, data: CachedDataset, objective: Objective, network: LoRANetwork) -> None:
-        self._data = data
-        self._plans = self._distinct(data.epoch_batches(1))
-        self._objective = objective
-        self._network = network
-        self._base: list[list[float]] | None = None
+    Args:
+        model_settings: all that decides what the base model computes; other settings are another measurement.
+    """
 
-    @staticmethod
-    def _distinct(plans: Sequence[BatchPlan]) -> list[BatchPlan]:
-        """Every set of clips once (datasets may repeat them), in the order of the dataset file."""
-        by_clips = {tuple(sorted(set(plan.items))): plan for plan in plans}
-        return [by_clips[clips] for clips in sorted(by_clips)]
+    def __init__(
+        self, data: CachedDataset, objective: Objective, network: LoRANetwork, *, model_settings: str
+    ) -> None:
+        self._data, self._objective, self._network = data, objective, network
+        self._plans = data.measured_batches()
+        self._groups = self._make_groups()
+        keys = [key for plan in self._plans for key in plan.item_keys]
+        named = json.dumps([model_settings, NUM_BINS, keys]).encode("utf-8")
+        self._identity = hashlib.sha256(named).hexdigest()[:16]
+        self._base: list[float] | None = None
+
+    def reuse_base(self, earlier: Iterable[Mapping[str, Any]]) -> None:
+        """Take the base model's numbers from records of the same measurement, if there are any."""
+        for record in earlier:
+            if record.get("set") == self._identity:
+                self._base = self._base_numbers(record) or self._base
 
     def measure(self) -> dict[str, Any]:
-        """Mean losses with and without the LoRA: per dataset, per noise level, and over all.
+        """Mean losses with and without the LoRA: over all, per bin of noise levels, bucket and dataset.
 
         No gradient is recorded, no random stream moves, and the network is left in training mode.
         """
@@ -43,36 +86,62 @@ class Validation:
         try:
             if self._base is None:
                 with self._network.disabled():
-                    self._base = self._losses()
-            return self._summary(self._losses(), self._base)
+                    self._base = self._means()
+            return self._record(self._means(), self._base)
         finally:
             self._network.train()
 
+    def _means(self) -> list[float]:
+        losses = self._losses()
+        return [group.mean(losses) for group in self._groups]
+
     @torch.no_grad()
-    def _losses(self) -> list[list[float]]:
-        """Per clip and noise level, on the order of the batches."""
+    def _losses(self) -> Tensor:
+        """[N, NUM_BINS] float64 on the CPU, clips in the order of the batches; one transfer for all."""
         rows = []
         for plan in self._plans:
             batch = self._data.load_batch(plan)
-            count = len(batch.item_keys)
-            use = torch.ones(count, dtype=torch.bool)
-            levels = []
-            for level, sigma in enumerate(SIGMAS):
-                noise = draw_noise(_SEED, level, batch.item_keys, batch.latents.shape[1:])
-                levels.append(self._objective.losses(batch, noise, torch.full((count,), sigma), use))
-            rows += torch.stack(levels, dim=1).tolist()
-        return rows
+            use = torch.ones(len(batch.item_keys), dtype=torch.bool)
+            columns = []
+            for part, sigma in enumerate(draw_levels(batch.item_keys)):
+                noise = draw_noise(_SEED, part, batch.item_keys, batch.latents.shape[1:])
+                columns.append(self._objective.losses(batch, noise, sigma, use))
+            rows.append(torch.stack(columns, dim=1))
+        return torch.cat(rows).double().cpu()
 
-    def _summary(self, losses: list[list[float]], base: list[list[float]]) -> dict[str, Any]:
-        indexes = [self._data.items[i].dataset_index for plan in self._plans for i in plan.items]
-        pairs = (("loss", torch.tensor(losses)), ("base_loss", torch.tensor(base)))
-        owner = torch.tensor(indexes)
-        return {
-            **{name: float(values.mean()) for name, values in pairs},
-            "sigmas": list(SIGMAS),
-            **{f"{name}_per_sigma": values.mean(dim=0).tolist() for name, values in pairs},
-            "datasets": [
-                {"dataset": index, **{name: float(values[owner == index].mean()) for name, values in pairs}}
-                for index in sorted(set(indexes))
-            ],
-        }
+    def _make_groups(self) -> list[_Group]:
+        items = [self._data.items[position] for plan in self._plans for position in plan.items]
+        everything = torch.ones(len(items), dtype=torch.bool)
+        groups = [_Group("", {}, everything)]
+        width = 1000 // NUM_BINS
+        for part in range(NUM_BINS):
+            labels = {"from": part * width, "to": (part + 1) * width}
+            groups.append(_Group("timesteps", labels, everything, part))
+        for section, name, values in (
+            ("buckets", "bucket", [item.bucket for item in items]),
+            ("datasets", "dataset", [item.dataset_index for item in items]),
+        ):
+            for value in sorted(set(values)):
+                clips = torch.tensor([other == value for other in values])
+                groups.append(_Group(section, {name: value, "clips": int(clips.sum())}, clips))
+        return groups
+
+    def _record(self, losses: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
+        record: dict[str, Any] = {"set": self._identity, "clips": len(self._groups[0].clips)}
+        for group, loss, base_loss in zip(self._groups, losses, base, strict=True):
+            entry = {**group.labels, "loss": loss, "base_loss": base_loss}
+            if group.section:
+                record.setdefault(group.section, []).append(entry)
+            else:
+                record |= entry
+        return record
+
+    def _base_numbers(self, record: Mapping[str, Any]) -> list[float] | None:
+        """The base model's part of a record, in the order of the groups; None if it is not whole."""
+        entries = [record, *(entry for name in self._sections() for entry in record.get(name, ()))]
+        numbers = [entry.get("base_loss") for entry in entries]
+        is_whole = len(numbers) == len(self._groups) and all(isinstance(n, float) for n in numbers)
+        return numbers if is_whole else None
+
+    def _sections(self) -> list[str]:
+        return [name for name in dict.fromkeys(group.section for group in self._groups) if name]

@@ -160,9 +160,13 @@ def _impossible_pairs(args: argparse.Namespace) -> list[str]:
             f"{len(args.base_weights)} files of --base_weights",
         ),
         (
-            (args.validate_every_n_steps or args.validate_every_n_epochs)
-            and not args.validation_dataset_config,
-            "--validate_every_n_* needs --validation_dataset_config",
+            bool(args.validate_every_n_steps or args.validate_every_n_epochs)
+            and not (args.validation_dataset_config or args.validation_split),
+            "--validate_every_n_* needs --validation_split or --validation_dataset_config",
+        ),
+        (
+            bool(args.validation_split and args.validation_dataset_config),
+            "--validation_split and --validation_dataset_config both say what to measure: leave one out",
         ),
         (
             args.resume_from_huggingface and args.resume in (None, "auto"),

@@ -150,6 +150,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="dataset whose loss is measured on fixed noise, with and without the LoRA",
     )
     group.add_argument(
+        "--validation_split",
+        type=float_between(0.001, 0.999),
+        metavar="SHARE",
+        help="measure this share of the source files and do not train on it",
+    )
+    group.add_argument(
         "--validate_every_n_steps", type=positive_int, help="measure during training as well as at the end"
     )
     group.add_argument(

@@ -119,6 +119,8 @@ class DataConfig:
     caption_dropout_rate: float = 0.0
     """For datasets whose own table gives no rate."""
     validation_dataset_config: Path | None = None
+    validation_split: float | None = None
+    """Share of the source files that is measured and not trained on."""
     validate_every_n_steps: int | None = None
     validate_every_n_epochs: int | None = None
     max_data_loader_n_workers: int = 8

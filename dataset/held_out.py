@@ -1,0 +1,52 @@
+"""A share of the source files that is measured and never trained on, chosen by a hash of their names."""
+
+from __future__ import annotations
+
+from dataset.cached_dataset import CachedDataset
+from modules.errors import ConfigError
+from modules.seeding import derive_seed
+
+FLAG = "--validation_split"
+_MAX_LISTED = 10
+
+
+def hash_position(source: str) -> float:
+    """Where in [0, 1) a source file stands: a function of its base name alone.
+
+    So neither other files, nor their order, nor a seed decide on which side a file is.
+    """
+    return derive_seed("held out", source) / 2**63
+
+
+def hold_out(data: CachedDataset, share: float) -> tuple[CachedDataset, CachedDataset]:
+    """Divide a dataset into what is trained on and what is measured.
+
+    All cuts of a source file, and files of the same base name in all datasets, stay on one side.
+
+    Raises:
+        ConfigError: one side is empty; the message gives shares that are not.
+    """
+    positions = sorted((hash_position(source), source) for source in {item.source for item in data.items})
+    chosen = [source for position, source in positions if position < share]
+    if not chosen or len(chosen) == len(positions):
+        raise ConfigError(_empty_side([position for position, _ in positions], share))
+    held = data.part(lambda item: item.source in chosen)
+    names = ", ".join(sorted(chosen)[:_MAX_LISTED]) + (", ..." if len(chosen) > _MAX_LISTED else "")
+    note = (
+        f"{FLAG} {share:g}: {len(chosen)} of {len(positions)} source files ({len(held.items)} clips) are "
+        f"measured and not trained on: {names}"
+    )
+    return data.part(lambda item: item.source not in chosen, note), held
+
+
+def _empty_side(positions: list[float], share: float) -> str:
+    count = len(positions)
+    if count == 1:
+        return f"{FLAG} {share:g}: there is only one source file; use --validation_dataset_config"
+    # Rounded up, so that the number as printed holds the file out.
+    smallest = int(positions[0] * 1000) / 1000 + 0.001
+    what = "none" if positions[0] >= share else "all"
+    return (
+        f"{FLAG} {share:g} holds out {what} of the {count} source files: which ones is a matter of their "
+        f"names. From {smallest:.3f} on at least one is held out"
+    )

@@ -1,0 +1,89 @@
+"""When a run is validated, and where its numbers go: metrics.jsonl, the curves, the picture, the log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kandinsky5.configs.train import DataConfig, TrainConfig
+from kandinsky5.metrics import Metrics
+from kandinsky5.validation import Validation
+from kandinsky5.validation_plot import write_validation_plot
+from modules.logs import get_logger
+
+log = get_logger(__name__)
+
+KIND = "validation"
+"""Of the lines in metrics.jsonl."""
+
+
+def model_settings(config: TrainConfig, dtype: str) -> str:
+    """All that decides what the base model computes, as one text."""
+    dit = config.model.dit
+    size = dit.stat().st_size if dit.is_file() else None
+    return json.dumps(
+        [asdict(config.model), asdict(config.conditioning), dtype, size], default=str, sort_keys=True
+    )
+
+
+class ValidationChecks:
+    """The checks of one run, on its main process; none at all without a dataset to measure."""
+
+    def __init__(self, config: DataConfig, validation: Validation | None, plot: Path) -> None:
+        self._config, self._validation, self._plot = config, validation, plot
+        self._has_begun = False
+
+    def is_due(self, step: int, ended_epoch: int | None, *, is_end: bool) -> bool:
+        """Whether the options ask for a check after `step`, which ended an epoch if that is given."""
+        if self._validation is None:
+            return False
+        by_step, by_epoch = self._config.validate_every_n_steps, self._config.validate_every_n_epochs
+        due_by_step = by_step is not None and step % by_step == 0
+        due_by_epoch = by_epoch is not None and ended_epoch is not None and ended_epoch % by_epoch == 0
+        return due_by_step or due_by_epoch or is_end
+
+    def is_missed(self, step: int, ended_epoch: int | None, metrics: Metrics) -> bool:
+        """Whether a run that goes on at `step` was stopped before the check that was due there."""
+        if step == 0 or not self.is_due(step, ended_epoch, is_end=False):
+            return False
+        return all(record["step"] != step for record in metrics.records(KIND))
+
+    def run(self, step: int, metrics: Metrics, weights_in_use: AbstractContextManager[None]) -> None:
+        """Measure, and tell.
+
+        Args:
+            weights_in_use: within it the network has the weights that are meant to be used.
+        """
+        if self._validation is None:
+            return
+        if not self._has_begun:
+            self._validation.reuse_base(metrics.records(KIND))
+            self._has_begun = True
+        with weights_in_use:
+            values = self._validation.measure()
+        metrics.write(KIND, step, values)
+        metrics.scalars(step, _curves(values))
+        parts = [f"{part['from']}-{part['to']} {_change(part):+.2%}" for part in values["timesteps"]]
+        log.info(
+            "step %d: validation loss %.5f with the LoRA, %.5f without (%s); by timestep %s",
+            step, values["loss"], values["base_loss"], f"{_change(values):+.2%}", ", ".join(parts),
+        )  # fmt: skip
+        metrics.draw(self._plot, KIND, write_validation_plot)
+
+
+def _change(values: Mapping[str, Any]) -> float:
+    """What the LoRA does to a loss, as a share of the base model's."""
+    return values["loss"] / values["base_loss"] - 1.0 if values["base_loss"] else 0.0
+
+
+def _curves(values: Mapping[str, Any]) -> dict[str, float]:
+    curves = {"loss/validation": values["loss"], "loss/validation_base": values["base_loss"]}
+    for part in values["timesteps"]:
+        name = f"timestep_{part['from']}_{part['to']}"
+        curves[f"validation/{name}"] = part["loss"]
+        curves[f"validation_base/{name}"] = part["base_loss"]
+    return curves

@@ -1,0 +1,203 @@
+"""Validation: what is measured, that it can be compared, and that training does not notice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from kandinsky5 import training
+from kandinsky5.validation import NUM_BINS, Validation, draw_levels
+from kandinsky5.validation_plot import write_validation_plot
+from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
+
+SPLIT = ("--validation_split", 0.4)
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dit(tmp_path_factory.mktemp("dit"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+def checks(output: Path) -> list[dict[str, Any]]:
+    return metrics(output, "validation")
+
+
+def trained_items(output: Path) -> set[str]:
+    return {item for record in metrics(output, "step") for item in record["items"]}
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = training.take_control_word
+    seen = iter(range(1, 99))
+    monkeypatch.setattr(training, "take_control_word", lambda n: "stop" if next(seen) == steps else plain(n))
+
+
+def test_levels_are_one_per_bin_and_clip_and_never_change() -> None:
+    keys = [f"0/clip{number}" for number in range(400)]
+    levels = draw_levels(keys)
+    assert levels.shape == (NUM_BINS, 400)
+    for part in range(NUM_BINS):
+        low, high = part / NUM_BINS, (part + 1) / NUM_BINS
+        assert bool(((levels[part] >= low) & (levels[part] < high)).all())
+        assert float(levels[part].mean()) == pytest.approx((low + high) / 2, abs=0.02)
+    assert torch.equal(draw_levels(keys[7:9]), levels[:, 7:9])
+
+
+def test_what_is_held_out_is_measured_and_never_trained_on(dit: Path, dataset: Path, tmp_path: Path) -> None:
+    train(dit, dataset, tmp_path, "--max_train_epochs", 4, "--learning_rate", 5e-3, *SPLIT)
+    (record,) = checks(tmp_path)
+    trained = trained_items(tmp_path)
+    assert len(trained) + record["clips"] == 5
+    assert record["step"] == 4 * len(trained)
+    assert record["loss"] != record["base_loss"]
+
+
+def test_means_are_those_of_their_parts(dit: Path, dataset: Path, tmp_path: Path) -> None:
+    """Over all, per bin, bucket and dataset, with and without the LoRA."""
+    train(dit, dataset, tmp_path, "--max_train_steps", 2, "--validation_dataset_config", dataset)
+    (record,) = checks(tmp_path)
+    assert [(part["from"], part["to"]) for part in record["timesteps"]][::3] == [(0, 250), (750, 1000)]
+    buckets = {entry["bucket"]: entry["clips"] for entry in record["buckets"]}
+    assert buckets == {"32x32x5": 3, "64x16x9": 2}
+    for name in ("loss", "base_loss"):
+        bins = [part[name] for part in record["timesteps"]]
+        assert sum(bins) / NUM_BINS == pytest.approx(record[name], rel=1e-9)
+        weighted = sum(entry["clips"] * entry[name] for entry in record["buckets"]) / 5
+        assert weighted == pytest.approx(record[name], rel=1e-9)
+        assert record["datasets"][0][name] == pytest.approx(record[name], rel=1e-9)
+    assert len({record["timesteps"][part]["base_loss"] for part in range(NUM_BINS)}) == NUM_BINS
+
+
+@pytest.mark.parametrize("measure", [SPLIT, ("--validation_dataset_config", "")])
+def test_a_run_with_many_checks_and_one_with_few_end_in_the_same_bytes(
+    measure: tuple[object, ...], dit: Path, dataset: Path, tmp_path: Path
+) -> None:
+    measure = tuple(word or dataset for word in measure)
+    words = ("--max_train_steps", 5, "--network_dropout", 0.3, "--num_timestep_buckets", 3)
+    words = (*words, "--network_args", "rank_dropout=0.2", "module_dropout=0.2", "--gradient_checkpointing")
+    few = measure if "--validation_split" in measure else ()
+    train(dit, dataset, tmp_path / "few", *words, *few)
+    before = torch.get_rng_state()
+    train(dit, dataset, tmp_path / "many", *words, *measure, "--validate_every_n_steps", 1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert len(checks(tmp_path / "many")) == 5
+    losses = [[r["loss"] for r in metrics(tmp_path / name, "step")] for name in ("few", "many")]
+    assert losses[0] == losses[1]
+    first, second = (lora_bytes(tmp_path / name / "lora.safetensors") for name in ("few", "many"))
+    assert first == second
+
+
+def test_a_resumed_run_makes_the_same_checks_and_measures_the_base_model_once(
+    dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*("--max_train_steps", 6, "--validate_every_n_steps", 2), *SPLIT)
+    train(dit, dataset, tmp_path / "whole", *words)
+    measured: list[bool] = []
+    plain = Validation._losses
+
+    def counting(self: Validation) -> torch.Tensor:
+        measured.append(self._network._switch.is_enabled)
+        return plain(self)
+
+    monkeypatch.setattr(Validation, "_losses", counting)
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)  # where a check is due: stopping is quick, the resumed run makes it
+        train(dit, dataset, tmp_path / "parts", *words)
+    assert [record["step"] for record in checks(tmp_path / "parts")] == [2]
+    train(dit, dataset, tmp_path / "parts", *words, "--resume", "auto")
+    assert checks(tmp_path / "parts") == checks(tmp_path / "whole")
+    assert measured == [False, True, True, True]
+    pictures = [(tmp_path / name / "lora_validation.png").read_bytes() for name in ("parts", "whole")]
+    assert pictures[0] == pictures[1]
+
+
+def test_other_model_settings_are_another_measurement(dit: Path, dataset: Path, tmp_path: Path) -> None:
+    words = ("--validation_dataset_config", dataset)
+    train(dit, dataset, tmp_path, "--max_train_steps", 1, "--save_state", *words)
+    train(dit, dataset, tmp_path, "--max_train_steps", 2, "--resume", "auto", "--fp8_base", *words)
+    first, second = checks(tmp_path)
+    assert first["set"] != second["set"]
+    assert first["base_loss"] != second["base_loss"]
+
+
+def test_another_split_is_not_resumed(
+    dit: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(dit, dataset, tmp_path, "--max_train_steps", 1, "--save_state", *SPLIT)
+    for split in (("--validation_split", 0.5), ()):
+        with pytest.raises(SystemExit) as caught:
+            train(dit, dataset, tmp_path, "--max_train_steps", 2, "--resume", "auto", *split)
+        assert caught.value.code == 2
+        assert "--resume lora-state" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--validation_split", 0.4, "--validation_dataset_config", "v.toml"), "leave one out"),
+        (("--validate_every_n_steps", 2), "needs --validation_split or --validation_dataset_config"),
+        (("--validation_split", 0), "must lie within"),
+        (("--validation_split", 0.001), "at least one is held out"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    words: tuple[object, ...],
+    message: str,
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train(dit, dataset, tmp_path, *words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_image_to_video_and_averaged_weights_are_measured(dit: Path, dataset: Path, tmp_path: Path) -> None:
+    optimizer = "tests.kandinsky5.test_train_saved.ThirdsScheduleFree"
+    words = ("--optimizer_type", optimizer, "--learning_rate", 0.1, "--max_train_steps", 3, *SPLIT)
+    train(dit, dataset, tmp_path / "few", *words, task="k5-tiny-i2v")
+    train(dit, dataset, tmp_path / "many", *words, "--validate_every_n_steps", 1, task="k5-tiny-i2v")
+    assert lora_bytes(tmp_path / "few/lora.safetensors") == lora_bytes(tmp_path / "many/lora.safetensors")
+    assert checks(tmp_path / "few")[-1] == checks(tmp_path / "many")[-1]
+
+
+def record(step: int, loss: object, name: str = "a") -> dict[str, Any]:
+    parts = [{"from": 0, "to": 500, "loss": loss, "base_loss": 2.0}]
+    return {"set": name, "step": step, "clips": 3, "loss": loss, "base_loss": 2.0, "timesteps": parts}
+
+
+def test_the_picture_shows_one_measurement_and_stands_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    def picture(*records: dict[str, Any]) -> bytes:
+        write_validation_plot(tmp_path / "p.png", records)
+        with Image.open(tmp_path / "p.png") as image:
+            assert image.size == (1200, 670)
+            return image.tobytes()
+
+    two = picture(record(10, 1.9), record(20, 1.7))
+    assert picture(record(5, 9.0, "b"), record(10, 1.9), record(20, 1.7)) == two
+    assert picture(record(10, 1.9), record(15, "nan"), record(20, 1.7)) != two
+    assert picture(record(10, 1.9)) != two
+    picture(record(10, "nan"))
+    picture(record(0, 2.0), record(10, 2.0))
+
+
+def test_a_picture_that_cannot_be_written_costs_a_warning(
+    dit: Path, dataset: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "lora_validation.png").mkdir()
+    train(dit, dataset, tmp_path, "--max_train_steps", 2, "--validate_every_n_steps", 1, *SPLIT)
+    assert said.text.count("cannot be written") == 1
+    assert len(checks(tmp_path)) == 2
+    json.dumps(checks(tmp_path))
