@@ -20,8 +20,10 @@ from kandinsky5.tasks import DitParams
 from kandinsky5.weight_checks import FiniteCheck, not_finite_message
 from modules.dtypes import dtype_name
 from modules.errors import ModelFileError
-from modules.fp8 import FP8_DTYPES, Fp8Linear, dequantise, normalise_scale, quantise_rows
+from modules.fp8 import FP8_DTYPES, Fp8Linear
+from modules.int8 import Int8Linear
 from modules.logs import get_logger
+from modules.quantised_linear import QuantisedLinear, dequantise, normalise_scale
 from modules.tensor_files import TensorInfo
 from modules.weight_files import WeightFiles, find_weight_files, open_weight_files
 from networks.lora_files import LoadedLora
@@ -168,6 +170,8 @@ def load_dit(
     compute_dtype: torch.dtype,
     fp8: bool = False,
     fp8_fast: bool = False,
+    int8: bool = False,
+    int8_fast: bool = False,
     loras: Sequence[LoadedLora] = (),
     use_mmap: bool = True,
     check_finite: bool = True,
@@ -177,28 +181,29 @@ def load_dit(
 
     Args:
         compute_dtype: of activations and of all weights but the float32 islands, which keep the file's dtype.
-        fp8: attention and feed-forward layers of the blocks become `Fp8Linear`.
-        fp8_fast: they multiply in float8 too (`check_fp8_matmul` first).
+        fp8, int8: attention and feed-forward layers of the blocks become `Fp8Linear` or `Int8Linear`.
+        fp8_fast, int8_fast: they multiply so too (`check_fp8_matmul` or `check_int8_matmul` first).
         loras: merged before quantisation, in float32 with one rounding.
         check_finite: search every tensor for NaN and infinity.
         placement: where each tensor finally lies, by its key; everything on `device` when None.
     Raises:
         ModelFileError: see `check_dit_file`; or a tensor holds NaN or infinite values.
     """
+    layer_class = _one_byte_layer(fp8=fp8, int8=int8)
     files = find_weight_files(path, subfolder="transformer")
     with open_weight_files(files, use_mmap=use_mmap) as weights:
         info = _check_tensors(path, files, weights.tensors, params)
         dit = build_meta_dit(params, compute_dtype)
         reader = _WeightReader(weights, info, device, check_finite=check_finite)
-        if info.is_fp8 and fp8 and loras:
-            log.warning("%s is float8 already: merging a LoRA rounds its weights a second time", path.name)
+        if info.is_fp8:
+            _warn_of_second_rounding(path, layer_class, has_loras=bool(loras))
         quantised: dict[str, tuple[Tensor, Tensor]] = {}
         # In file order: a hard disk then reads straight through.
         for key in sorted(info.tensors, key=lambda key: info.tensors[key].start):
             layer, _, name = key.rpartition(".")
             target_device = placement(key) if placement else device
-            if fp8 and name == "weight" and is_target_name(layer):
-                weight8, scale = reader.read_fp8(key, loras)
+            if layer_class is not None and name == "weight" and is_target_name(layer):
+                weight8, scale = reader.read_quantised(key, loras, layer_class)
                 quantised[layer] = weight8.to(target_device), scale.to(target_device)
                 continue
             tensor = reader.read(key, loras)
@@ -210,11 +215,34 @@ def load_dit(
     for layer, (weight8, scale) in quantised.items():
         plain = dit.get_submodule(layer)
         assert isinstance(plain, nn.Linear)
-        linear = Fp8Linear(weight8, scale, plain.bias, compute_dtype=compute_dtype, use_fast=fp8_fast)
+        assert layer_class is not None
+        use_fast = fp8_fast or int8_fast
+        linear = layer_class(weight8, scale, plain.bias, compute_dtype=compute_dtype, use_fast=use_fast)
         dit.set_submodule(layer, linear)
     dit.reset_buffers(device)
     _assert_materialised(dit)
     return dit.requires_grad_(False)
+
+
+def _one_byte_layer(*, fp8: bool, int8: bool) -> type[QuantisedLinear] | None:
+    assert not (fp8 and int8)
+    if fp8:
+        return Fp8Linear
+    return Int8Linear if int8 else None
+
+
+def _warn_of_second_rounding(
+    path: Path, layer_class: type[QuantisedLinear] | None, *, has_loras: bool
+) -> None:
+    """Say what becomes of weights that were rounded to float8 once."""
+    if layer_class is Int8Linear:
+        log.warning(
+            "%s is float8 already: --int8_base rounds its weights a second time; --fp8_base takes them as "
+            "they are",
+            path.name,
+        )
+    elif layer_class is Fp8Linear and has_loras:
+        log.warning("%s is float8 already: merging a LoRA rounds its weights a second time", path.name)
 
 
 class _WeightReader:
@@ -234,13 +262,16 @@ class _WeightReader:
             tensor = dequantise(tensor, self._scale(layer), torch.float32)
         return add_deltas(tensor, layer, loras) if name == "weight" else tensor
 
-    def read_fp8(self, key: str, loras: Sequence[LoadedLora]) -> tuple[Tensor, Tensor]:
-        """(weight, scale) in float8; a float8 tensor that no LoRA changes is taken as it is."""
+    def read_quantised(
+        self, key: str, loras: Sequence[LoadedLora], layer_class: type[QuantisedLinear]
+    ) -> tuple[Tensor, Tensor]:
+        """(weight, scale) in one byte; a float8 tensor that stays float8 and unmerged is taken as it is."""
         layer = key.rpartition(".")[0]
-        if self._info.tensors[key].dtype in FP8_DTYPES and not is_merged_layer(layer, loras):
+        is_fp8 = self._info.tensors[key].dtype in FP8_DTYPES
+        if is_fp8 and layer_class is Fp8Linear and not is_merged_layer(layer, loras):
             weight8 = self._raw(key)
             return weight8, normalise_scale(self._scale(layer), weight8.shape[0])
-        return quantise_rows(self.read(key, loras))
+        return layer_class.quantise(self.read(key, loras))
 
     def raise_if_not_finite(self, path: Path) -> None:
         """Ask the device once, at the end, about all tensors."""

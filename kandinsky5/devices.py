@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from kandinsky5.configs.generate import DitConfig
+from kandinsky5.configs.train import ModelConfig
 from modules.dtypes import dtype_from_word
 from modules.errors import ResourceError
+from modules.fp8 import check_fp8_matmul
+from modules.int8 import check_int8_matmul
 
 
 def pick_device(word: str | None) -> torch.device:
@@ -22,6 +26,18 @@ def pick_device(word: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ResourceError(f"--device {word} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def check_fast_products(settings: DitConfig | ModelConfig, device: torch.device) -> None:
+    """Refuse `--fp8_fast` and `--int8_fast` where they cannot run.
+
+    Raises:
+        ResourceError: the device cannot multiply in float8 or int8.
+    """
+    if settings.fp8_fast:
+        check_fp8_matmul(device)
+    if settings.int8_fast:
+        check_int8_matmul(device)
 
 
 def compute_dtype(word: str | None, device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 from kandinsky5.checkpoints import build_meta_dit, check_dit_file, file_name_warning, load_dit
 from kandinsky5.compilation import check_compile_backend, compile_blocks
 from kandinsky5.configs.generate import GenerateConfig
-from kandinsky5.devices import compute_dtype, vae_dtype
+from kandinsky5.devices import check_fast_products, compute_dtype, vae_dtype
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.magcache import task_ratios
 from kandinsky5.nabla import DensityReport
@@ -25,7 +25,6 @@ from kandinsky5.text_encoders import (
 from kandinsky5.vae import VideoVAE, check_vae_file, load_vae
 from modules.attention import check_attention_backend
 from modules.errors import ConfigError, ModelFileError
-from modules.fp8 import check_fp8_matmul
 from modules.logs import get_logger
 from networks.lora import LoRANetwork
 from networks.lora_files import LoadedLora, read_lora
@@ -39,7 +38,7 @@ def check_models(config: GenerateConfig, device: torch.device) -> None:
 
     Raises:
         ModelFileError: with every problem found.
-        ResourceError: the device cannot multiply in float8.
+        ResourceError: the device cannot multiply in float8 or int8.
     """
     check_dit_options(config, device)
     problems: list[str] = []
@@ -70,7 +69,7 @@ def check_dit_options(config: GenerateConfig, device: torch.device) -> None:
 
     Raises:
         ConfigError: too many blocks to swap, no MagCache ratios, a dtype the attention cannot compute in.
-        ResourceError: a missing package, or a device that cannot multiply in float8.
+        ResourceError: a missing package, or a device that cannot multiply in float8 or int8.
     """
     dit, params = config.dit, config.task.dit_params
     problems = []
@@ -87,8 +86,7 @@ def check_dit_options(config: GenerateConfig, device: torch.device) -> None:
         raise ConfigError(problems)
     check_attention_backend(dit.attention, for_training=False)
     check_compile_backend(dit.compile)
-    if dit.fp8_fast:
-        check_fp8_matmul(device)
+    check_fast_products(dit, device)
 
 
 def magcache_ratios(config: GenerateConfig) -> Sequence[float] | None:
@@ -214,6 +212,8 @@ class ModelLoader:
             compute_dtype=self.compute_dtype,
             fp8=self.config.dit.fp8_base,
             fp8_fast=self.config.dit.fp8_fast,
+            int8=self.config.dit.int8_base,
+            int8_fast=self.config.dit.int8_fast,
             loras=active if is_merged else (),
             use_mmap=not self.config.dit.disable_numpy_memmap,
             check_finite=not self.config.dit.no_weight_check,
@@ -221,7 +221,7 @@ class ModelLoader:
                 self.config.task.dit_params,
                 self.device,
                 blocks_to_swap=self.config.dit.blocks_to_swap,
-                modulation_on_host=self.config.dit.fp8_base or self.config.dit.blocks_to_swap > 0,
+                modulation_on_host=self.config.dit.has_one_byte_weights or self.config.dit.blocks_to_swap > 0,
             ),
         )
         dit.train(False)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from kandinsky5.configs.generate import GenerateConfig
+from kandinsky5.configs.generate import DitConfig, GenerateConfig
 from kandinsky5.sampling_pipeline import full_prompt
 from kandinsky5.video_requests import VideoRequest, full_multipliers
 
@@ -39,7 +39,7 @@ def settings_metadata(
         "seed": str(request.seed),
         "dit": _name(config.models.dit),
         "vae": _name(config.models.vae),
-        "dtype": "fp8 weights, " + dtype if config.dit.fp8_base else dtype,
+        "dtype": _weight_words(config.dit) + dtype,
     }
     if config.dit.nabla is not None:
         settings["nabla"] = " ".join(f"{key}={value}" for key, value in asdict(config.dit.nabla).items())
@@ -98,7 +98,13 @@ def _image_words(request: VideoRequest) -> list[str]:
 
 def _dit_words(config: GenerateConfig) -> list[str]:
     dit, task = config.dit, config.task
-    words = _flags({"--fp8_base": dit.fp8_base, "--fp8_fast": dit.fp8_fast, "--cpu_noise": dit.cpu_noise})
+    words = _flags({
+        "--fp8_base": dit.fp8_base,
+        "--fp8_fast": dit.fp8_fast,
+        "--int8_base": dit.int8_base,
+        "--int8_fast": dit.int8_fast,
+        "--cpu_noise": dit.cpu_noise,
+    })
     words += ["--dtype", dit.dtype] if dit.dtype else []
     words += [f"--{dit.attention}"] if dit.attention != "sdpa" else []
     words += ["--blocks_to_swap", str(dit.blocks_to_swap)] if dit.blocks_to_swap else []
@@ -114,6 +120,12 @@ def _dit_words(config: GenerateConfig) -> list[str]:
         words += ["--nabla_wT", str(nabla.wT), "--nabla_wH", str(nabla.wH), "--nabla_wW", str(nabla.wW)]
         words.append("--nabla_add_sta" if nabla.add_sta else "--no_nabla_add_sta")
     return words
+
+
+def _weight_words(dit: DitConfig) -> str:
+    if dit.fp8_base:
+        return "fp8 weights, "
+    return "int8 weights, " if dit.int8_base else ""
 
 
 def _lora_words(config: GenerateConfig, request: VideoRequest) -> list[str]:

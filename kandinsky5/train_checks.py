@@ -192,7 +192,8 @@ def _hint_at_other_scale(task: Task, sizes: Iterable[tuple[int, int]]) -> None:
 def describe_model(model: ModelConfig) -> str:
     """One line on what is about to be trained."""
     nabla = f"dense attention ({model.attention})" if model.nabla is None else f"NABLA {asdict(model.nabla)}"
-    return f"{model.task.name}: {model.dit.name}, {nabla}, fp8 weights {'on' if model.fp8_base else 'off'}"
+    held = "in float8" if model.fp8_base else "in int8" if model.int8_base else "as they are"
+    return f"{model.task.name}: {model.dit.name}, {nabla}, weights {held}"
 
 
 def log_datasets(datasets: DatasetConfig, data: CachedDataset) -> None:

@@ -150,6 +150,7 @@ def _encode_texts(
         qwen_max_length=task.qwen_max_length,
         clip_max_length=task.clip_max_length,
         require_official_crop=not task.is_tiny,
+        quantization=config.samples.quantization,
         expected_dims=(params.in_text_dim, params.in_text_dim2),
     )
     try:

@@ -33,7 +33,6 @@ from kandinsky5.offload import host_placement, stream_weights
 from modules.activation_offload import ActivationOffload, tensor_mover
 from modules.dtypes import dtype_from_word
 from modules.errors import ConfigError, ResourceError
-from modules.fp8 import check_fp8_matmul
 from modules.lr_schedules import ScheduleSettings, build_lr_schedule
 from modules.optimizers import is_schedule_free, takes_relative_steps
 from networks.lora import LoRANetwork
@@ -172,10 +171,8 @@ def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
     """The frozen model with `--base_weights` merged in.
 
     Raises:
-        ResourceError: `--fp8_fast` on a device that cannot multiply in float8.
+        ModelFileError: see `load_dit`.
     """
-    if model.fp8_fast:
-        check_fp8_matmul(device)
     params = model.dit_params
     sizes = block_layer_sizes(
         model_dim=params.model_dim,
@@ -196,6 +193,8 @@ def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
         compute_dtype=dtype,
         fp8=model.fp8_base,
         fp8_fast=model.fp8_fast,
+        int8=model.int8_base,
+        int8_fast=model.int8_fast,
         loras=loras,
         use_mmap=not model.disable_numpy_memmap,
         check_finite=not model.no_weight_check,
@@ -203,7 +202,7 @@ def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
             params,
             device,
             blocks_to_swap=model.blocks_to_swap,
-            modulation_on_host=model.fp8_base or model.blocks_to_swap > 0,
+            modulation_on_host=model.has_one_byte_weights or model.blocks_to_swap > 0,
         ),
     )
     dit.requires_grad_(False)

@@ -24,6 +24,7 @@ from dataset.config import DatasetConfig
 from kandinsky5 import train_checks, train_setup
 from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.train import TrainConfig
+from kandinsky5.devices import check_fast_products
 from kandinsky5.hub import HubUploads, fetch_state
 from kandinsky5.lora_metadata import RunFacts
 from kandinsky5.metrics import Metrics
@@ -84,6 +85,7 @@ def _prepare(config: TrainConfig) -> Trainer | None:
     train_checks.check_files(config)
     requests = read_requests(config)
     accelerator = train_setup.build_accelerator(config)
+    check_fast_products(config.model, accelerator.device)
     if accelerator.is_main_process:
         train_checks.prepare_output(saving, is_resuming=config.run.resume is not None)
         remove_strays(saving.output_dir)

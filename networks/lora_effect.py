@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modules.fp8 import Fp8Linear, dequantise
+from modules.quantised_linear import QuantisedLinear, dequantise
 from networks.factors import LayerFactors, LoraFactors
 from networks.lora import LoRALinear, LoRANetwork
 
@@ -60,7 +60,7 @@ def _frozen_weight(host: nn.Module, path: str, device: torch.device) -> Tensor:
     while isinstance(layer, LoRALinear):
         layer = layer.base
     weight = layer.get_parameter("weight").to(device)
-    if isinstance(layer, Fp8Linear):
+    if isinstance(layer, QuantisedLinear):
         return dequantise(weight, layer.scale_weight.to(device), torch.float32)
     return weight
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from modules.errors import ConfigError
-from modules.fp8 import FP8_DTYPES, dequantise, quantise_like
+from modules.fp8 import FP8_DTYPES, quantise_like
 from modules.logs import get_logger
+from modules.quantised_linear import dequantise
 from modules.tensor_files import write_tensor_stream
 from modules.weight_files import WeightFiles
 from networks.lora_files import LoadedLora

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kandinsky5.cli.common import DTYPE_CHOICES, Parser, existing_file, positive_int
 from kandinsky5.cli.vae_options import add_vae_tiling_options, tile_px
+from kandinsky5.cli.weight_options import add_qwen_weight_options
 from kandinsky5.configs.caching import (
     CacheLatentsConfig,
     CacheRunConfig,
@@ -127,8 +128,7 @@ def _add_text_options(parser: Parser) -> None:
         help="tokens kept after the prompt template; generation uses 256 (default: 256)",
     )
     add("--clip_max_length", type=positive_int, default=77, help="CLIP's tokens (default: 77)")
-    add("--fp8_llm", "--fp8_vlm", action="store_true", help="hold Qwen's weights in float8: half the memory")
-    add("--quantized_qwen", action="store_true", help="load Qwen in 4 bits (NF4) with bitsandbytes")
+    add_qwen_weight_options(add)
     add(
         "--prompt_templates",
         type=Path,

@@ -63,7 +63,7 @@ def compile_config(args: argparse.Namespace) -> CompileConfig | None:
     if not args.compile and not accelerates:
         return None
     config = CompileConfig(**(accelerates or given))
-    if config.compile_fullgraph and args.fp8_base:
+    if config.compile_fullgraph and (args.fp8_base or args.fp8_scaled):
         raise ConfigError("--compile_fullgraph: layers in float8 stay outside compiled graphs; leave it out")
     return config
 

@@ -18,6 +18,11 @@ from kandinsky5.cli.common import (
 )
 from kandinsky5.cli.compile_options import add_compile_options, compile_config
 from kandinsky5.cli.vae_options import add_vae_tiling_options, tile_px
+from kandinsky5.cli.weight_options import (
+    add_dit_weight_options,
+    add_qwen_weight_options,
+    dit_weight_problems,
+)
 from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.configs.generate import (
     OUTPUT_SUFFIXES,
@@ -82,6 +87,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
     problems += _file_problems(args)
     problems += _pattern_problems(args)
     problems += _magcache_problems(args)
+    problems += dit_weight_problems(args)
     if problems:
         raise ConfigError(problems)
     for destination, remark in _WITHOUT_EFFECT.items():
@@ -102,8 +108,10 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
         device=args.device,
         dit=DitConfig(
             dtype=args.dtype,
-            fp8_base=args.fp8_base or args.fp8_scaled or args.fp8_fast,
+            fp8_base=args.fp8_base or args.fp8_scaled,
             fp8_fast=args.fp8_fast,
+            int8_base=args.int8_base,
+            int8_fast=args.int8_fast,
             blocks_to_swap=args.blocks_to_swap,
             use_pinned_memory_for_block_swap=args.use_pinned_memory_for_block_swap,
             offload_dit_during_sampling=args.offload_dit_during_sampling,
@@ -347,9 +355,7 @@ def _add_dit_options(parser: Parser) -> None:
     add = group.add_argument
     add("--dtype", choices=DTYPE_CHOICES, help="compute dtype (default: bfloat16, on a CPU float32)")
     add("--fp8", dest="fp8_base", action="store_true", help=argparse.SUPPRESS)
-    add("--fp8_base", action="store_true", help="hold the large weights in fp8, one scale per row")
-    add("--fp8_scaled", action="store_true", help="the same as --fp8_base")
-    add("--fp8_fast", action="store_true", help="multiply in fp8 too; implies --fp8_base")
+    add_dit_weight_options(add, "the same as --fp8_base")
     add("--blocks_to_swap", type=non_negative_int, default=0, metavar="N", help="blocks kept in host memory")
     add(
         "--use_pinned_memory_for_block_swap",
@@ -459,8 +465,7 @@ def _add_encoder_options(parser: Parser) -> None:
     group = parser.add_argument_group("text encoders and VAE")
     add = group.add_argument
     add("--text_encoder_cpu", action="store_true", help="encode prompts on the CPU")
-    add("--fp8_llm", "--fp8_vlm", action="store_true", help="hold Qwen's weights in float8: half the memory")
-    add("--quantized_qwen", action="store_true", help="load Qwen in 4 bits (NF4) with bitsandbytes")
+    add_qwen_weight_options(add)
     add(
         "--prompt_templates",
         type=Path,

@@ -13,6 +13,8 @@ from typing import Any
 from kandinsky5.cli.compile_options import compile_config
 from kandinsky5.cli.config_file import file_values, with_config_file
 from kandinsky5.cli.train_options import ACCEPTED, UNAVAILABLE, UNAVAILABLE_VALUES, build_parser
+from kandinsky5.cli.weight_options import dit_weight_problems
+from kandinsky5.configs.text_encoders import qwen_quantization
 from kandinsky5.configs.train import (
     NETWORK_MODULES,
     ConditioningConfig,
@@ -145,7 +147,6 @@ def _impossible_pairs(args: argparse.Namespace) -> list[str]:
             args.gradient_checkpointing_keep_attention > 0 and not args.gradient_checkpointing,
             "--gradient_checkpointing_keep_attention needs --gradient_checkpointing",
         ),
-        (args.fp8_fast and not args.fp8_base, "--fp8_fast needs --fp8_base"),
         (
             args.compile and args.gradient_checkpointing_keep_attention > 0,
             "--gradient_checkpointing_keep_attention cannot see into compiled blocks: leave one of them out",
@@ -174,7 +175,7 @@ def _impossible_pairs(args: argparse.Namespace) -> list[str]:
         ),
         (args.log_with == "tensorboard" and args.logging_dir is None, "--log_with needs --logging_dir"),
     ]
-    return [message for is_wrong, message in checks if is_wrong]
+    return [message for is_wrong, message in checks if is_wrong] + dit_weight_problems(args)
 
 
 def _model(args: argparse.Namespace) -> ModelConfig:
@@ -298,6 +299,7 @@ def _samples(args: argparse.Namespace) -> SampleConfig:
         vae=Path(args.vae or task.vae_path),
         text_encoder_qwen=args.text_encoder_qwen or str(task.text_encoder_qwen_path),
         text_encoder_clip=args.text_encoder_clip or str(task.text_encoder_clip_path),
+        quantization=qwen_quantization(fp8_llm=args.fp8_llm, quantized_qwen=args.quantized_qwen),
     )
 
 
@@ -315,6 +317,8 @@ def _notes(parser: argparse.ArgumentParser, args: argparse.Namespace, model: Mod
             "text_encoder_qwen",
             "text_encoder_clip",
             "vae_dtype",
+            "fp8_llm",
+            "quantized_qwen",
             "offload_dit_during_sampling",
         )
         if given[name]

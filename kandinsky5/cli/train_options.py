@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kandinsky5.cli.common import DTYPE_CHOICES, Parser, float_between, non_negative_int, positive_int
 from kandinsky5.cli.compile_options import add_accelerate_compile_options, add_compile_options
+from kandinsky5.cli.weight_options import add_dit_weight_options, add_qwen_weight_options
 from kandinsky5.configs.train import TIMESTEP_SAMPLINGS, WEIGHTING_SCHEMES
 
 DESCRIPTION = "Train a LoRA for Kandinsky 5 on cached latents and captions."
@@ -238,11 +239,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="visual blocks that keep their attention outputs instead of computing them again",
     )
-    group.add_argument(
-        "--fp8_base", action="store_true", help="hold attention and feed-forward weights in 8 bits"
-    )
-    group.add_argument("--fp8_scaled", action="store_true", help="accepted beside --fp8_base, same meaning")
-    group.add_argument("--fp8_fast", action="store_true", help="multiply in 8 bits where the device can")
+    add_dit_weight_options(group.add_argument, "accepted beside --fp8_base, same meaning")
     group.add_argument(
         "--blocks_to_swap", type=non_negative_int, default=0, help="blocks whose weights stay in host memory"
     )
@@ -498,6 +495,7 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sample_every_n_steps", type=positive_int, help="sample after every n-th step")
     group.add_argument("--sample_every_n_epochs", type=positive_int, help="sample after every n-th epoch")
     group.add_argument("--sample_at_first", action="store_true", help="sample before the first step too")
+    add_qwen_weight_options(group.add_argument, ", only used for samples")
 
 
 def _add_upload(parser: argparse.ArgumentParser) -> None:

@@ -48,6 +48,9 @@ class DitConfig:
     fp8_base: bool = False
     fp8_fast: bool = False
     """Multiply in float8 too; acts with fp8_base."""
+    int8_base: bool = False
+    int8_fast: bool = False
+    """Multiply in int8 too; acts with int8_base."""
     blocks_to_swap: int = 0
     use_pinned_memory_for_block_swap: bool = False
     offload_dit_during_sampling: bool = False
@@ -61,6 +64,11 @@ class DitConfig:
     cpu_noise: bool = False
     compile: CompileConfig | None = None
     """None runs the blocks as they are."""
+
+    @property
+    def has_one_byte_weights(self) -> bool:
+        """Whether the blocks' attention and feed-forward weights are held in float8 or int8."""
+        return self.fp8_base or self.int8_base
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

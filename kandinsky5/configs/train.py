@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kandinsky5.configs.compilation import CompileConfig
+from kandinsky5.configs.text_encoders import Quantization
 from kandinsky5.tasks import DitParams, NablaParams, Task
 from modules.errors import ConfigError
 
@@ -80,6 +81,9 @@ class ModelConfig:
     fp8_base: bool = False
     fp8_fast: bool = False
     """Multiply in float8 too; acts with fp8_base."""
+    int8_base: bool = False
+    int8_fast: bool = False
+    """Multiply in int8 too; acts with int8_base."""
     gradient_checkpointing: bool = False
     gradient_checkpointing_keep_attention: int = 0
     """Visual blocks whose attention outputs are kept instead of computed again."""
@@ -99,6 +103,11 @@ class ModelConfig:
     cuda_cudnn_benchmark: bool = False
     vae: str | None = None
     """Given for samples; its name goes into the metadata."""
+
+    @property
+    def has_one_byte_weights(self) -> bool:
+        """Whether the blocks' attention and feed-forward weights are held in float8 or int8."""
+        return self.fp8_base or self.int8_base
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -292,6 +301,8 @@ class SampleConfig:
     sample_at_first: bool = False
     vae_dtype: str | None = None
     """A dtype word; None: float16 on CUDA, float32 on the CPU."""
+    quantization: Quantization | None = None
+    """Of Qwen's Linear weights: --fp8_llm or --quantized_qwen."""
     offload_dit_during_sampling: bool = False
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kandinsky5 import checkpoints
 from kandinsky5.checkpoints import (
     build_meta_dit,
     check_dit_file,
@@ -22,7 +23,9 @@ from kandinsky5.dit import DiffusionTransformer3D, is_float32_island
 from kandinsky5.tasks import LITE_PARAMS, TINY_PARAMS
 from kandinsky5.tiny_models import dit_tensors
 from modules.errors import ConfigError, ModelFileError
-from modules.fp8 import FP8_DTYPE, Fp8Linear, dequantise, quantise_like
+from modules.fp8 import FP8_DTYPE, Fp8Linear, quantise_like
+from modules.int8 import Int8Linear
+from modules.quantised_linear import QuantisedLinear, dequantise
 from modules.tensor_files import read_tensors, write_tensors
 from networks.lora_files import LoadedLora, read_lora, save_lora
 from networks.lora_kandinsky import (
@@ -268,26 +271,30 @@ def test_a_name_that_contradicts_the_task_gives_a_warning(name: str, is_i2v: boo
     assert (file_name_warning(Path(name), is_i2v=is_i2v) is not None) == is_warned
 
 
-def test_fp8_quantises_the_block_layers_and_nothing_else(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "kind", "limit"), [("fp8", Fp8Linear, 0.1), ("int8", Int8Linear, 0.03)])
+def test_eight_bits_hold_the_block_layers_and_nothing_else(
+    tensors: dict[str, Tensor], tmp_path: Path, how: str, kind: type[QuantisedLinear], limit: float
+) -> None:
     path = write_layout(tmp_path, tensors, "file")
-    exact, small = load(path), load(path, fp8=True)
+    exact, small = load(path), load(path, **{how: True})
     for name, module in small.named_modules():
-        assert isinstance(module, Fp8Linear) == is_target_name(name), name
+        assert isinstance(module, kind) == is_target_name(name), name
     for key, parameter in small.named_parameters():
-        if parameter.dtype != FP8_DTYPE and not key.endswith("scale_weight"):
+        if parameter.dtype != kind.weight_dtype and not key.endswith("scale_weight"):
             assert torch.equal(parameter, exact.state_dict()[key])
     difference = (run(small) - run(exact)).norm() / run(exact).norm()
-    assert 0 < difference < 0.1
+    assert 0 < difference < limit
 
 
-def test_tensors_can_be_placed_one_by_one(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["fp8", "int8"])
+def test_tensors_can_be_placed_one_by_one(tensors: dict[str, Tensor], tmp_path: Path, how: str) -> None:
     asked: list[str] = []
 
     def placement(key: str) -> torch.device:
         asked.append(key)
         return CPU
 
-    load(write_layout(tmp_path, tensors, "file"), placement=placement, fp8=True)
+    load(write_layout(tmp_path, tensors, "file"), placement=placement, **{how: True})
     assert sorted(asked) == sorted(tensors)
 
 
@@ -334,6 +341,24 @@ def test_float8_checkpoints_load_with_and_without_staying_float8(
     torch.testing.assert_close(run(small), run(wide), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("scale", ["none", "row", "block"])
+def test_float8_checkpoints_become_int8_with_a_warning(
+    tensors: dict[str, Tensor], tmp_path: Path, scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(checkpoints.log, "warning", lambda text, *given: messages.append(text % given))
+    path = write_layout(tmp_path, as_fp8(tensors, scale, "scale_weight"), "prefix")
+    wide = load(path).get_submodule(TARGET)
+    assert not messages
+    small = load(path, int8=True).get_submodule(TARGET)
+    assert isinstance(small, Int8Linear)
+    weight8, factors = Int8Linear.quantise(wide.weight)  # type: ignore[arg-type]
+    assert torch.equal(small.weight, weight8)
+    assert torch.equal(small.scale_weight.float(), factors)
+    (message,) = messages
+    assert "--int8_base rounds its weights a second time; --fp8_base takes them as they are" in message
+
+
 def make_lora(folder: Path, seed: int, strength: float = 0.05) -> LoadedLora:
     dit = DiffusionTransformer3D(**PARAMS.as_kwargs())
     sizes = linear_layer_sizes(dit)
@@ -368,19 +393,20 @@ def test_merging_while_loading_equals_applying_at_run_time(
 def test_a_multiplier_of_zero_is_bit_equal_to_no_lora(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     path = write_layout(tmp_path, tensors, "file")
     lora = make_lora(tmp_path, 1).with_multiplier(0.0)
-    for fp8 in (False, True):
-        assert torch.equal(run(load(path, loras=(lora,), fp8=fp8)), run(load(path, fp8=fp8)))
+    for held in ({}, {"fp8": True}, {"int8": True}):
+        assert torch.equal(run(load(path, loras=(lora,), **held)), run(load(path, **held)))
 
 
-def test_under_fp8_a_lora_keeps_its_effect(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["fp8", "int8"])
+def test_in_eight_bits_a_lora_keeps_its_effect(tensors: dict[str, Tensor], tmp_path: Path, how: str) -> None:
     """Merged before quantisation: what the weights gain equals what was asked for, within the rounding."""
     path = write_layout(tmp_path, tensors, "file")
     lora = make_lora(tmp_path, 1, strength=0.2)
-    plain, merged = load(path, fp8=True), load(path, fp8=True, loras=(lora,))
+    plain, merged = load(path, **{how: True}), load(path, loras=(lora,), **{how: True})
 
     def weight(dit: DiffusionTransformer3D) -> Tensor:
         layer = dit.get_submodule(TARGET)
-        assert isinstance(layer, Fp8Linear)
+        assert isinstance(layer, QuantisedLinear)
         return dequantise(layer.weight, layer.scale_weight, torch.float32)
 
     asked = lora.layers[TARGET].delta()

@@ -20,7 +20,9 @@ from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.offload import stream_weights
 from kandinsky5.tasks import NablaParams
 from kandinsky5_generate_video import main as generate
-from modules.fp8 import Fp8Linear, quantise_rows
+from modules.fp8 import Fp8Linear
+from modules.int8 import Int8Linear
+from modules.quantised_linear import QuantisedLinear
 from networks.lora import LoRANetwork
 from networks.lora_kandinsky import create_network, is_target_name
 from tests.kandinsky5.generation_kit import SMALL, latents_of
@@ -55,15 +57,16 @@ def recorder() -> Iterator[GraphRecorder]:
     torch._dynamo.backends.registry._COMPILER_FNS.pop("recorder")
 
 
-def model(*, fp8: bool = False) -> tuple[DiffusionTransformer3D, LoRANetwork]:
+def model(
+    held: type[QuantisedLinear] | None = None, *, use_fast: bool = False
+) -> tuple[DiffusionTransformer3D, LoRANetwork]:
     dit = tiny_dit(compute_dtype=torch.bfloat16, num_text_blocks=1, num_visual_blocks=3)
-    if fp8:
+    if held is not None:
         for name, layer in list(dit.named_modules()):
             if isinstance(layer, nn.Linear) and is_target_name(name):
-                weight, scale = quantise_rows(layer.weight.data)
-                parent = dit.get_submodule(name.rpartition(".")[0])
-                quantised = Fp8Linear(weight, scale, layer.bias, compute_dtype=torch.bfloat16)
-                setattr(parent, name.rpartition(".")[2], quantised)
+                weight, scale = held.quantise(layer.weight.data)
+                small = held(weight, scale, layer.bias, compute_dtype=torch.bfloat16, use_fast=use_fast)
+                dit.set_submodule(name, small)
     network = create_network(
         dit, network_dim=4, network_alpha=4, network_dropout=None, network_args={}, seed=0
     )
@@ -104,29 +107,47 @@ def assert_near(compiled: list[Tensor], eager: list[Tensor]) -> None:
         assert (ours - plain).norm() / plain.norm() < 1.5e-2  # bfloat16 rounding
 
 
-@pytest.mark.parametrize("fp8", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    "held",
+    [
+        None,
+        pytest.param(Fp8Linear, marks=pytest.mark.slow),
+        pytest.param(Int8Linear, marks=pytest.mark.slow),
+    ],
+    ids=["bf16", "fp8", "int8"],
+)
 def test_gradients_are_those_of_eager_blocks_and_lengths_compile_nothing_anew(
-    recorder: GraphRecorder, fp8: bool
+    recorder: GraphRecorder, held: type[QuantisedLinear] | None
 ) -> None:
-    eager = lora_steps(*model(fp8=fp8))
-    dit, network = model(fp8=fp8)
+    eager = lora_steps(*model(held))
+    dit, network = model(held)
     compile_blocks(dit, CompileConfig(compile_backend="recorder"), torch.device("cpu"))
     first = lora_steps(dit, network)
     graphs = recorder.graphs
     assert_near(first, eager)
     lora_steps(dit, network)
     assert recorder.graphs == graphs
-    if not fp8:
+    if held is not Fp8Linear:
         # Forward and backward, whatever the lengths, of: the text block, the first visual block, whose input
         # needs no gradient, and the other visual blocks.
         assert graphs == 6
     assert torch.float8_e4m3fn not in recorder.dtypes
+    assert (torch.int8 in recorder.dtypes) is (held is Int8Linear)
+
+
+@pytest.mark.slow
+def test_integer_products_compile(recorder: GraphRecorder) -> None:
+    eager = lora_steps(*model(Int8Linear, use_fast=True))
+    dit, network = model(Int8Linear, use_fast=True)
+    compile_blocks(dit, CompileConfig(compile_backend="recorder"), torch.device("cpu"))
+    assert_near(lora_steps(dit, network), eager)
+    assert torch.int8 in recorder.dtypes
 
 
 @pytest.mark.slow
 def test_swapped_blocks_compile(recorder: GraphRecorder) -> None:
-    eager = lora_steps(*model(fp8=True))
-    dit, network = model(fp8=True)
+    eager = lora_steps(*model(Fp8Linear))
+    dit, network = model(Fp8Linear)
     stream_weights(dit, 1, torch.device("cpu"))
     compile_blocks(dit, CompileConfig(compile_backend="recorder"), torch.device("cpu"))
     assert_near(lora_steps(dit, network), eager)

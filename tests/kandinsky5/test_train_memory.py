@@ -28,7 +28,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return dit, write_dataset(folder)
 
 
-@pytest.mark.parametrize("base", [(), ("--fp8_base", "--mixed_precision", "bf16")], ids=["fp32", "fp8"])
+@pytest.mark.parametrize(
+    "base",
+    [(), ("--fp8_base", "--mixed_precision", "bf16"), ("--int8_base", "--mixed_precision", "bf16")],
+    ids=["fp32", "fp8", "int8"],
+)
 def test_the_lora_is_the_same_to_the_bit(
     files: tuple[Path, Path], tmp_path: Path, base: tuple[object, ...]
 ) -> None:
@@ -60,15 +64,6 @@ def test_more_than_the_model_has_is_refused_with_the_maximum(
         train(*files, tmp_path / "out", *WHOLE, *words)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_float8_products_are_refused_on_a_device_without_them(
-    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        train(*files, tmp_path / "out", *WHOLE, "--fp8_base", "--fp8_fast")
-    assert stop.value.code == 5
-    assert "--fp8_fast needs a CUDA device" in capsys.readouterr().err
 
 
 def test_compiled_blocks_train_to_the_same_losses(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,0 +1,190 @@
+"""Frozen linear layers whose weights take one byte each: what float8 and int8 have in common.
+
+    y = (x @ W8^T) * scale + bias          W8 widened to the dtype of x for the product, nothing wider
+
+The product runs in the activations' dtype on exactly the stored numbers (every float8 value and every int8
+value is a bfloat16 and a float16 value too), and the row scale multiplies the output instead of every element
+of the weight.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+_CHUNK_ELEMENTS = 2**21  # bounds the float32 scratch space of quantisation to 16 MiB
+
+
+def row_scales(weight: Tensor, limit: float) -> Tensor:
+    """The scale [out], float32, that brings the largest number of each row of [out, in] to `limit` or below.
+
+    Scales are rounded up to a bfloat16 number, so that multiplying bfloat16 outputs by them needs no wider
+    type. A row of zeros has scale 1; a row with a NaN has a NaN for a scale, which every product shows.
+    """
+    low, high = weight.aminmax(dim=1)
+    largest = torch.maximum(low.abs(), high.abs()).float()
+    scale = round_up_to_bfloat16(largest / limit)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def quantise_with(
+    weight: Tensor, scale: Tensor, dtype: torch.dtype, to_grid: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """weight [out, in] / scale [out, 1], put on the grid of `dtype` by `to_grid`, in pieces of few rows."""
+    quantised = torch.empty_like(weight, dtype=dtype)
+    rows = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
+    for target, source, divisor in zip(
+        quantised.split(rows), weight.split(rows), scale.split(rows), strict=True
+    ):
+        target.copy_(to_grid(source.float() / divisor[:, None]))
+    return quantised
+
+
+def round_up_to_bfloat16(values: Tensor) -> Tensor:
+    """The smallest bfloat16 numbers that are not below positive float32 `values`, as float32; NaN stays."""
+    bits = values.view(torch.int32)
+    rounded = torch.bitwise_and(bits + 0xFFFF, ~0xFFFF).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values)
+
+
+def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight [out, in] of any one-byte type times its scale, rounded to `dtype` once.
+
+    Args:
+        scale: [] or [1] for the tensor, [out] or [out, 1] per row, [out, blocks] or [out, blocks, 1] for
+            blocks of neighbours in a row.
+    """
+    out_features, in_features = weight.shape
+    scale = normalise_scale(scale, out_features)
+    blocks = 1 if scale.ndim == 1 else scale.shape[1]
+    values = weight.float().view(out_features, blocks, in_features // blocks)
+    return values.mul_(scale.view(out_features, blocks, 1)).view(out_features, in_features).to(dtype)
+
+
+def normalise_scale(scale: Tensor, out_features: int) -> Tensor:
+    """A scale as checkpoints hold it -> float32 [out], or [out, blocks] for more than one block per row.
+
+    Raises:
+        ValueError: the shape is none of those that `dequantise` names.
+    """
+    values = scale.float()
+    if values.numel() == 1:
+        return values.reshape(1).expand(out_features).contiguous()
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values.squeeze(2)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values.squeeze(1)
+    if values.ndim not in {1, 2} or values.shape[0] != out_features:
+        raise ValueError(f"a scale of shape {list(scale.shape)} does not fit {out_features} rows")
+    return values
+
+
+class WeightOnlyProduct(torch.autograd.Function):
+    """Keeps the one-byte weight for the backward pass instead of its widened copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        output = x @ _widened(weight, scale, x.dtype).t()
+        return finish(output, scale if scales_output(x.dtype, scale) else None, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        needed = ctx.needs_input_grad[0]
+        return _input_gradient(grads[0], weight, scale) if needed else None, None, None, None
+
+
+class QuantisedLinear(nn.Module, ABC):
+    """A frozen linear layer stored in one byte per weight and computed in the dtype of its input.
+
+    Args:
+        weight: [out, in], a one-byte type.
+        scale: float32, [out] per row or [out, blocks] per block.
+        bias: [out] or None.
+        compute_dtype: dtype of the activations it will see.
+        use_fast: multiply in the one-byte type with inputs quantised per token, where the sizes allow it.
+    """
+
+    weight_dtype: ClassVar[torch.dtype]
+    """Of the weights that `quantise` makes."""
+    fast_product: ClassVar[type[WeightOnlyProduct]]
+    fast_multiple: ClassVar[int]
+    """What both sides of the weight must be a multiple of for `fast_product`."""
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        *,
+        compute_dtype: torch.dtype,
+        use_fast: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        # Kept in the compute dtype where that is exact, so that no step mixes dtypes.
+        is_exact = compute_dtype == torch.bfloat16 and torch.equal(scale.bfloat16().float(), scale)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale_weight = nn.Parameter(scale.bfloat16() if is_exact else scale, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.to(compute_dtype), requires_grad=False)
+        fits = self.in_features % self.fast_multiple == 0 and self.out_features % self.fast_multiple == 0
+        self.use_fast = use_fast and fits and scale.ndim == 1 and weight.dtype == self.weight_dtype
+
+    @staticmethod
+    @abstractmethod
+    def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """weight [out, in] -> (one-byte weight [out, in], scale [out] float32)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], both in the compute dtype."""
+        product = self.fast_product if self.use_fast else WeightOnlyProduct
+        flat = product.apply(x.reshape(-1, self.in_features), self.weight, self.scale_weight, self.bias)
+        return flat.view(*x.shape[:-1], self.out_features)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """grad [N, out] -> [N, in], a fresh tensor: what the backward pass returns, without autograd."""
+        return _input_gradient(grad, self.weight, self.scale_weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, fast={self.use_fast}"
+
+
+def scales_output(dtype: torch.dtype, scale: Tensor) -> bool:
+    """Whether the row scale is applied to the output rather than to the weight.
+
+    Not for blocks, and not in float16, where the unscaled products would overflow.
+    """
+    return scale.ndim == 1 and dtype != torch.float16
+
+
+def finish(output: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Apply row scale and bias to a fresh output [N, out], in its own dtype."""
+    if scale is not None and bias is not None and scale.dtype == output.dtype:
+        return torch.addcmul(bias, output, scale)
+    if scale is not None:
+        output.mul_(scale)
+    return output if bias is None else output.add_(bias)
+
+
+def _widened(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in the compute dtype, with its scale unless `scales_output`: [out, in]."""
+    wide = weight.to(dtype)
+    if scales_output(dtype, scale):
+        return wide
+    out_features, in_features = weight.shape
+    blocks = wide.view(out_features, scale.numel() // out_features, -1)
+    blocks.mul_(scale.view(out_features, -1, 1))  # in place: rounds to dtype, makes nothing wider
+    return blocks.view(out_features, in_features)
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """grad [N, out] -> [N, in] through the weight that the forward pass used."""
+    if scales_output(grad.dtype, scale):
+        grad = torch.mul(grad, scale, out=torch.empty_like(grad))
+    return grad @ _widened(weight, scale, grad.dtype)
