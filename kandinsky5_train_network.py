@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from kandinsky5.cli.common import user_errors
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import ShowTimestepsConfig
+from modules.interruption import StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one training, or show its timesteps."""
+    stop = StopRequest()
     with user_errors(argv):
         config = parse_train(argv)
         if isinstance(config, ShowTimestepsConfig):
@@ -20,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         from kandinsky5.training import train
 
-        train(config)
+        train(config, stop)
 
 
 if __name__ == "__main__":

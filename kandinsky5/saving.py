@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from kandinsky5.configs.train import SavingConfig
+from kandinsky5.training_state import remove_state
 from networks.lora_scales import lora_config_path
 
 Unit = Literal["epoch", "step"]
@@ -101,10 +100,7 @@ def expired(saving: SavingConfig, unit: Unit, number: int, *, state: bool) -> in
 def delete_result(path: Path) -> None:
     """Remove a LoRA with its average and their settings files, or a state directory; both may be missing."""
     if path.is_dir():
-        # Renamed first, so that a kill in the middle does not leave half a state under its name.
-        doomed = path.with_name(f".k5state-{os.getpid()}-{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_state(path)
         return
     for file in (path, average_path(path)):
         file.unlink(missing_ok=True)

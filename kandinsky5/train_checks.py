@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -112,22 +113,18 @@ def prepare_output(saving: SavingConfig, *, is_resuming: bool) -> None:
     """
     names = OutputNames(saving.output_dir, saving.output_name)
     existing = names.existing_results()
+    fallback = saving.output_dir_fallback
+    if fallback is not None and fallback.resolve() == saving.output_dir.resolve():
+        raise ConfigError("--output_dir_fallback is --output_dir itself; choose a folder on another disk")
     if existing and not is_resuming and not saving.overwrite:
         raise ConfigError(
             f"--output_dir {saving.output_dir} holds {len(existing)} results named {saving.output_name}, "
             f"first {existing[0].name}. Choose another --output_name, continue with --resume auto, "
             "or replace them with --overwrite."
         )
-    try:
-        saving.output_dir.mkdir(parents=True, exist_ok=True)
-        probe = names.control.with_suffix(".probe")
-        with atomic_writer(probe) as stream:
-            stream.write(b"k5")
-        probe.unlink()
-    except OSError as error:
-        raise ResourceError(
-            f"--output_dir {saving.output_dir}: cannot be written: {error.strerror}"
-        ) from error
+    _prove_writable("--output_dir", saving.output_dir)
+    if fallback is not None:
+        _prove_writable("--output_dir_fallback", fallback)
     if existing and not is_resuming:
         log.info(
             "--overwrite: removing %d results of earlier runs named %s", len(existing), saving.output_name
@@ -135,6 +132,19 @@ def prepare_output(saving: SavingConfig, *, is_resuming: bool) -> None:
         for path in existing:
             delete_result(path)
         names.validation_plot.unlink(missing_ok=True)
+
+
+def _prove_writable(option: str, folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ResourceError(f"{option} {folder}: is a file; name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".k5tmp-{os.getpid()}-probe"
+        with atomic_writer(probe) as stream:
+            stream.write(b"k5")
+        probe.unlink()
+    except OSError as error:
+        raise ResourceError(f"{option} {folder}: cannot be written: {error.strerror}") from error
 
 
 def check_sizes(config: TrainConfig, data: CachedDataset) -> None:

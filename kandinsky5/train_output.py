@@ -80,6 +80,7 @@ class Output:
         self._average = average
         self._uploads = uploads
         self._metrics: Metrics | None = None
+        self._is_final_written = False
 
     def open_metrics(self, step: int) -> Metrics:
         """The log of a run that stands at `step`; files saved from now on are reported in it."""
@@ -130,12 +131,13 @@ class Output:
         """LoRA and state, for a run that may end here."""
         self._save(unit, number, run, schedule, with_state=True)
 
-    def save_final(self, run_step: int, run: RunState, schedule: LRScheduler | None) -> Path:
+    def save_final(self, run: RunState, schedule: LRScheduler | None) -> Path:
         """The files at the end of a run."""
         saving = self._config.saving
-        self._write_lora(self.names.final_lora, run)
-        if saving.save_state or saving.save_state_on_train_end:
-            self._write_state(self.names.final_state, run, schedule)
+        with self._rescued(run, schedule):
+            self._write_final_lora(run)
+            if saving.save_state or saving.save_state_on_train_end:
+                self._write_state(self.names.final_state, run, schedule)
         return self.names.final_lora
 
     def finish_uploads(self) -> None:
@@ -168,9 +170,38 @@ class Output:
         self, unit: Unit, number: int, run: RunState, schedule: LRScheduler | None, *, with_state: bool
     ) -> None:
         # The LoRA first: it is the smaller file and the one people want if the disk fills up.
-        self._write_lora(self.names.lora(unit, number), run)
-        if with_state:
-            self._write_state(self.names.state(unit, number), run, schedule)
+        with self._rescued(run, schedule):
+            self._write_lora(self.names.lora(unit, number), run)
+            if with_state:
+                self._write_state(self.names.state(unit, number), run, schedule)
+
+    @contextmanager
+    def _rescued(self, run: RunState, schedule: LRScheduler | None) -> Iterator[None]:
+        """When a result cannot be written, LoRA and state go to `--output_dir_fallback`, if there is one.
+
+        Raises:
+            ResourceError: in both cases, with where things are.
+        """
+        try:
+            yield
+        except ResourceError as error:
+            folder = self._config.saving.output_dir_fallback
+            if folder is None:
+                raise
+            names = OutputNames(folder, self._config.saving.output_name)
+            lora, state = names.lora("step", run.step), names.state("step", run.step)
+            lines = [*error.problems]
+            for path, write in (
+                (lora, lambda: self._write_lora(lora, run)),
+                (state, lambda: self._put_state(state, run, schedule)),
+            ):
+                try:
+                    write()
+                except ResourceError as second:
+                    lines += second.problems
+                else:
+                    lines.append(f"--output_dir_fallback: saved {path}")
+            raise ResourceError(lines) from error
 
     def _delete_expired(self, unit: Unit, number: int) -> None:
         saving = self._config.saving
@@ -181,13 +212,18 @@ class Output:
         if saving.save_state and old_state is not None:
             delete_result(self.names.state(unit, old_state))
 
+    def _write_final_lora(self, run: RunState) -> None:
+        if not self._is_final_written:
+            self._write_lora(self.names.final_lora, run)
+        self._is_final_written = True
+
     def _write_lora(self, path: Path, run: RunState) -> None:
         self._check_finite(path)
         saving = self._config.saving
         metadata = lora_metadata(self._config, self._datasets, self.facts, step=run.step, epoch=run.epoch)
 
         def save(target: Path, described: Mapping[str, str]) -> None:
-            with _disk_errors(target):
+            with disk_errors(target):
                 save_lora(
                     self._network,
                     target,
@@ -230,8 +266,14 @@ class Output:
             self._metrics.scalars(step, {"lora/change": effect.change})
 
     def _write_state(self, folder: Path, run: RunState, schedule: LRScheduler | None) -> None:
+        if run.step >= run.total_steps:
+            # Such a state says that nothing is left to do, which must be true whenever it is on the disk.
+            self._write_final_lora(run)
+        self._put_state(folder, run, schedule)
+
+    def _put_state(self, folder: Path, run: RunState, schedule: LRScheduler | None) -> None:
         keep_schedule = schedule is not None and has_schedule_state(self._config.optimizer)
-        with _disk_errors(folder):
+        with disk_errors(folder):
             write_state(
                 folder,
                 run,
@@ -244,9 +286,13 @@ class Output:
         if self._uploads is not None:
             self._uploads.add_state(folder)
 
+    def broken_weights(self) -> list[str]:
+        """Names of trained tensors that hold a number which is not finite."""
+        return [name for name, value in self._network.named_parameters() if not bool(value.isfinite().all())]
+
     def _check_finite(self, path: Path) -> None:
         """A weight that is not finite must not replace a good file."""
-        bad = [name for name, value in self._network.named_parameters() if not bool(value.isfinite().all())]
+        bad = self.broken_weights()
         if bad:
             raise DivergedError(
                 f"{len(bad)} trained tensors are not finite, first {bad[0]}: {path.name} is not written. "
@@ -255,7 +301,12 @@ class Output:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Around the writing of a result: a disk that refuses is an error with what to do.
+
+    Raises:
+        ResourceError: instead of OSError.
+    """
     try:
         yield
     except OSError as error:

@@ -16,6 +16,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dataset.cached_dataset import BatchPlan, CachedBatch, CachedDataset
+from modules.errors import ResourceError
+from modules.interruption import ignore_signals
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,8 +130,27 @@ def batch_loader(
         num_workers=min(num_workers, os.cpu_count() or 1),
         # Its own generator: the loader would otherwise move the global one.
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_start_reader,
     )
     return iter(loader)
+
+
+def _start_reader(_number: int) -> None:
+    # A signal to the whole process group must leave the batches that finish the present step.
+    ignore_signals()
+
+
+def reader_problem(error: RuntimeError) -> ResourceError | None:
+    """What to say if a process of `batch_loader` was killed; None for every other error.
+
+    torch raises it from a signal handler, so it may surface anywhere in the main process.
+    """
+    if "DataLoader worker" not in str(error):
+        return None
+    return ResourceError(
+        f"a process that reads caches ended unexpectedly: {error}\n"
+        "If memory was short, use fewer: --max_data_loader_n_workers 1. Go on with --resume auto."
+    )
 
 
 def data_order_hash(data: CachedDataset) -> str:

@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 import hashlib
+import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.cached_dataset import CachedDataset
-from kandinsky5.configs.train import OptimizerConfig, TrainConfig
+from kandinsky5.configs.train import OptimizerConfig, SavingConfig, TrainConfig
+from kandinsky5.saved_config import shareable_options
+from kandinsky5.saving import OutputNames
 from kandinsky5.train_plan import RunLength, data_order_hash
 from kandinsky5.train_setup import build_schedule
 from kandinsky5.training_state import SavedState
-from modules.errors import ConfigError
+from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
-from modules.optimizers import describe_optimizer
+from modules.optimizers import describe_optimizer, takes_relative_steps
 from networks.lora import Adapter, LoRAAdapter, LoRANetwork
 from networks.weight_average import WeightAverage
 
 log = get_logger(__name__)
+
+_NOT_COMPARED = (
+    *("max_train_", "learning_rate", "seed", "gradient_accumulation_steps", "ema_decay"),
+    *("output_", "save_", "overwrite", "resume", "allow_", "strict", "on_nan", "traceback", "config_file"),
+    *("log_", "logging_", "wandb_", "huggingface_", "metadata_", "no_metadata", "training_comment"),
+    *("sample_", "validat", "vae", "text_encoder_", "offload_dit_during_sampling", "scheduler_scale"),
+    *("max_data_loader_", "persistent_", "use_pinned_", "block", "gradient_checkpointing", "ddp_"),
+    *("disable_numpy_memmap", "no_weight_check", "dataset_config", "show_timesteps", "lora_format"),
+    *("keep_cache", "split_attn", "img_in_", "guidance_scale", "no_vae_load", "fp8_scaled"),
+)
+"""Beginnings of options that change no number of a run, or that are compared in a way of their own."""
+
+
+def library_versions() -> dict[str, str]:
+    """What computes the run: other versions may round otherwise."""
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def is_finished(saving: SavingConfig, saved: SavedState, total_steps: int) -> bool:
+    """Whether a state is the last one of its run and the final files are there."""
+    names = OutputNames(saving.output_dir, saving.output_name)
+    wants_state = saving.save_state or saving.save_state_on_train_end
+    has_files = names.final_lora.is_file() and (names.final_state.is_dir() or not wants_state)
+    return saved.run.step >= total_steps and has_files
 
 
 def resolve_total_steps(asked: int, saved: SavedState | None) -> int:
@@ -78,7 +106,28 @@ def check_resumed(
             before.learning_rate,
             config.optimizer.learning_rate,
         )
+    for line in _changes(before.options, shareable_options(config)):
+        log.warning("resuming: %s", line)
+    if before.library_versions != library_versions():
+        log.info(
+            "resuming: the run was started with %s, now %s: results may round otherwise",
+            _versions(before.library_versions), _versions(library_versions()),
+        )  # fmt: skip
     log.info("resuming %s at step %d of %d", saved.folder.name, before.step, length.total_steps)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Options that changed and are used as they are now, so that the rest of the run is another one's."""
+    names = [name for name in now if name in before and not name.startswith(_NOT_COMPARED)]
+    return [
+        f"--{name} changes from {before[name]} to {now[name]}; the run goes on with it, not as the same run"
+        for name in names
+        if before[name] != now[name]
+    ]
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown versions"
 
 
 def resume_average(
@@ -150,12 +199,25 @@ def restore(
             f"--resume {saved.folder.name}: its optimizer was {saved.run.optimizer}, "
             f"this run's is {described}"
         )
-    network.load_state_dict(dict(saved.lora))
+    if len(saved.optimizer.get("param_groups", ())) != len(optimizer.param_groups):
+        raise ConfigError(
+            f"--resume {saved.folder.name}: its optimizer had {len(saved.optimizer.get('param_groups', ()))} "
+            f"groups of parameters, this run's has {len(optimizer.param_groups)}: loraplus_lr_ratio of "
+            "--network_args was added or left out. Give the options of the first run."
+        )
     rates = [group["lr"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved.optimizer)
+    try:
+        network.load_state_dict(dict(saved.lora))
+        optimizer.load_state_dict(saved.optimizer)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelFileError(f"{saved.folder}: its tensors do not fit what it says of itself") from error
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule = build_schedule(config, optimizer, total_steps, saved.run.step)
+    if takes_relative_steps(config.optimizer_type, config.optimizer_args):
+        # Such a schedule only reports the optimizer's own rates, and has none to report before a gradient.
+        for group, old in zip(optimizer.param_groups, saved.optimizer["param_groups"], strict=True):
+            group["lr"] = old["lr"]
     if schedule is not None and saved.scheduler is not None:
         schedule.load_state_dict(saved.scheduler)
         # Such schedules multiply the rate they find, which is therefore part of where they stand.

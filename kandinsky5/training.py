@@ -32,10 +32,19 @@ from kandinsky5.objective import Objective
 from kandinsky5.sample_files import SampleNames
 from kandinsky5.saved_config import shareable_options, write_config
 from kandinsky5.saving import OutputNames
-from kandinsky5.train_output import Output, take_control_word
-from kandinsky5.train_plan import PlanSequence, RunLength, StepPlan, batch_loader, data_order_hash
+from kandinsky5.train_output import Output, disk_errors, take_control_word
+from kandinsky5.train_plan import (
+    PlanSequence,
+    RunLength,
+    StepPlan,
+    batch_loader,
+    data_order_hash,
+    reader_problem,
+)
 from kandinsky5.train_resume import (
     check_resumed,
+    is_finished,
+    library_versions,
     network_identity,
     resolve_total_steps,
     restore,
@@ -50,7 +59,7 @@ from modules.errors import DivergedError, ResourceError
 from modules.files import remove_strays
 from modules.interruption import StopRequest, exit_on_signal, graceful_stop
 from modules.logs import get_logger
-from modules.optimizers import build_optimizer, describe_optimizer, learning_rates
+from modules.optimizers import build_optimizer, describe_optimizer, learning_rates, set_averaging
 from networks.lora import LoRANetwork
 from networks.lora_effect import weight_norms
 
@@ -61,9 +70,11 @@ _STOP_WORD_CODE = 1
 """Beside 128 + n for signals: the control file asked to stop."""
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, stop: StopRequest) -> None:
     """Run one training from the first check to the last file.
 
+    Args:
+        stop: made when the program began, so that it knows its launcher.
     Raises:
         UserError: with the exit code of its kind; SystemExit with 128 + n after a signal.
     """
@@ -71,7 +82,7 @@ def train(config: TrainConfig) -> None:
         trainer = _prepare(config)
     if trainer is None:
         return
-    with graceful_stop() as stop:
+    with graceful_stop(stop):
         trainer.run(stop)
         trainer.output.finish_uploads()
     if stop.exit_code:
@@ -104,7 +115,7 @@ def _prepare(config: TrainConfig) -> Trainer | None:
     length = _run_length(config, data, accelerator.num_processes, saved)
     if saved is not None:
         check_resumed(config, saved, data, length, seed)
-        if saved.run.step >= length.total_steps:
+        if is_finished(saving, saved, length.total_steps):
             log.info("%s: all %d steps are done, nothing to do", saved.folder.name, length.total_steps)
             return None
     if accelerator.is_main_process:
@@ -113,7 +124,9 @@ def _prepare(config: TrainConfig) -> Trainer | None:
         if config.tracking.log_config:
             log.info("options: %s", shareable_options(config))
         resolved = {"seed": seed, **train_setup.resolved_precision(config.model, accelerator.device)}
-        write_config(OutputNames(saving.output_dir, saving.output_name).config, config, resolved)
+        settings = OutputNames(saving.output_dir, saving.output_name).config
+        with disk_errors(settings):
+            write_config(settings, config, resolved)
     own = list(enumerate(requests))[accelerator.process_index :: accelerator.num_processes]
     prompts = encode_requests(config, own, accelerator.device)
     return Trainer(
@@ -194,6 +207,7 @@ class Trainer:
         self.schedule: LRScheduler | None = restore(
             saved, optimizer_config, self.network, self.optimizer, length.total_steps
         )
+        set_averaging(self.optimizer, training=True)
         self.average = (
             resume_average(saved, self.network, config.network.ema_decay)
             if accelerator.is_main_process
@@ -294,10 +308,16 @@ class Trainer:
                 self._after_step(metrics, request, stop)
                 if request:
                     stop.exit_code = 0 if request == _STOP_WORD_CODE else request
+                if request and self.step < self.length.total_steps:
                     return
             self._finish(metrics)
         except torch.OutOfMemoryError as error:
             raise ResourceError(_out_of_memory_advice(self.step, error)) from error
+        except RuntimeError as error:
+            problem = reader_problem(error)
+            if problem is None:
+                raise
+            raise problem from error
         finally:
             bar.close()
             if metrics is not None:
@@ -333,7 +353,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         sigmas: list[float] = []
         for micro in plan.micro_batches:
-            batch = _next_batch(batches)
+            batch = next(batches)
             self.network.set_step_seed(self.seed, plan.step, micro.position)
             # Gradients are exchanged once per step, after its last pass.
             quiet = nullcontext() if micro.is_last else self.accelerator.no_sync(self.runner)
@@ -395,11 +415,18 @@ class Trainer:
             log.warning("%s: skipped", what)
             self._end_update()
             return
-        if self.accelerator.is_main_process:
+        broken = self.output.broken_weights()
+        kept = f"the weights before it were already not finite, first {broken[0]}" if broken else (
+            f"the weights before it were saved as step {self.step}"
+        )  # fmt: skip
+        if self.accelerator.is_main_process and not broken:
             self.output.save_all("step", self.step, self._run_state(), self.schedule)
+        if self.accelerator.num_processes > 1:
+            # A launcher ends the others as soon as one has failed, so all wait for the files.
+            self.accelerator.wait_for_everyone()
         raise DivergedError(
-            f"training diverged at {what}.\nThe weights before this step were saved as step {self.step}. "
-            "Look at the named items, or lower --learning_rate; --on_nan skip leaves such steps out."
+            f"training diverged at {what};\n{kept}. Look at the named items, or lower --learning_rate; "
+            "--on_nan skip leaves such steps out."
         )
 
     def _log_step(
@@ -487,7 +514,7 @@ class Trainer:
 
     def _finish(self, metrics: Metrics | None) -> None:
         if self.accelerator.is_main_process:
-            path = self.output.save_final(self.step, self._run_state(), self.schedule)
+            path = self.output.save_final(self._run_state(), self.schedule)
             log.info("done: %s", path)
         if metrics is not None:
             metrics.flush()
@@ -512,20 +539,9 @@ class Trainer:
             started_at=self.output.facts.started_at,
             ema_decay=self.config.network.ema_decay,
             tracker_run=self.output.tracker_run,
+            options=shareable_options(self.config),
+            library_versions=library_versions(),
         )
-
-
-def _next_batch(batches: Iterator[CachedBatch]) -> CachedBatch:
-    try:
-        return next(batches)
-    except RuntimeError as error:
-        # torch's wording when a loader process was killed, most often for lack of memory.
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ResourceError(
-            f"a process that reads caches ended unexpectedly: {error}\n"
-            "If memory was short, use fewer: --max_data_loader_n_workers 1"
-        ) from error
 
 
 def _items(plan: StepPlan) -> list[str]:

@@ -7,7 +7,8 @@
     state.json         position and settings of the run
     manifest.json      sizes and SHA-256 of the others, written last
 
-A directory is written under a temporary name and renamed, so what carries a final name is whole.
+A directory is written under a temporary name and renamed, so what carries a final name is whole. One that
+replaces another needs two renames; the older one waits under `.k5old-<pid>-<name>` until the second is done.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ log = get_logger(__name__)
 
 FORMAT_VERSION = 1
 _STRAY_PREFIX = ".k5state-"
+_OLD_PREFIX = ".k5old-"
+_REQUIRED = ("lora.safetensors", "optimizer.pt", "state.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +68,8 @@ class RunState:
     ema_decay: float | None = None
     tracker_run: str = ""
     """Name of the folder of TensorBoard curves, which a resumed run continues."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The options of the run, without folders and keys."""
     library_versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -119,16 +124,38 @@ def _take_place(building: Path, folder: Path) -> None:
         building.rename(folder)
         sync_folder(folder.parent)
         return
-    old = building.with_name(f"{building.name}-old")
+    old = folder.with_name(f"{_OLD_PREFIX}{os.getpid()}-{folder.name}")
     folder.rename(old)
-    building.rename(folder)
+    try:
+        building.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove_folder(old)
+
+
+def remove_state(folder: Path) -> None:
+    """Delete a state directory; what is left of it after a kill no longer looks like a state."""
+    doomed = folder.with_name(f"{_STRAY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}")
+    folder.rename(doomed)
+    _remove_folder(doomed)
+
+
+def _remove_folder(folder: Path) -> None:
+    # What cannot be deleted now is so at the next start; the run goes on.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_torch(path: Path, value: Mapping[str, Any]) -> None:
     with atomic_writer(path) as stream:
-        torch.save(dict(value), stream)
+        try:
+            torch.save(dict(value), stream)
+        except RuntimeError as error:
+            # torch hides what the stream raised: a full disk must be told from a bug.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -145,6 +172,7 @@ def state_problem(folder: Path) -> str | None:
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         version, files = manifest["format_version"], dict(manifest["files"])
+        files.update({name: None for name in _REQUIRED if name not in files})
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"its manifest.json cannot be read ({error})"
     if version != FORMAT_VERSION:
@@ -177,9 +205,7 @@ def read_state(folder: Path) -> SavedState:
     problem = state_problem(folder)
     if problem:
         raise DataError(f"--resume {folder}: {problem}. Use another state, or --resume auto.")
-    values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    known = {item.name for item in fields(RunState)}
-    run = RunState(**{key: value for key, value in values.items() if key in known})
+    run = _read_run(folder / "state.json")
     scheduler, average = folder / "scheduler.pt", folder / "ema.safetensors"
     return SavedState(
         folder,
@@ -189,6 +215,15 @@ def read_state(folder: Path) -> SavedState:
         _read_torch(scheduler) if scheduler.is_file() else None,
         read_tensors(average)[0] if average.is_file() else None,
     )
+
+
+def _read_run(path: Path) -> RunState:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = {item.name for item in fields(RunState)}
+        return RunState(**{key: value for key, value in values.items() if key in known})
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelFileError(f"{path}: not what this program writes ({error})") from error
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
@@ -206,6 +241,7 @@ def find_state(output_dir: Path, output_name: str, resume: str) -> Path | None:
     """
     if resume != "auto":
         return Path(resume)
+    put_back_old_states(output_dir, output_name)
     candidates = list_states(output_dir, output_name)
     broken = []
     for folder, _ in sorted(candidates, key=lambda pair: pair[1], reverse=True):
@@ -224,12 +260,15 @@ def list_states(output_dir: Path, output_name: str) -> list[tuple[Path, int]]:
     found = []
     # Not a glob: an output name may hold its special characters.
     for folder in output_dir.iterdir() if output_dir.is_dir() else ():
-        if not folder.is_dir() or not folder.name.endswith("-state"):
-            continue
-        middle = folder.name.removeprefix(output_name).removesuffix("-state")
-        if folder.name.startswith(output_name) and _is_position(middle):
+        if folder.is_dir() and _is_state_name(folder.name, output_name):
             found.append((folder, _step_of(folder)))
     return found
+
+
+def _is_state_name(name: str, output_name: str) -> bool:
+    if not name.startswith(output_name) or not name.endswith("-state"):
+        return False
+    return _is_position(name.removeprefix(output_name).removesuffix("-state"))
 
 
 def _is_position(text: str) -> bool:
@@ -245,13 +284,38 @@ def _step_of(folder: Path) -> int:
         return -1
 
 
-def remove_stray_states(output_dir: Path) -> int:
-    """Delete directories that killed processes left half-written; returns how many went."""
-    removed = 0
-    for stray in output_dir.glob(f"{_STRAY_PREFIX}*"):
-        owner = stray.name.removeprefix(_STRAY_PREFIX).split("-")[0]
-        if owner.isdigit() and int(owner) != os.getpid() and process_is_running(int(owner)):
+def put_back_old_states(output_dir: Path, output_name: str) -> None:
+    """Where a killed process had moved a state away and not yet put the new one in its place, undo that.
+
+    Several processes may do it at once.
+    """
+    for old in output_dir.iterdir() if output_dir.is_dir() else ():
+        owner, _, name = old.name.removeprefix(_OLD_PREFIX).partition("-")
+        if not old.name.startswith(_OLD_PREFIX) or not owner or not _is_state_name(name, output_name):
             continue
-        shutil.rmtree(stray, ignore_errors=True)
-        removed += 1
+        try:
+            if not (output_dir / name).exists():
+                old.rename(output_dir / name)
+        except FileNotFoundError:
+            continue  # another process of this run was faster
+
+
+def _is_alive(owner: str) -> bool:
+    return owner.isdigit() and int(owner) != os.getpid() and process_is_running(int(owner))
+
+
+def remove_stray_states(output_dir: Path) -> int:
+    """Delete directories that killed processes left half-written or replaced; returns how many went.
+
+    A replaced one whose successor is missing stays: `put_back_old_states` gives it its name back.
+    """
+    removed = 0
+    for prefix in (_STRAY_PREFIX, _OLD_PREFIX):
+        for stray in output_dir.glob(f"{prefix}*"):
+            owner, _, name = stray.name.removeprefix(prefix).partition("-")
+            is_needed = prefix == _OLD_PREFIX and not (output_dir / name).exists()
+            if is_needed or _is_alive(owner):
+                continue
+            _remove_folder(stray)
+            removed += 1
     return removed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _STRAY_PREFIX = ".k5tmp-"
+# Source: winbase.h; PROCESS_QUERY_LIMITED_INFORMATION, STILL_ACTIVE, ERROR_ACCESS_DENIED.
+_WINDOWS_QUERY, _WINDOWS_STILL_ACTIVE, _WINDOWS_ACCESS_DENIED = 0x1000, 259, 5
+_NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP)
 
 
 @contextmanager
@@ -62,9 +66,9 @@ def remove_strays(folder: Path) -> int:
 
 
 def process_is_running(pid: int) -> bool:
-    """Whether a process with this number lives; always true on Windows, where asking is not harmless."""
+    """Whether a process with this number lives."""
     if os.name == "nt":  # os.kill(pid, 0) would end the process there
-        return True
+        return _windows_process_is_running(pid)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -74,12 +78,30 @@ def process_is_running(pid: int) -> bool:
     return True
 
 
+def _windows_process_is_running(pid: int) -> bool:
+    import ctypes
+
+    kernel = vars(ctypes)["windll"].kernel32  # exists on Windows alone
+    handle = kernel.OpenProcess(_WINDOWS_QUERY, False, pid)
+    if not handle:
+        return kernel.GetLastError() == _WINDOWS_ACCESS_DENIED
+    code = ctypes.c_ulong()
+    known = kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+    kernel.CloseHandle(handle)
+    return not known or code.value == _WINDOWS_STILL_ACTIVE
+
+
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder onto the disk, where the system can."""
     if os.name == "nt":  # folders cannot be opened for fsync there; the rename itself is journalled
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Some network and user-space file systems know no fsync of folders; a full or broken disk is told.
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise

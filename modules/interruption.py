@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 # Windows has no SIGHUP.
 _SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := vars(signal).get(name))]
@@ -16,7 +17,8 @@ class StopRequest:
     """Whether and why the run should end after the present step.
 
     The first signal is remembered, so that the step can be finished and saved; the second ends the process at
-    once. `exit_code` is 128 plus the signal's number, as shells have it.
+    once. `exit_code` is 128 plus the signal's number, as shells have it. Make it before anything slow: what
+    launched the process may end while models load.
     """
 
     def __init__(self) -> None:
@@ -37,15 +39,10 @@ class StopRequest:
 
 
 @contextmanager
-def graceful_stop() -> Iterator[StopRequest]:
+def graceful_stop(request: StopRequest) -> Iterator[None]:
     """Within the block signals to end are remembered instead of ending the process halfway."""
-    request = StopRequest()
-    before = {number: signal.signal(number, request.take_signal) for number in _SIGNALS}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with _handled_by(request.take_signal):
+        yield
 
 
 @contextmanager
@@ -55,9 +52,25 @@ def exit_on_signal() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, leave) for number in _SIGNALS}
+    with _handled_by(leave):
+        yield
+
+
+def ignore_signals() -> None:
+    """For helper processes: who started them ends them, not the signals that a whole group gets."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before: dict[int, Any] = {}
+    for number in _SIGNALS:
+        # What is switched off stays off: so `nohup` and shells protect what runs in the background.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)

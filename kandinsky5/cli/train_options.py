@@ -433,6 +433,11 @@ def _add_saving(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("saving and resuming")
     group.add_argument("--output_dir", type=Path, help="folder of the results (required)")
     group.add_argument("--output_name", help="name of the LoRA (required)")
+    group.add_argument(
+        "--output_dir_fallback",
+        type=Path,
+        help="folder on another disk that LoRA and state go to if --output_dir fills up during the run",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace results of the same --output_name")
     group.add_argument(
         "--save_precision", choices=("float", "fp32", "fp16", "bf16"), default="bf16", help="(default: bf16)"

@@ -218,6 +218,8 @@ class SavingConfig:
 
     output_dir: Path
     output_name: str
+    output_dir_fallback: Path | None = None
+    """Where LoRA and state go when output_dir cannot be written any more; the run then ends."""
     overwrite: bool = False
     save_precision: str = "bf16"
     lora_format: Literal["diffusers", "kohya"] = "diffusers"

@@ -9,36 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from kandinsky5 import training
 from kandinsky5.training_state import read_state, state_problem
 from modules.errors import DataError, ModelFileError
 from modules.tensor_files import read_tensors
 from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train, write_dataset, write_dit
-
-# Five clips in two shapes: with two processes or three batches per step nothing divides the epoch.
-MATRIX = {
-    "plain": (),
-    "accumulation": ("--gradient_accumulation_steps", 2),
-    # Only tensors of more than 4096 elements are held in 8 bits.
-    "8 bit": (
-        *("--optimizer_type", "AdamW8bit", "--network_dim", 40),
-        *("--network_args", "include_patterns=['.*blocks.0.self_attention.*']"),
-    ),
-    "cosine and dropout": (
-        *("--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--network_dropout", 0.3),
-        *("--network_args", "rank_dropout=0.2", "module_dropout=0.2", "loraplus_lr_ratio=4"),
-        *("--num_timestep_buckets", 3),
-    ),
-    "own schedule": ("--lr_scheduler_type", "StepLR", "--lr_scheduler_args", "step_size=2", "gamma=0.5"),
-}
-TOTAL = ("--max_train_steps", 6)
 
 
 @pytest.fixture(scope="module")
@@ -49,53 +28,6 @@ def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data"))
-
-
-def comparable(output: Path) -> list[dict[str, Any]]:
-    return metrics(output, "step")
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every tensor and number of nested dicts, with its path."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from leaves(item, f"{path}/{key}")
-    else:
-        yield path, value
-
-
-def stop_at(output: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the control file's word appear while step `step` runs."""
-    plain = training.take_control_word
-    seen = iter(range(1, 99))
-    monkeypatch.setattr(
-        training, "take_control_word", lambda names: "stop" if next(seen) == step else plain(names)
-    )
-
-
-@pytest.mark.parametrize("name", MATRIX)
-def test_stopped_and_resumed_equals_uninterrupted(
-    name: str, dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = (*MATRIX[name], *TOTAL, "--save_state_on_train_end")
-    train(dit, dataset, whole, *options)
-    for steps in (1, 3):  # stops after step 1, and after step 4 inside or at the end of an epoch
-        stop_at(parts, steps, monkeypatch)
-        train(dit, dataset, parts, *options, "--resume", "auto")
-        monkeypatch.undo()
-    train(dit, dataset, parts, *options, "--resume", "auto")
-    assert comparable(parts) == comparable(whole)
-    assert lora_bytes(parts / "lora.safetensors") == lora_bytes(whole / "lora.safetensors")
-    ours, theirs = (read_state(folder / "lora-state") for folder in (parts, whole))
-    assert all(torch.equal(ours.lora[key], theirs.lora[key]) for key in theirs.lora)
-    ours_flat, theirs_flat = (dict(leaves(state.optimizer["state"])) for state in (ours, theirs))
-    assert ours_flat.keys() == theirs_flat.keys()
-    for key, value in theirs_flat.items():
-        same = torch.equal(ours_flat[key], value) if torch.is_tensor(value) else ours_flat[key] == value
-        assert same, key
-    if name == "8 bit":
-        assert torch.uint8 in {value.dtype for value in ours_flat.values() if torch.is_tensor(value)}
 
 
 def test_resuming_a_finished_run_does_nothing_and_more_steps_continue_it(
