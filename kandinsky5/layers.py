@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from kandinsky5.nabla import NablaPlan, nabla_attention
 from modules.attention import AttentionBackend, KeyMask, attention
-from modules.fused_ops import gated_sum, layer_norm, modulated_layer_norm, rms_norm_rotate
+from modules.fused_ops import gated_sum, gelu, layer_norm, modulated_layer_norm, rms_norm_rotate
+from networks.lora import project
 
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
 """What nn.RMSNorm's default eps is for float32 input; 1e-6 is wrong for small activations."""
@@ -192,20 +193,19 @@ class Attention(nn.Module):
         Returns:
             [B, N, D].
         """
-        query = self._split(self.to_query(tokens))
-        key = self._split(self.to_key(source))
+        if source is tokens:
+            projected = project(tokens, (self.to_query, self.to_key, self.to_value))
+        else:
+            projected = [self.to_query(tokens), *project(source, (self.to_key, self.to_value))]
+        query, key, value = (hidden.unflatten(-1, (-1, self.head_dim)) for hidden in projected)
         query = rms_norm_rotate(query, self.query_norm.weight, RMS_NORM_EPS, rotary)
         key = rms_norm_rotate(key, self.key_norm.weight, RMS_NORM_EPS, rotary)
-        value = self._split(self.to_value(source))
         if nabla is None:
             mixed = attention(query, key, value, keys=keys, backend=self.backend)
         else:
             # torch's decorator hides the signature.
             mixed = nabla_attention(query, key, value, nabla, id(self))  # pyright: ignore[reportCallIssue]
         return self.out_layer(mixed.flatten(-2))
-
-    def _split(self, hidden: Tensor) -> Tensor:
-        return hidden.unflatten(-1, (-1, self.head_dim))  # [B, N, heads, d]
 
 
 class FeedForward(nn.Module):
@@ -218,7 +218,7 @@ class FeedForward(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.out_layer(F.gelu(self.in_layer(tokens)))
+        return self.out_layer(gelu(self.in_layer(tokens)))
 
 
 class TextBlock(nn.Module):

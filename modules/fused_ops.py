@@ -7,6 +7,7 @@ float32 copy of a whole activation.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,8 +33,18 @@ def modulated_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def gated_sum(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * branch in one pass; x and branch [B, N, D], gate [B, D] in the same dtype."""
-    return torch.addcmul(x, branch, gate[:, None])
+    """x + gate * branch in one pass; x and branch [B, N, D], gate [B, D], all of one dtype."""
+    gate = gate[:, None]
+    if torch.compiler.is_compiling() or gate.requires_grad:
+        return torch.addcmul(x, branch, gate)
+    return _GatedSum.apply(x, branch, gate)  # type: ignore[no-any-return]
+
+
+def gelu(hidden: Tensor) -> Tensor:
+    """Exact GELU of an activation that nobody else uses; without gradients it is overwritten."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.gelu(hidden)
+    return torch.ops.aten.gelu_(hidden)
 
 
 def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, rotary: Tensor | None) -> Tensor:
@@ -62,16 +73,41 @@ def _plain_rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, rotary: Tensor
     return rotated.flatten(-2).to(x.dtype)
 
 
+class _GatedSum(torch.autograd.Function):
+    """For a gate that gets no gradient: holds it rather than saving it, as it comes from outside the block.
+
+    As nothing is saved here, gradient checkpointing stops its recompute before the product that makes
+    `branch`, if this is the last step of the block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+        ctx.gate = gate
+        return torch.addcmul(x, branch, gate)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], grads[0] * ctx.gate, None
+
+
+@cache
+def _constants(dim: int, eps: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """sqrt(dim * eps) as [] and sqrt(dim) as [1], which makes products with it float32."""
+    with torch.inference_mode(mode=False):
+        root_eps = torch.full((), math.sqrt(dim * eps), dtype=torch.float32, device=device)
+        return root_eps, torch.full((1,), math.sqrt(dim), dtype=torch.float32, device=device)
+
+
 class _RmsNormRotate(torch.autograd.Function):
     """y = rotate(weight * x * sqrt(d) / size), size = sqrt(|x|^2 + d * eps), a chunk of tokens at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rotary: Tensor | None) -> Tensor:
         out = torch.empty_like(x)
-        root_eps = torch.full((), math.sqrt(x.shape[-1] * eps), device=x.device)
+        root_eps, root_dim = _constants(x.shape[-1], eps, x.device)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        size = torch.hypot(norm, root_eps)  # [B, N, heads, 1]
-        scaled_weight = weight.float() * math.sqrt(x.shape[-1])
+        size = norm.hypot_(root_eps)  # [B, N, heads, 1]
+        scaled_weight = weight * root_dim
         for tokens in _chunks(x):
             normed = x[:, tokens] / size[:, tokens]
             if rotary is None:
@@ -80,30 +116,32 @@ class _RmsNormRotate(torch.autograd.Function):
                 normed *= scaled_weight
                 _as_complex(normed).mul_(torch.view_as_complex(rotary[tokens]))
                 out[:, tokens] = normed
-        ctx.save_for_backward(x, weight, size, rotary)
+        ctx.save_for_backward(x, scaled_weight, size, rotary)
+        ctx.weight_dtype = weight.dtype
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (grad,) = grad_outputs
-        x, weight, size, rotary = ctx.saved_tensors
-        dim = x.shape[-1]
-        scaled_weight = weight.float() * math.sqrt(dim)
+        x, scaled_weight, size, rotary = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(scaled_weight) if ctx.needs_input_grad[1] else None
         for tokens in _chunks(x):
             direction = x[:, tokens] / size[:, tokens]
-            inner = grad[:, tokens].to(torch.float32, copy=True)
-            if rotary is not None:
-                _as_complex(inner).mul_(torch.view_as_complex(rotary[tokens]).conj())
-            if grad_weight is not None:
-                grad_weight += (inner * direction).sum(dim=(0, 1, 2)) * math.sqrt(dim)
-            inner *= scaled_weight
+            if rotary is None and grad_weight is None:
+                inner = grad[:, tokens] * scaled_weight
+            else:
+                inner = grad[:, tokens].to(torch.float32, copy=True)
+                if rotary is not None:
+                    _as_complex(inner).mul_(torch.view_as_complex(rotary[tokens]).conj())
+                if grad_weight is not None:
+                    grad_weight += (inner * direction).sum(dim=(0, 1, 2)) * math.sqrt(x.shape[-1])
+                inner *= scaled_weight
             # d(x / size) = (dx - direction * <direction, dx>) / size
             along = (inner * direction).sum(dim=-1, keepdim=True)
             inner.addcmul_(direction, along, value=-1)
             torch.div(inner, size[:, tokens], out=grad_x[:, tokens])
-        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_x, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), None, None
 
 
 def _as_complex(real: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
-"""A frozen linear layer and its low-rank change as one step of automatic differentiation.
+"""Frozen linear layers and their low-rank changes as one step of automatic differentiation.
 
-Written apart, the layer and its change each return a gradient for their common input, and one more pass over
+Written apart, a layer and its change each return a gradient for their common input, and one more pass over
 activations adds the two; and the change needs an output of its own. Here both are accumulated by the matrix
-product itself (`addmm`), forward and backward.
+products themselves (`addmm`), forward and backward. Layers that share an input (query, key and value) go
+through one product with their stacked `down` factors.
+
+What the backward pass needs is saved before the frozen product runs. Gradient checkpointing stops its
+recompute at the last saved tensor, and so never computes the last product of a block a second time.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,53 +26,124 @@ class FrozenLinear(Protocol):
         ...
 
 
+class LowRankLayer(NamedTuple):
+    """One frozen layer with its change, scale * up @ down."""
+
+    base: nn.Module
+    """A frozen layer for which `can_fuse` holds; it gets no gradient."""
+    down: Tensor
+    """[rank, in], a float32 master; cast to the dtype of the activations at use."""
+    up: Tensor
+    """[out, rank], likewise."""
+    scale: float
+
+
 def can_fuse(base: nn.Module) -> bool:
     """Whether `fused_lora` knows this layer's gradient; compilers fuse the plain form themselves."""
     is_known = type(base) is nn.Linear or hasattr(base, "input_gradient")
     return is_known and not torch.compiler.is_compiling()
 
 
-def fused_lora(x: Tensor, base: nn.Module, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """base(x) + scale * up @ (down @ x), in the dtype of x.
+def fused_lora(x: Tensor, layers: Sequence[LowRankLayer]) -> list[Tensor]:
+    """base(x) + scale * up @ (down @ x) of every layer, in the dtype of x.
 
     Args:
         x: [..., in].
-        base: a frozen layer for which `can_fuse` holds; it gets no gradient.
-        down, up: [rank, in] and [out, rank], float32 masters; cast to the dtype of x at use.
     Returns:
-        [..., out].
+        One [..., out] per layer.
     """
-    flat = _FusedLora.apply(x.reshape(-1, x.shape[-1]), base, down, up, scale)
-    return flat.view(*x.shape[:-1], up.shape[0])
+    flat = x.reshape(-1, x.shape[-1])
+    ranks = [len(layer.down) for layer in layers]
+    with torch.no_grad():
+        down = layers[0].down if len(layers) == 1 else torch.cat([layer.down for layer in layers])
+        down = down.to(x.dtype)  # [sum of ranks, in]
+        ups = [layer.up.to(x.dtype) for layer in layers]
+        hidden = flat @ down.t()  # [N, sum of ranks]
+    factors = [factor for layer in layers for factor in (layer.down, layer.up)]
+    marks = _Gradients.apply(layers, flat, hidden, down, *ups, *factors)
+    outputs = []
+    for layer, up, part, mark in zip(layers, ups, hidden.split(ranks, dim=1), marks, strict=True):
+        with torch.no_grad():
+            output = layer.base(flat).addmm_(part, up.t(), alpha=layer.scale)
+        outputs.append(_WithGradientOf.apply(mark, output).view(*x.shape[:-1], len(up)))
+    return outputs
 
 
-def _input_gradient(base: nn.Module, grad: Tensor) -> Tensor:
+def _base_gradient(base: nn.Module, grad: Tensor, total: Tensor | None) -> Tensor:
+    """The gradient of the base's input from that of its output, added to `total`, which is used up."""
     if isinstance(base, nn.Linear):
-        return grad @ base.weight
-    return cast(FrozenLinear, base).input_gradient(grad)
+        return grad @ base.weight if total is None else total.addmm_(grad, base.weight)
+    own = cast(FrozenLinear, base).input_gradient(grad)
+    return own if total is None else total.add_(own)
 
 
-class _FusedLora(torch.autograd.Function):
-    """Keeps x and the rank-sized activation; the frozen weight is asked for again in the backward pass."""
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a @ b with one rounding."""
+    return torch.addmm(a.new_empty(a.shape[0], b.shape[1]), a, b, beta=0, alpha=scale)
+
+
+class _Gradients(torch.autograd.Function):
+    """Keeps x and the rank-sized activations, and returns for each layer a mark that carries its gradient.
+
+    A mark has the shape of the layer's output and no memory. The frozen weights are asked for again in the
+    backward pass, not kept: they may have travelled meanwhile.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Module, down: Tensor, up: Tensor, scale: float) -> Tensor:
-        hidden = x @ down.to(x.dtype).t()  # [N, rank]
-        ctx.save_for_backward(x, hidden, down, up)
-        ctx.base, ctx.scale = base, scale
-        return base(x).addmm_(hidden, up.to(x.dtype).t(), alpha=scale)
+    def forward(
+        ctx: Any, layers: Sequence[LowRankLayer], x: Tensor, hidden: Tensor, down: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        ups = rest[: len(layers)]
+        ctx.save_for_backward(x, hidden, down, *ups)
+        ctx.layers = [(layer.base, layer.scale) for layer in layers]
+        ctx.ranks = [up.shape[1] for up in ups]
+        ctx.factor_dtypes = [factor.dtype for factor in rest[len(layers) :]]
+        nothing = x.new_empty(1, 1)
+        return tuple(nothing.expand(len(x), len(up)) for up in ups)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
-        x, hidden, down, up = ctx.saved_tensors
-        grad, scale = grads[0], ctx.scale
-        hidden_grad = grad @ up.to(grad.dtype)  # [N, rank], still without scale
-        x_grad = down_grad = up_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = _input_gradient(ctx.base, grad)
-            x_grad.addmm_(hidden_grad, down.to(grad.dtype), alpha=scale)
-        if ctx.needs_input_grad[2]:
-            down_grad = (hidden_grad.t() @ x).to(down.dtype).mul_(scale)
-        if ctx.needs_input_grad[3]:
-            up_grad = (grad.t() @ hidden).to(up.dtype).mul_(scale)
-        return x_grad, None, down_grad, up_grad, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, hidden, down, *ups = ctx.saved_tensors
+        needs_x = ctx.needs_input_grad[1]
+        needs_factor = ctx.needs_input_grad[4 + len(ups) :]
+        x_grad = None
+        if needs_x:
+            for (base, _), grad in zip(ctx.layers, grads, strict=True):
+                x_grad = _base_gradient(base, grad, x_grad)
+        hidden_grad = _hidden_gradient(ctx.layers, grads, ups)
+        if x_grad is not None:
+            x_grad.addmm_(hidden_grad, down)
+        factor_grads: list[Tensor | None] = [None] * (2 * len(ups))
+        if any(needs_factor[0::2]):
+            down_grad = (hidden_grad.t() @ x).to(ctx.factor_dtypes[0])
+            factor_grads[0::2] = down_grad.split(ctx.ranks)
+        for i, part in enumerate(hidden.split(ctx.ranks, dim=1)):
+            if needs_factor[2 * i + 1]:
+                up_grad = _scaled_product(grads[i].t(), part, ctx.layers[i][1])
+                factor_grads[2 * i + 1] = up_grad.to(ctx.factor_dtypes[2 * i + 1])
+        return None, x_grad, None, None, *[None] * len(ups), *factor_grads
+
+
+def _hidden_gradient(
+    layers: Sequence[tuple[nn.Module, float]], grads: Sequence[Tensor], ups: Sequence[Tensor]
+) -> Tensor:
+    """The scaled gradient of the rank-sized activations, [N, sum of ranks]."""
+    if len(layers) == 1:
+        return _scaled_product(grads[0], ups[0], layers[0][1])
+    total = grads[0].new_empty(len(grads[0]), sum(up.shape[1] for up in ups))
+    parts = total.split([up.shape[1] for up in ups], dim=1)
+    for (_, scale), grad, up, part in zip(layers, grads, ups, parts, strict=True):
+        part.addmm_(grad, up, beta=0, alpha=scale)
+    return total
+
+
+class _WithGradientOf(torch.autograd.Function):
+    """`output`, whose gradient goes to `mark`."""
+
+    @staticmethod
+    def forward(_: Any, mark: Tensor, output: Tensor) -> Tensor:
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

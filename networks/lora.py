@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from modules.seeding import derive_seed, generator_for
 from networks.factors import LayerFactors, LoraFactors
-from networks.fused_lora import can_fuse, fused_lora
+from networks.fused_lora import LowRankLayer, can_fuse, fused_lora
 
 
 @dataclass(slots=True)
@@ -120,10 +120,17 @@ class LoRAAdapter(Adapter):
     def forward_with(
         self, base: nn.Module, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
     ) -> Tensor:
+        layer = self.fusible(base, multiplier, step_seed)
+        if layer is None:
+            return self.add_delta(base(x), x, multiplier, step_seed)
+        return fused_lora(x, [layer])[0]
+
+    def fusible(self, base: nn.Module, multiplier: float, step_seed: tuple[int, ...]) -> LowRankLayer | None:
+        """What `fused_lora` needs of this layer in this step; None where it has to be computed apart."""
         drops_ranks = self.training and (self.dropout.network_dropout or self.dropout.rank_dropout)
         if drops_ranks or not can_fuse(base):
-            return self.add_delta(base(x), x, multiplier, step_seed)
-        return fused_lora(x, base, self.lora_down, self.lora_up, self._scale_now(multiplier, step_seed))
+            return None
+        return LowRankLayer(base, self.lora_down, self.lora_up, self._scale_now(multiplier, step_seed))
 
     def add_delta(
         self, base_output: Tensor, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
@@ -201,6 +208,22 @@ class LoRALinear(nn.Module):
         if not switch.is_enabled or switch.multiplier == 0.0:
             return self.base(x)
         return self.adapter.forward_with(self.base, x, switch.multiplier, switch.step_seed)
+
+    def fusible(self) -> LowRankLayer | None:
+        """See `LoRAAdapter.fusible`; None for other adapters and while this one is switched off."""
+        switch, adapter = self._switch, self.adapter
+        if not (switch.is_enabled and switch.multiplier != 0.0 and isinstance(adapter, LoRAAdapter)):
+            return None
+        return adapter.fusible(self.base, switch.multiplier, switch.step_seed)
+
+
+def project(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """The outputs of several linear layers for one input, in one step where all of them carry a LoRA."""
+    fusible = [layer.fusible() if isinstance(layer, LoRALinear) else None for layer in layers]
+    together = [layer for layer in fusible if layer is not None]
+    if len(together) < len(layers):
+        return [layer(x) for layer in layers]
+    return fused_lora(x, together)
 
 
 class LoRANetwork(nn.Module):

@@ -43,6 +43,10 @@ class Adapter:
         """Turn block gradient checkpointing on or off. Return False where there is none."""
         return False
 
+    def attach_lora(self, model, rank=16):
+        """LoRA on attention and feed-forward linears of every block; returns the trainable parameters."""
+        return attach_plain_lora(model, rank)
+
     # -- shared -----------------------------------------------------------------------------------
     def make(self, cfg, weights, dtype, device="cpu"):
         with torch.device("meta"):
@@ -99,10 +103,10 @@ def rope_positions(inp, patch=(1, 2, 2)):
     return pos, torch.arange(inp.text.shape[-2], device=dev)
 
 
-class Ours(Adapter):
-    """The project's DiT."""
+class OursPlainLora(Adapter):
+    """The project's DiT with the same plain LoRA layers as the others."""
 
-    name = "ours"
+    name = "ours, plain LoRA layers"
 
     def build(self, cfg):
         from kandinsky5.dit import DiffusionTransformer3D
@@ -121,6 +125,22 @@ class Ours(Adapter):
     def checkpointing(self, model, on):
         model.gradient_checkpointing = on
         return True
+
+
+class Ours(OursPlainLora):
+    """The project's DiT with the project's LoRA layers."""
+
+    name = "ours"
+
+    def attach_lora(self, model, rank=16):
+        from networks.lora_kandinsky import create_network
+
+        network = create_network(
+            model, network_dim=rank, network_alpha=rank, network_dropout=None, network_args={}, seed=0
+        )
+        device = next(model.parameters()).device
+        model.network = (network.to(device),)  # kept alive, in a tuple so that it is no submodule
+        return list(network.parameters())
 
 
 class Diffusers(Adapter):
@@ -158,7 +178,7 @@ class Diffusers(Adapter):
         return True
 
 
-REGISTRY = {c.name: c for c in (Ours, Diffusers)}
+REGISTRY = {c.name: c for c in (Ours, OursPlainLora, Diffusers)}
 
 
 def contestants(names=None):
@@ -190,7 +210,7 @@ class LoraLinear(nn.Module):
         return self.base(x) + nn.functional.linear(low, self.up.to(x.dtype)) * self.scale
 
 
-def attach_lora(model, rank=16):
+def attach_plain_lora(model, rank=16):
     """LoRA on attention and feed-forward linears of every block; returns the trainable parameters."""
     params = []
     for name, module in list(model.named_modules()):

@@ -120,7 +120,7 @@ def child(args):
         a.forward(model, inp)
     C.sync(args.device)
     res["forward"] = C.peak_mib(args.device) - base
-    params = adapters.attach_lora(model, args.rank)
+    params = a.attach_lora(model, args.rank)
     for ckpt in (True, False):
         if not a.checkpointing(model, ckpt):
             continue
@@ -182,7 +182,7 @@ def main():
         times = C.interleave(fns, args.rounds, args.warmup, args.device)
         C.report("forward: " + head, times, ref, agree)
 
-    params = {n: adapters.attach_lora(m, args.rank) for n, m in models.items()}
+    params = {n: by_name[n].attach_lora(m, args.rank) for n, m in models.items()}
     for kind in ("step", "step_ckpt"):
         if kind not in args.what:
             continue

@@ -86,3 +86,27 @@ def test_no_activation_is_ever_held_in_float32(monkeypatch: pytest.MonkeyPatch) 
         tokens = fused_ops.modulated_layer_norm(heads.flatten(-2), weight, bias)
         fused_ops.gated_sum(tokens, tokens, gate).sum().backward()
     assert seen.largest < x.numel() // 4
+
+
+def test_gelu_overwrites_its_input_only_when_no_gradient_needs_it() -> None:
+    hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    expected = F.gelu(hidden)
+    assert torch.equal(fused_ops.gelu(hidden), expected)
+    assert not torch.equal(hidden, expected)
+    with torch.no_grad():
+        assert torch.equal(fused_ops.gelu(hidden), expected)
+    assert torch.equal(hidden, expected)
+
+
+def test_the_gradients_of_a_gated_sum() -> None:
+    x, branch = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    gate = torch.tensor([[0.5, 1.0, -2.0, 0.0]]).expand(2, 4)
+    inputs = [x.clone().requires_grad_(), branch.clone().requires_grad_()]
+    for given in (gate, gate.clone().requires_grad_()):
+        out = fused_ops.gated_sum(*inputs, given)
+        assert torch.equal(out, x + gate[:, None] * branch)
+        grads = torch.autograd.grad(out, [t for t in (*inputs, given) if t.requires_grad], x)
+        assert torch.equal(grads[0], x)
+        assert torch.equal(grads[1], gate[:, None] * x)
+        if given.requires_grad:
+            torch.testing.assert_close(grads[2], (branch * x).sum(dim=1))
