@@ -170,11 +170,15 @@ class CachedDataset(Dataset[CachedBatch]):
         order = torch.randperm(len(batches), generator=generator_for("batch order", self.seed, epoch))
         return [batches[i] for i in order.tolist()]
 
-    def measured_batches(self) -> list[BatchPlan]:
-        """Every clip once with its first caption, in an order that no seed decides: for measurements."""
+    def measured_batches(self, *, batch_size: int | None = None) -> list[BatchPlan]:
+        """Every clip once with its first caption, in an order that no seed decides: for measurements.
+
+        Args:
+            batch_size: None is the datasets' own.
+        """
         plans = []
         for group in self._groups:
-            size = self.config.datasets[self.items[group[0]].dataset_index].batch_size
+            size = batch_size or self.config.datasets[self.items[group[0]].dataset_index].batch_size
             for start in range(0, len(group), size):
                 plan = self._plan([(position, 0) for position in group[start : start + size]], 1, None)
                 count = len(plan.items)

@@ -25,6 +25,12 @@ def draw_noise(seed: int, step: int, item_keys: Sequence[str], shape: Sequence[i
     ])
 
 
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """latents, noise [B, 16, F, H, W] and sigma [B] -> (1 - sigma) * latents + sigma * noise."""
+    sigma_bcfhw = rearrange(sigma, "b -> b 1 1 1 1")
+    return (1 - sigma_bcfhw) * latents + sigma_bcfhw * noise
+
+
 def flow_matching_loss(
     predict_velocity: VelocityFn,
     latents: Tensor,
@@ -43,8 +49,7 @@ def flow_matching_loss(
         [B] float32; the caller weights and averages it.
     Source: kandinskylab/kandinsky-5-lora-train, the same sign as the official sampler's.
     """
-    sigma_bcfhw = rearrange(sigma, "b -> b 1 1 1 1")
-    noisy_latents = (1 - sigma_bcfhw) * latents + sigma_bcfhw * noise
+    noisy_latents = add_noise(latents, noise, sigma)
     velocity = noise - latents  # d(noisy_latents) / d(sigma)
     error = (predict_velocity(noisy_latents, sigma).float() - velocity).square()
     if predicted_frames is None:

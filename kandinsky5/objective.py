@@ -18,7 +18,7 @@ from kandinsky5.conditioning import (
     pad_text,
 )
 from kandinsky5.configs.train import ConditioningConfig, TimestepConfig
-from kandinsky5.flow_matching import draw_noise, flow_matching_loss
+from kandinsky5.flow_matching import add_noise, draw_noise, flow_matching_loss
 from kandinsky5.timesteps import draw_sigmas, loss_weight
 from modules.seeding import generator_for
 
@@ -67,6 +67,18 @@ class Objective:
             sigma.to(self.device, non_blocking=True),
             None if frames is None else frames.predicted_frames(),
         )
+
+    def velocity(self, batch: CachedBatch, noise: Tensor, sigma: Tensor) -> Tensor:
+        """What the model predicts for given noise and sigma, [B, 16, F, H, W] float32 on the device.
+
+        In image-to-video tasks every clip is shown its first frame; frames that do not count are zero.
+        """
+        frames = self._frames(batch, torch.ones(len(batch.item_keys), dtype=torch.bool))
+        noisy_latents = add_noise(batch.latents, noise, sigma).to(self.device)
+        predicted = self.model(noisy_latents, sigma.to(self.device), self._text(batch), frames).float()
+        if frames is None:
+            return predicted
+        return predicted * frames.predicted_frames()[:, None, :, None, None]
 
     def _text(self, batch: CachedBatch) -> TextBatch:
         captions = [

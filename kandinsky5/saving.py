@@ -76,6 +76,11 @@ def average_path(lora: Path) -> Path:
     return lora.with_name(f"{lora.stem}-ema.safetensors")
 
 
+def effect_path(lora: Path) -> Path:
+    """Where the report on a saved LoRA lies beside it."""
+    return lora.with_name(f"{lora.stem}_effect.txt")
+
+
 def _is_position(text: str) -> bool:
     text = text.removesuffix("-ema")
     return text == "" or (text.startswith("-") and text[1:].removeprefix("step").isdigit())
@@ -98,10 +103,11 @@ def expired(saving: SavingConfig, unit: Unit, number: int, *, state: bool) -> in
 
 
 def delete_result(path: Path) -> None:
-    """Remove a LoRA with its average and their settings files, or a state directory; both may be missing."""
+    """Remove a LoRA with its average and what lies beside them, or a state directory; any may be missing."""
     if path.is_dir():
         remove_state(path)
         return
     for file in (path, average_path(path)):
         file.unlink(missing_ok=True)
         lora_config_path(file).unlink(missing_ok=True)
+        effect_path(file).unlink(missing_ok=True)

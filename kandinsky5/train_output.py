@@ -11,24 +11,26 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.config import DatasetConfig
 from kandinsky5.configs.train import TrainConfig
+from kandinsky5.effect_report import EffectReport
 from kandinsky5.hub import HubUploads
 from kandinsky5.lora_metadata import RunFacts, lora_metadata
 from kandinsky5.metrics import Metrics
-from kandinsky5.saving import OutputNames, Unit, average_path, delete_result, expired
+from kandinsky5.prediction_change import PredictionProbe
+from kandinsky5.saving import OutputNames, Unit, average_path, delete_result, effect_path, expired
 from kandinsky5.train_setup import has_schedule_state
 from kandinsky5.training_state import RunState, write_state
 from modules.dtypes import dtype_from_word
 from modules.errors import DivergedError, ResourceError
+from modules.files import write_text
 from modules.logs import get_logger
 from modules.optimizers import has_averages, set_averaging
 from networks.lora import LoRANetwork
-from networks.lora_effect import LoraEffect, measure_effect
+from networks.lora_effect import measure_effect
 from networks.lora_files import save_lora
 from networks.weight_average import WeightAverage
 
 log = get_logger(__name__)
 
-_SHOWN = 5
 CONTROL_WORDS = ("save", "sample", "stop")
 
 
@@ -67,6 +69,7 @@ class Output:
         tracker_run: str,
         weight_norms: Mapping[str, float],
         average: WeightAverage | None,
+        probe: PredictionProbe | None,
         uploads: HubUploads | None,
     ) -> None:
         self.facts = facts
@@ -78,6 +81,7 @@ class Output:
         self._optimizer = optimizer
         self._weight_norms = weight_norms
         self._average = average
+        self._probe = probe
         self._uploads = uploads
         self._metrics: Metrics | None = None
         self._is_final_written = False
@@ -122,14 +126,14 @@ class Output:
         ):
             due.append(("epoch", epoch))
         for unit, number in due:
-            self._save(unit, number, run, schedule, with_state=saving.save_state)
+            self._save(unit, number, run, schedule, with_state=saving.save_state, is_quick=is_stopping)
             self._delete_expired(unit, number)
         if is_stopping and not (saving.save_state and ("step", step) in due):
             self.save_all("step", step, run, schedule)
 
     def save_all(self, unit: Unit, number: int, run: RunState, schedule: LRScheduler | None) -> None:
-        """LoRA and state, for a run that may end here."""
-        self._save(unit, number, run, schedule, with_state=True)
+        """LoRA and state, for a run that may end here: what takes time and can wait is left out."""
+        self._save(unit, number, run, schedule, with_state=True, is_quick=True)
 
     def save_final(self, run: RunState, schedule: LRScheduler | None) -> Path:
         """The files at the end of a run."""
@@ -138,6 +142,7 @@ class Output:
             self._write_final_lora(run)
             if saving.save_state or saving.save_state_on_train_end:
                 self._write_state(self.names.final_state, run, schedule)
+        self._report_effects(self.names.final_lora, run.step)
         return self.names.final_lora
 
     def finish_uploads(self) -> None:
@@ -167,13 +172,22 @@ class Output:
                     parameter.copy_(value)
 
     def _save(
-        self, unit: Unit, number: int, run: RunState, schedule: LRScheduler | None, *, with_state: bool
+        self,
+        unit: Unit,
+        number: int,
+        run: RunState,
+        schedule: LRScheduler | None,
+        *,
+        with_state: bool,
+        is_quick: bool = False,
     ) -> None:
         # The LoRA first: it is the smaller file and the one people want if the disk fills up.
+        path = self.names.lora(unit, number)
         with self._rescued(run, schedule):
-            self._write_lora(self.names.lora(unit, number), run)
+            self._write_lora(path, run)
             if with_state:
                 self._write_state(self.names.state(unit, number), run, schedule)
+        self._report_effects(path, run.step, is_quick=is_quick)
 
     @contextmanager
     def _rescued(self, run: RunState, schedule: LRScheduler | None) -> Iterator[None]:
@@ -237,33 +251,41 @@ class Output:
 
         with self.averaged_weights():
             save(path, metadata)
-            effect = measure_effect(self._network, self._weight_norms)
-        self._report(path, effect, run.step)
         if self._average is not None:
             with self._average.in_place():
                 save(average_path(path), {**metadata, "ss_ema_decay": f"{self._average.decay:g}"})
 
-    def _report(self, path: Path, effect: LoraEffect, step: int) -> None:
-        """Say what the file does to the model: a LoRA without effect must not go unnoticed."""
-        if effect.does_nothing:
-            log.warning(
-                "%s DOES NOTHING: the change of every one of its %d layers is exactly zero. After the first "
-                "steps of a warm-up this is normal; later, look at --learning_rate and the schedule",
-                path.name, effect.num_layers,
-            )  # fmt: skip
-        else:
-            log.info("%s: %s", path.name, effect.describe())
-            if effect.unchanged:
-                log.warning(
-                    "%s: layers that have not moved: %s%s", path.name, ", ".join(effect.unchanged[:_SHOWN]),
-                    ", ..." if len(effect.unchanged) > _SHOWN else "",
-                )  # fmt: skip
+    def _report_effects(self, path: Path, step: int, *, is_quick: bool = False) -> None:
+        """Say what the files do to the model, once they and the state are safe."""
+        with self.averaged_weights():
+            self._report(path, step, is_quick=is_quick)
+        if self._average is not None:
+            with self._average.in_place():
+                self._report(average_path(path), step, is_quick=is_quick)
+
+    def _report(self, path: Path, step: int, *, is_quick: bool) -> None:
+        report = EffectReport(
+            path.name,
+            step,
+            measure_effect(self._network, self._weight_norms),
+            None if is_quick else self._prediction_change(),
+            self._probe.bucket if self._probe is not None else "",
+        )
+        report.log()
+        try:
+            write_text(effect_path(path), report.text())
+        except OSError as error:
+            log.warning("%s is not written: %s", effect_path(path).name, error.strerror)
         if self._metrics is not None:
-            record = {"file": path.name, "change": effect.change, "blocks": dict(effect.blocks)}
-            self._metrics.write(
-                "lora", step, {**record, "layers": effect.num_layers, "unchanged": list(effect.unchanged)}
-            )
-            self._metrics.scalars(step, {"lora/change": effect.change})
+            self._metrics.write("lora", step, report.record())
+            self._metrics.scalars(step, report.curves())
+
+    def _prediction_change(self) -> Mapping[int, float] | None:
+        try:
+            return None if self._probe is None else self._probe.measure()
+        except torch.OutOfMemoryError as error:
+            log.warning("the change of the prediction is not measured: %s", str(error).splitlines()[0])
+            return None
 
     def _write_state(self, folder: Path, run: RunState, schedule: LRScheduler | None) -> None:
         if run.step >= run.total_steps:

@@ -29,6 +29,7 @@ from kandinsky5.hub import HubUploads, fetch_state
 from kandinsky5.lora_metadata import RunFacts
 from kandinsky5.metrics import Metrics
 from kandinsky5.objective import Objective
+from kandinsky5.prediction_change import PredictionProbe
 from kandinsky5.sample_files import SampleNames
 from kandinsky5.saved_config import shareable_options, write_config
 from kandinsky5.saving import OutputNames
@@ -244,6 +245,11 @@ class Trainer:
             validation = Validation(data, objective, self.network, model_settings=settings)
         return ValidationChecks(self.config.data, validation, names.validation_plot)
 
+    def _probe(self) -> PredictionProbe | None:
+        """What measures the effect of the LoRA on the predictions, on the main process."""
+        is_main = self.accelerator.is_main_process
+        return PredictionProbe(self.data, self._objective(self.network), self.network) if is_main else None
+
     def _output(
         self,
         datasets: DatasetConfig,
@@ -277,6 +283,7 @@ class Trainer:
             tracker_run=(saved.run.tracker_run if saved else "") or f"{prefix}{stamp}",
             weight_norms=norms,
             average=self.average,
+            probe=self._probe(),
             uploads=uploads,
         )
 

@@ -25,7 +25,12 @@ class LoraEffect:
     """Per block of the model, by its dotted name."""
     unchanged: tuple[str, ...]
     """Layers whose change is exactly zero."""
-    num_layers: int
+    layers: tuple[str, ...]
+    """All of them, by their dotted names."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def does_nothing(self) -> bool:
@@ -39,6 +44,11 @@ class LoraEffect:
             f"most {most} {self.blocks[most]:.3%}); "
             f"{len(self.unchanged)} of {self.num_layers} layers are unchanged"
         )
+
+
+def block_of(layer: str) -> str:
+    """Dotted name of the block that a layer is in."""
+    return ".".join(layer.split(".")[:2])
 
 
 @torch.no_grad()
@@ -72,14 +82,14 @@ def measure_effect(network: LoRANetwork, base_norms: Mapping[str, float]) -> Lor
     norms = torch.stack([_delta_norm(network.adapters[name].factors()) for name in names]).tolist()
     changes, weights = defaultdict(list), defaultdict(list)
     for name, norm in zip(names, norms, strict=True):
-        block = ".".join(name.split(".")[:2])
+        block = block_of(name)
         changes[block].append(norm)
         weights[block].append(base_norms[name])
     return LoraEffect(
         change=_ratio(norms, list(base_norms.values())),
         blocks={block: _ratio(changes[block], weights[block]) for block in changes},
         unchanged=tuple(name for name, norm in zip(names, norms, strict=True) if norm == 0.0),
-        num_layers=len(names),
+        layers=tuple(names),
     )
 
 
