@@ -17,6 +17,7 @@ from torch import Tensor
 from dataset.cache_index import CacheKind, listed_files, read_index
 from dataset.cache_names import (
     LATENT_SUFFIX,
+    MASK_SUFFIX,
     TEXT_SUFFIX,
     Content,
     empty_text_cache_name,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # training reads caches and needs no media libraries
     from dataset.clips import PlannedClip
 
 __all__ = [
+    "CacheMeta",
     "LatentCache",
     "LatentCacheInfo",
     "LatentCacheMeta",
@@ -42,12 +44,14 @@ __all__ = [
     "TextCacheInfo",
     "TextCacheMeta",
     "UnusedCaches",
+    "checked_header",
     "empty_text_cache_name",
     "image_cache_name",
     "inspect_latent_cache",
     "inspect_text_cache",
     "latent_cache_problem",
     "latent_meta",
+    "read_cached",
     "read_latent_cache",
     "read_text_cache",
     "text_cache_name",
@@ -57,6 +61,7 @@ __all__ = [
     "video_cache_name",
     "write_latent_cache",
     "write_text_cache",
+    "written_metadata",
 ]
 
 ARCHITECTURE = "kandinsky5"
@@ -79,7 +84,7 @@ class NewerCacheError(CacheError):
     """A cache that a newer version of this program made; it is neither read nor made again."""
 
 
-class _Meta:
+class CacheMeta:
     """Dataclasses whose fields are written into a cache's metadata as strings of the same name."""
 
     __slots__ = ()
@@ -97,7 +102,7 @@ class _Meta:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LatentCacheMeta(_Meta):
+class LatentCacheMeta(CacheMeta):
     """All that a latent cache depends on; two equal ones hold the same latents."""
 
     width: int
@@ -120,7 +125,7 @@ class LatentCacheMeta(_Meta):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TextCacheMeta(_Meta):
+class TextCacheMeta(CacheMeta):
     """All that a text cache depends on."""
 
     caption1: str
@@ -137,7 +142,7 @@ class TextCacheMeta(_Meta):
 
     def to_strings(self) -> dict[str, str]:
         """The metadata entries."""
-        entries = _Meta.to_strings(self)
+        entries = CacheMeta.to_strings(self)
         del entries["more_captions"]
         return entries | {f"caption{n}": text for n, text in enumerate(self.captions, start=1)}
 
@@ -146,7 +151,7 @@ class TextCacheMeta(_Meta):
         recorded = _num_captions(found)
         if recorded > len(self.captions):
             return f"captions were {recorded}, are {len(self.captions)}"
-        return _Meta.difference(self, found)
+        return CacheMeta.difference(self, found)
 
 
 def _num_captions(metadata: Mapping[str, str]) -> int:
@@ -206,7 +211,12 @@ class TextCacheInfo:
     is_ours: bool
 
 
-def _checked_header(path: Path) -> tuple[TensorFileHeader, bool]:
+def checked_header(path: Path) -> tuple[TensorFileHeader, bool]:
+    """The header of a cache, and whether this program wrote it.
+
+    Raises:
+        CacheError: it is damaged, foreign or of another version.
+    """
     try:
         header = read_header(path)
     except ModelFileError as error:
@@ -250,7 +260,7 @@ def inspect_latent_cache(path: Path, content: Content) -> LatentCacheInfo:
     Raises:
         CacheError: it is damaged, foreign, of another version, or its frame count does not fit its name.
     """
-    header, is_ours = _checked_header(path)
+    header, is_ours = checked_header(path)
     keys = _keys_by_name(path, header)
     if "latents" not in keys:
         raise CacheError(f"{path}: holds no latents")
@@ -297,7 +307,7 @@ def inspect_text_cache(path: Path) -> TextCacheInfo:
     Raises:
         CacheError: it is damaged, foreign or of another version.
     """
-    header, _ = _checked_header(path)
+    header, _ = checked_header(path)
     keys = _keys_by_name(path, header)
     captions = tuple(
         _caption_keys(path, header, keys, number)
@@ -410,7 +420,7 @@ def write_latent_cache(path: Path, latents: Tensor, latents_image: Tensor, meta:
             path, "latents_image", latents_image.to(dtype)
         ),
     }
-    write_tensors(path, tensors, _metadata(meta))
+    write_tensors(path, tensors, written_metadata(meta))
 
 
 def write_text_cache(
@@ -440,10 +450,11 @@ def write_text_cache(
             f"{prefix}pooled_embed_float32": _finite(path, "pooled_embed", pooled.to(torch.float32)),
             f"{prefix}attention_mask": torch.ones(embeds.shape[0], dtype=torch.bool),
         }
-    write_tensors(path, tensors, _metadata(meta))
+    write_tensors(path, tensors, written_metadata(meta))
 
 
-def _metadata(meta: _Meta) -> dict[str, str]:
+def written_metadata(meta: CacheMeta) -> dict[str, str]:
+    """The metadata of a new cache: its own and our mark."""
     return {
         **meta.to_strings(),
         "architecture": ARCHITECTURE,
@@ -496,7 +507,7 @@ def read_latent_cache(path: Path, content: Content) -> LatentCache:
     # musubi-tuner's latents_image are slices of the clip's latents, which is something else.
     image_key = info.image_key if info.is_ours else None
     keys = [info.latents_key] if image_key is None else [info.latents_key, image_key]
-    tensors = [tensor.float() for tensor in _read(path, *keys)]
+    tensors = [tensor.float() for tensor in read_cached(path, *keys)]
     return LatentCache(latents=tensors[0], latents_image=tensors[1] if image_key is not None else None)
 
 
@@ -509,11 +520,16 @@ def read_text_cache(path: Path, caption: int = 0) -> TextCache:
     info = inspect_text_cache(path)
     if caption >= len(info.keys):
         raise CacheError(f"{path}: holds {len(info.keys)} captions, not {caption + 1}: it was replaced")
-    tensors = _read(path, *info.keys[caption])
+    tensors = read_cached(path, *info.keys[caption])
     return TextCache(text_embeds=tensors[0], pooled_embed=tensors[1].float())
 
 
-def _read(path: Path, *keys: str) -> list[Tensor]:
+def read_cached(path: Path, *keys: str) -> list[Tensor]:
+    """Tensors of a cache by their keys.
+
+    Raises:
+        CacheError: the file is damaged, or a number is not finite.
+    """
     try:
         # Plain reads: a cache file that is replaced while it is mapped would end the process.
         with TensorFile(path, use_mmap=False) as file:
@@ -547,13 +563,13 @@ class UnusedCaches:
 def unused_caches(cache_directory: Path, kind: CacheKind) -> UnusedCaches:
     """The caches of one kind that the folder's index does not list; all of them when there is no index."""
     used = listed_files(read_index(cache_directory, kind) or {})
-    suffix = LATENT_SUFFIX if kind == "latents" else TEXT_SUFFIX
+    suffixes = (LATENT_SUFFIX, MASK_SUFFIX) if kind == "latents" else (TEXT_SUFFIX,)
     if not cache_directory.is_dir():
         return UnusedCaches(files=(), foreign=())
     files: list[Path] = []
     foreign: list[Path] = []
     for path in sorted(cache_directory.iterdir()):
-        if not path.name.endswith(suffix) or path.name in used or not path.is_file():
+        if not path.name.endswith(suffixes) or path.name in used or not path.is_file():
             continue
         (files if _has_our_mark(path) else foreign).append(path)
     return UnusedCaches(files=tuple(files), foreign=tuple(foreign))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dataset.cache_names import text_cache_name
+from dataset.cache_names import mask_cache_name, text_cache_name
 from dataset.sources import SkippedItem, SourceItem
 from modules.errors import CacheError
 from modules.files import write_json
@@ -31,6 +31,8 @@ class IndexItem:
 
     name: str
     files: tuple[str, ...]
+    masks: tuple[str, ...] = ()
+    """Mask caches of those of its latent caches that have one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,10 +63,16 @@ def latent_entry(clips: Iterable[PlannedClip], skipped: Iterable[SkippedItem]) -
     skipped = tuple(dict.fromkeys(skipped))
     broken = {entry.name for entry in skipped if entry.is_failure}
     files: dict[str, list[str]] = {}
+    masks: dict[str, list[str]] = {}
     for clip in clips:
         if clip.item.path.name not in broken:
             files.setdefault(clip.item.base_name, []).append(clip.cache_name)
-    items = tuple(IndexItem(name=name, files=tuple(sorted(files[name]))) for name in sorted(files))
+            own = masks.setdefault(clip.item.base_name, [])
+            own += [] if clip.mask is None else [mask_cache_name(clip.cache_name)]
+    items = tuple(
+        IndexItem(name=name, files=tuple(sorted(files[name])), masks=tuple(sorted(masks[name])))
+        for name in sorted(files)
+    )
     return IndexEntry(items=items, skipped=skipped)
 
 
@@ -114,12 +122,17 @@ def update_index(cache_directory: Path, kind: CacheKind, settings_hash: str, ent
 
 def listed_files(entries: Mapping[str, IndexEntry]) -> set[str]:
     """The file names that any entry uses."""
-    return {name for entry in entries.values() for item in entry.items for name in item.files}
+    items = [item for entry in entries.values() for item in entry.items]
+    return {name for item in items for name in (*item.files, *item.masks)}
 
 
 def _entry_to_json(entry: IndexEntry) -> dict[str, Any]:
     return {
-        "items": [{"name": item.name, "files": list(item.files)} for item in entry.items],
+        "items": [
+            {"name": item.name, "files": list(item.files)}
+            | ({"masks": list(item.masks)} if item.masks else {})
+            for item in entry.items
+        ],
         "skipped": [
             {"name": s.name, "reason": s.reason, "detail": s.detail, "is_failure": s.is_failure}
             for s in entry.skipped
@@ -128,7 +141,10 @@ def _entry_to_json(entry: IndexEntry) -> dict[str, Any]:
 
 
 def _entry_from_json(value: Mapping[str, Any]) -> IndexEntry:
-    items = tuple(IndexItem(name=str(i["name"]), files=_file_names(i["files"])) for i in value["items"])
+    items = tuple(
+        IndexItem(name=str(i["name"]), files=_file_names(i["files"]), masks=_file_names(i.get("masks", ())))
+        for i in value["items"]
+    )
     skipped = tuple(
         SkippedItem(
             name=str(s["name"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dataset.buckets import Size, bucket_sizes, choose_bucket, nabla_size
@@ -19,8 +19,17 @@ from dataset.cache_files import (
     upstream_latent_problem,
 )
 from dataset.cache_index import CacheKind, IndexEntry, read_index
-from dataset.cache_names import LATENT_SUFFIX, Content, LatentName, cache_base_name, parse_latent_name
+from dataset.cache_names import (
+    LATENT_SUFFIX,
+    Content,
+    LatentName,
+    cache_base_name,
+    mask_cache_name,
+    parse_latent_name,
+    prior_text_cache_name,
+)
 from dataset.config import AnyDatasetConfig, DatasetConfig, ImageDatasetConfig, VideoDatasetConfig
+from dataset.mask_cache import inspect_mask_cache
 from dataset.sources import SkippedItem
 from modules.errors import CacheError
 from modules.logs import format_table
@@ -39,6 +48,8 @@ class MatchOptions:
     allow_missing: bool = False
     allow_upstream_text_cache: bool = False
     strict: bool = False
+    use_masks: bool = False
+    use_prior: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +73,10 @@ class CachedItem:
     """Pixel frames."""
     shape: tuple[int, int, int]
     """(latent_frames, latent_height, latent_width)."""
+    mask_path: Path | None = None
+    """The cache of its mask; None where it has none, and where masks are not used."""
+    prior_text_path: Path | None = None
+    """The cache of the caption that its prior term takes; None where it has no such term or takes its own."""
 
     @property
     def bucket(self) -> str:
@@ -104,10 +119,17 @@ def match_caches(config: DatasetConfig, options: MatchOptions) -> MatchedCaches:
     Raises:
         CacheError: all that is wrong, in one message with the commands that mend it.
     """
+    if any(dataset.is_prior for dataset in config.datasets):
+        options = replace(options, use_prior=False)  # no other dataset has a prior term then
     matchers = [_Matcher(dataset, config.path, options) for dataset in config.datasets]
     problems = [problem for matcher in matchers for problem in matcher.run()]
     problems += _mixed_encoders(matchers)
     items = tuple(item for matcher in matchers for item in matcher.items)
+    if options.use_masks and items and not any(item.mask_path for item in items) and not problems:
+        problems.append(
+            "--masked_loss: no clip has a mask. Set mask_directory in the dataset file, or mask_path in the "
+            f"JSONL file.\n{_commands(config.path, ('latents',))}"
+        )
     if not items and not problems:
         counts = "; ".join(f"dataset {m.dataset.index}: {m.counts()}" for m in matchers)
         problems.append(f"no item can be trained on. {counts}\n{_commands(config.path, ('latents', 'text'))}")
@@ -185,6 +207,8 @@ class _Matcher:
         self.vae_fingerprints: set[str] = set()
         self.text_fingerprints: set[str] = set()
         self.text_dims: set[tuple[int, int]] = set()
+        self._mask_names: frozenset[str] | None = None
+        """As the index lists them; None without an index."""
         self._used_names: set[str] = set()
         self._labels: Counter[str] = Counter()
         self._bad_latents = _Problems("latent caches cannot be used", "latents")
@@ -213,7 +237,8 @@ class _Matcher:
                     self._add(base_name, path, texts[base_name], len(text.keys))
         for base_name in sorted(set(texts) - set(latents)):
             self._missing(base_name, left_out, NO_LATENTS, self._no_latents)
-        self._check_empty_text()
+        self._check_extra_texts()
+        self._note_masks()
         return self._messages()
 
     def _latent_files(self) -> tuple[dict[str, list[Path]], Sequence[SkippedItem]]:
@@ -221,6 +246,7 @@ class _Matcher:
         folder = self.dataset.cache_directory
         entry = self._entry("latents", self.dataset.settings_hash)
         if entry is not None:
+            self._mask_names = frozenset(name for item in entry.items for name in item.masks)
             files = {cache_base_name(i.name): [folder / name for name in i.files] for i in entry.items}
             return files, entry.skipped
         found: dict[str, list[Path]] = {}
@@ -321,6 +347,7 @@ class _Matcher:
             return
         if info.is_ours:
             self.vae_fingerprints.add(info.metadata.get("encoder_fingerprint", ""))
+        mask_path = self._mask_of(path, info) if self.options.use_masks else None
         num_frames = name.num_frames or 1
         self._used_names.add(base_name)
         self._labels[f"{info.shape[2] * 8}x{info.shape[1] * 8}x{num_frames}"] += 1
@@ -336,8 +363,24 @@ class _Matcher:
                 empty_text_path=self._empty_text_path(),
                 num_frames=num_frames,
                 shape=info.shape,
+                mask_path=mask_path,
+                prior_text_path=self._prior_text_path() if self.options.use_prior else None,
             )
         )
+
+    def _mask_of(self, path: Path, info: LatentCacheInfo) -> Path | None:
+        """The mask cache beside a latent cache, checked; None if there is none."""
+        mask = path.with_name(mask_cache_name(path.name))
+        if mask.name not in self._mask_names if self._mask_names is not None else not mask.is_file():
+            return None
+        try:
+            shape = inspect_mask_cache(mask)
+        except CacheError as error:
+            self._bad_latents.lines.extend(error.problems)
+            return None
+        if shape != info.shape:
+            self._bad_latents.lines.append(f"{mask}: is {shape}, its latents are {info.shape}")
+        return mask
 
     def _latent_problem(self, path: Path, name: LatentName, info: LatentCacheInfo) -> str | None:
         if not info.is_ours:
@@ -391,16 +434,43 @@ class _Matcher:
     def _empty_text_path(self) -> Path:
         return self.dataset.cache_directory / empty_text_cache_name(self.dataset.template)
 
-    def _check_empty_text(self) -> None:
-        if self.dataset.caption_dropout_rate > 0 and self.items:
-            path = self._empty_text_path()
-            if path.is_file():
-                self._check_text(path)
-            else:
-                self._no_texts.lines.append(
-                    f"{path.name}: the empty caption, which caption dropout needs (with "
-                    "--skip_existing the command makes nothing else)"
-                )
+    def _prior_text_path(self) -> Path:
+        if self.dataset.prior_caption is None:
+            return self._empty_text_path()
+        return self.dataset.cache_directory / prior_text_cache_name(self.dataset.template)
+
+    def _check_extra_texts(self) -> None:
+        """The captions that belong to no item, where this run needs them."""
+        dataset = self.dataset
+        needed = {}
+        if dataset.caption_dropout_rate > 0:
+            needed[self._empty_text_path()] = ("the empty caption, which caption dropout needs", "")
+        if self.options.use_prior:
+            what = "the empty caption" if dataset.prior_caption is None else "prior_caption"
+            caption = dataset.prior_caption or ""
+            needed[self._prior_text_path()] = (f"{what}, which --prior_loss_weight needs", caption)
+        for path, (what, caption) in needed.items() if self.items else ():
+            if not path.is_file():
+                hint = "with --skip_existing the command makes nothing else"
+                self._no_texts.lines.append(f"{path.name}: {what} ({hint})")
+                continue
+            info = self._check_text(path)
+            if info is not None and info.metadata.get("caption1") != caption:
+                found = info.metadata.get("caption1")
+                self._bad_texts.lines.append(f"{path}: the caption was {found!r}, is {caption!r}")
+
+    def _note_masks(self) -> None:
+        masked = sum(item.mask_path is not None for item in self.items)
+        if self.options.use_masks:
+            self._note_once(
+                f"dataset {self.dataset.index}: {masked} of {len(self.items)} clips have a mask; "
+                "the others count everywhere"
+            )
+        elif self._mask_names:
+            self._note_once(
+                f"dataset {self.dataset.index}: its {len(self._mask_names)} masks are not used; "
+                "--masked_loss uses them"
+            )
 
     def _messages(self) -> list[str]:
         where = f"dataset {self.dataset.index} ({self.dataset.cache_directory})"

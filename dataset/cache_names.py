@@ -14,6 +14,7 @@ from typing import Literal
 Content = Literal["video", "image"]
 
 LATENT_SUFFIX = "_k5.safetensors"
+MASK_SUFFIX = "_k5_mask.safetensors"
 TEXT_SUFFIX = "_k5_te.safetensors"
 
 _MAX_BASE_BYTES = 200
@@ -64,9 +65,19 @@ def text_cache_name(base_name: str) -> str:
     return f"{cache_base_name(base_name)}{TEXT_SUFFIX}"
 
 
+def mask_cache_name(latent_name: str) -> str:
+    """The mask cache that belongs to a latent cache."""
+    return latent_name.removesuffix(LATENT_SUFFIX) + MASK_SUFFIX
+
+
 def empty_text_cache_name(content: Content) -> str:
     """The text cache of the empty caption, which caption dropout swaps in."""
     return f"k5_empty_{content}.safetensors"
+
+
+def prior_text_cache_name(content: Content) -> str:
+    """The text cache of a dataset's `prior_caption`."""
+    return f"k5_prior_{content}.safetensors"
 
 
 def parse_latent_name(name: str, content: Content) -> LatentName | None:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.cache_files import read_latent_cache, read_text_cache
+from dataset.cache_files import TextCache, read_latent_cache, read_text_cache
 from dataset.cache_match import CachedItem, DatasetSummary, MatchOptions, match_caches, summary_table
 from dataset.cache_names import Content
-from dataset.config import DatasetConfig
+from dataset.config import AnyDatasetConfig, DatasetConfig
+from dataset.mask_cache import read_mask_cache
 from modules.errors import CacheError
 from modules.seeding import generator_for
 
@@ -58,6 +59,12 @@ class CachedBatch:
     """Pixel frames per clip."""
     dataset_index: int
     timestep_quantiles: tuple[float, ...] | None
+    loss_mask: Tensor | None = None
+    """[B, F, H, W], float32 within 0 .. 1, what each position counts; None where no clip has a mask."""
+    prior_text: TextCache | None = None
+    """The caption of the prior term; None where there is none, or it is on the clips' own captions."""
+    is_prior: bool = False
+    """Of a dataset that is not learned: it has the prior term only."""
 
 
 class CachedDataset(Dataset[CachedBatch]):
@@ -73,7 +80,8 @@ class CachedDataset(Dataset[CachedBatch]):
         allow_upstream_text_cache: bool = False,
         strict: bool = False,
         num_timestep_buckets: int | None = None,
-        draws_captions: bool = True,
+        use_masks: bool = False,
+        use_prior: bool = False,
     ) -> None:
         """Find and check every cache file by its header; no source is opened.
 
@@ -85,7 +93,8 @@ class CachedDataset(Dataset[CachedBatch]):
             strict: any item that was skipped is an error.
             num_timestep_buckets: spread the noise levels of an epoch evenly over this many parts; None and 1
                 leave them to chance.
-            draws_captions: False always takes the first caption and drops none, so that losses compare.
+            use_masks: read the masks of clips that have one.
+            use_prior: read the captions of the prior term.
         Raises:
             CacheError: caches are missing, damaged or do not fit the dataset file; the message lists them
                 and gives the command that makes them.
@@ -95,12 +104,13 @@ class CachedDataset(Dataset[CachedBatch]):
             allow_missing=allow_missing,
             allow_upstream_text_cache=allow_upstream_text_cache,
             strict=strict,
+            use_masks=use_masks,
+            use_prior=use_prior,
         )
         matched = match_caches(config, options)
         self.config = config
         self.seed = seed
         self.num_timestep_buckets = num_timestep_buckets
-        self.draws_captions = draws_captions
         self.items: tuple[CachedItem, ...] = matched.items
         self.summaries: tuple[DatasetSummary, ...] = matched.summaries
         self.notes: tuple[str, ...] = matched.notes
@@ -116,10 +126,12 @@ class CachedDataset(Dataset[CachedBatch]):
 
     @property
     def caption_rules(self) -> tuple[str, ...]:
-        """What decides the captions that are drawn, where there is anything to draw."""
+        """What decides the captions that are drawn or held, where it is not one per item."""
         rates = {d.index: d.caption_dropout_rate for d in self.config.datasets if d.caption_dropout_rate}
+        priors = {d.index: (d.is_prior, d.prior_caption) for d in self.config.datasets if _has_prior(d)}
         return (
             *(f"dataset {index} dropout {rate:g}" for index, rate in rates.items()),
+            *(f"dataset {index} prior {prior}" for index, prior in priors.items()),
             *(f"{item.key} {item.num_captions}" for item in self.items if item.num_captions > 1),
         )
 
@@ -215,13 +227,13 @@ class CachedDataset(Dataset[CachedBatch]):
 
     def _drops_caption(self, position: int, key: str, epoch: int) -> bool:
         rate = self.config.datasets[self.items[position].dataset_index].caption_dropout_rate
-        if rate == 0 or not self.draws_captions:
+        if rate == 0:
             return False
         return torch.rand((), generator=generator_for("caption dropout", self.seed, epoch, key)).item() < rate
 
     def _caption_number(self, position: int, key: str, epoch: int) -> int:
         count = self.items[position].num_captions
-        if count == 1 or not self.draws_captions:
+        if count == 1:
             return 0
         return int(torch.randint(count, (), generator=generator_for("caption", self.seed, epoch, key)))
 
@@ -257,6 +269,7 @@ class CachedDataset(Dataset[CachedBatch]):
             read_text_cache(item.empty_text_path) if dropped else read_text_cache(item.text_path, number)
             for item, dropped, number in zip(items, plan.drops_caption, plan.caption_numbers, strict=True)
         ]
+        prior_path = items[0].prior_text_path  # one for the whole dataset
         images = [cache.latents_image for cache in latents if cache.latents_image is not None]
         return CachedBatch(
             latents=torch.stack([cache.latents for cache in latents]),
@@ -268,11 +281,31 @@ class CachedDataset(Dataset[CachedBatch]):
             num_frames=tuple(item.num_frames for item in items),
             dataset_index=items[0].dataset_index,
             timestep_quantiles=plan.timestep_quantiles,
+            loss_mask=_loss_mask(items),
+            prior_text=None if prior_path is None else read_text_cache(prior_path),
+            is_prior=self.config.datasets[items[0].dataset_index].is_prior,
         )
 
     def __getitem__(self, plan: BatchPlan) -> CachedBatch:
         """The same as `load_batch`, for torch's DataLoader."""
         return self.load_batch(plan)
+
+
+def _loss_mask(items: Sequence[CachedItem]) -> Tensor | None:
+    """Masks of a batch; clips without one count everywhere."""
+    if not any(item.mask_path for item in items):
+        return None
+    masks = []
+    for item in items:
+        mask = torch.ones(item.shape) if item.mask_path is None else read_mask_cache(item.mask_path)
+        if tuple(mask.shape) != item.shape:
+            raise CacheError(f"{item.mask_path}: was replaced by one of another size during the training")
+        masks.append(mask)
+    return torch.stack(masks)
+
+
+def _has_prior(dataset: AnyDatasetConfig) -> bool:
+    return dataset.is_prior or dataset.prior_caption is not None
 
 
 def _group(items: Sequence[CachedItem]) -> list[list[int]]:

@@ -6,7 +6,6 @@ order; clips that cannot be decoded come as `LoadedBatch.damaged`.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,17 +19,20 @@ from dataset.buckets import PIXEL_STEP, Size, bucket_sizes, choose_bucket, nabla
 from dataset.cache_names import LATENT_SUFFIX, image_cache_name, video_cache_name
 from dataset.config import AnyDatasetConfig, ImageDatasetConfig, VideoDatasetConfig
 from dataset.frames import are_even, cut_frames, resample_by_time, resample_even, round_frames
+from dataset.masks import PlannedMask, plan_mask
 from dataset.media import (
     CHANGED,
     UNREADABLE,
     Frame,
     MediaError,
+    frames_fingerprint,
     probe_image,
     read_image,
     resize_and_crop,
     source_fingerprint,
 )
-from dataset.sources import SkippedItem, SourceItem, SourceListing, frame_paths
+from dataset.media_files import frame_paths
+from dataset.sources import SkippedItem, SourceItem, SourceListing
 from dataset.videos import VideoInfo, probe_video, read_frames
 
 TOO_SHORT = "too short"
@@ -63,6 +65,8 @@ class PlannedClip:
     cache_name: str
     video: VideoInfo | None
     """None for an image and for a folder of frames."""
+    mask: PlannedMask | None = None
+    """Of the whole source."""
 
     @property
     def item_key(self) -> str:
@@ -159,6 +163,7 @@ class _Planner:
             source_fingerprint=source_fingerprint(item.path),
             cache_name=image_cache_name(item.base_name, *size),
             video=None,
+            mask=_mask(item, size, 1),
             source_size=size,
             **self._sizes(item, size),
         )
@@ -168,7 +173,8 @@ class _Planner:
         info = probe_video(item.path)
         numbers, fps = _resampled(dataset, info.times)
         fingerprint = source_fingerprint(item.path)
-        return self._cut(item, dataset, info.size, numbers, fps, fingerprint, video=info)
+        mask = _mask(item, info.size, info.num_frames)
+        return self._cut(item, dataset, info.size, numbers, fps, fingerprint, video=info, mask=mask)
 
     def _plan_frame_folder(self, item: SourceItem, dataset: VideoDatasetConfig) -> _ItemResult:
         paths = frame_paths(item.path)
@@ -176,9 +182,9 @@ class _Planner:
             raise MediaError(item.path, UNREADABLE, "the folder holds no images")
         rate = dataset.rates[0] if dataset.rates else Fraction(24)
         numbers, fps = _resampled(dataset, tuple(i / rate for i in range(len(paths))))
-        return self._cut(
-            item, dataset, probe_image(paths[0]), numbers, fps, _folder_fingerprint(item), video=None
-        )
+        size, fingerprint = probe_image(paths[0]), frames_fingerprint(paths)
+        mask = _mask(item, size, len(paths))
+        return self._cut(item, dataset, size, numbers, fps, fingerprint, video=None, mask=mask)
 
     def _cut(
         self,
@@ -190,6 +196,7 @@ class _Planner:
         fingerprint: str,
         *,
         video: VideoInfo | None,
+        mask: PlannedMask | None,
     ) -> _ItemResult:
         sizes = self._sizes(item, size)
         bucket = sizes["bucket"]
@@ -204,6 +211,7 @@ class _Planner:
                 source_fingerprint=fingerprint,
                 cache_name=video_cache_name(item.base_name, cut.start, cut.num_frames, *bucket),
                 video=video,
+                mask=mask,
                 source_size=size,
                 **sizes,
             )
@@ -233,6 +241,15 @@ class _Planner:
         return {"bucket": bucket, "crop": nabla_size(bucket) if self.nabla_resize else bucket}
 
 
+def _mask(item: SourceItem, size: Size, num_frames: int) -> PlannedMask | None:
+    if item.mask_path is None:
+        return None
+    try:
+        return plan_mask(item.mask_path, size, num_frames)
+    except MediaError as error:
+        raise MediaError(item.mask_path, f"mask {error.reason}", error.detail) from error
+
+
 def _damaged(item: SourceItem, error: MediaError) -> SkippedItem:
     return SkippedItem(name=item.path.name, reason=error.reason, detail=error.detail, is_failure=True)
 
@@ -245,13 +262,6 @@ def _resampled(dataset: VideoDatasetConfig, times: Sequence[Fraction]) -> tuple[
     if are_even(times):
         return resample_even(len(times), source, target), f"{source} -> {target}"
     return resample_by_time(times, target), f"time stamps -> {target}"
-
-
-def _folder_fingerprint(item: SourceItem) -> str:
-    digest = hashlib.sha256()
-    for path in frame_paths(item.path):
-        digest.update(f"{path.name}\0{source_fingerprint(path)}\0".encode("utf-8", "surrogatepass"))
-    return f"folder-{digest.hexdigest()[:32]}"
 
 
 def _notes(dataset: AnyDatasetConfig, results: Sequence[_ItemResult]) -> Iterator[str]:
@@ -387,8 +397,9 @@ def _load_frames(clips: _Segment) -> dict[int, Frame]:
     first = clips[0]
     numbers = sorted({number for clip in clips for number in clip.frame_numbers})
     frames = {number: resize_and_crop(frame, first.crop) for number, frame in _source_frames(first, numbers)}
+    path = first.item.path
     is_folder = first.item.is_frame_folder
-    fingerprint = _folder_fingerprint(first.item) if is_folder else source_fingerprint(first.item.path)
+    fingerprint = frames_fingerprint(frame_paths(path)) if is_folder else source_fingerprint(path)
     if fingerprint != first.source_fingerprint:
         raise MediaError(first.item.path, CHANGED, "start again when it is complete")
     return frames

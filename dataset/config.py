@@ -53,6 +53,12 @@ class _CommonConfig:
     """Only ever true together with `enable_bucket`."""
     caption_dropout_rate: float = 0.0
     """Chance that a clip is trained with the empty caption."""
+    mask_directory: Path | None = None
+    """Masks for the masked loss, named like the media they belong to."""
+    prior_caption: str | None = None
+    """On which caption the LoRA is held to the base model; None means the empty one."""
+    is_prior: bool = False
+    """Its clips are not learned: on their captions the LoRA is held to the base model."""
 
     def describe(self) -> list[tuple[str, str]]:
         """Each setting and its value, for the log."""
@@ -344,6 +350,8 @@ class _Reader:
             self.problems.append(
                 f'{where}: {directory} needs caption_extension, for example caption_extension = ".txt"'
             )
+        if given.get("is_prior") and "prior_caption" in own:
+            self.problems.append(f"{where}: with is_prior its own captions are the prior; drop prior_caption")
         if jsonl in given and "caption_lines" in own:
             self.problems.append(
                 f'{where}: caption_lines is for caption files; in a JSONL file write "caption": ["a", "b"]'

@@ -69,6 +69,12 @@ def _extension(raw: Any) -> str:
     return raw
 
 
+def _caption(raw: Any) -> str:
+    if not isinstance(raw, str) or not raw.strip():
+        raise ValueError("must be a text in quotes")
+    return raw.strip()
+
+
 def _sides(raw: Any) -> tuple[int, int]:
     sides = (raw, raw) if _is_int(raw) else raw
     if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(_is_int(side) for side in sides):
@@ -115,6 +121,7 @@ GENERAL_KEYS: dict[str, KeyCheck] = {
     "enable_bucket": _boolean,
     "bucket_no_upscale": _boolean,
     "caption_dropout_rate": _share,
+    "prior_caption": _caption,
     "target_fps": _rate,
 }
 """Allowed in [general] and in every [[datasets]] table."""
@@ -123,12 +130,16 @@ IMAGE_KEYS: dict[str, KeyCheck] = {
     "image_directory": _path,
     "image_jsonl_file": _path,
     "cache_directory": _path,
+    "mask_directory": _path,
+    "is_prior": _boolean,
 }
 
 VIDEO_KEYS: dict[str, KeyCheck] = {
     "video_directory": _path,
     "video_jsonl_file": _path,
     "cache_directory": _path,
+    "mask_directory": _path,
+    "is_prior": _boolean,
     "target_frames": _lengths,
     "frame_extraction": _extraction,
     "frame_stride": _positive_int,

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -189,3 +190,15 @@ def source_fingerprint(path: Path) -> str:
     except OSError as error:
         raise MediaError(path, UNREADABLE, error.strerror or "read error") from error
     return f"{size}-{digest.hexdigest()[:32]}"
+
+
+def frames_fingerprint(paths: Iterable[Path]) -> str:
+    """The same for a folder of frames.
+
+    Raises:
+        MediaError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.name}\0{source_fingerprint(path)}\0".encode("utf-8", "surrogatepass"))
+    return f"folder-{digest.hexdigest()[:32]}"

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dataset.cache_names import Content
 from dataset.config import AnyDatasetConfig
+from dataset.mask_sources import MaskFolder, is_mask
+from dataset.media_files import media_extensions
 from modules.errors import ConfigError, DataError
-
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
-VIDEO_EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg")
 
 NO_CAPTION = "no caption"
 CAPTION_NOT_UTF8 = "caption is not UTF-8"
 MISSING_FILE = "no such file"
 NAME_NOT_UTF8 = "file name is not UTF-8"
 
+_HALF_A_CHARACTER = "holds half a character (a lone surrogate such as \\ud800)"
 _MAX_LISTED = 10
 
 
@@ -35,6 +35,8 @@ class SourceItem:
     """The name its caches start with: no folder, no last extension."""
     is_frame_folder: bool = False
     """A video given as a folder of images, one per frame."""
+    mask_path: Path | None = None
+    """What of it the masked loss counts; None counts everything."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,8 @@ class SourceListing:
 
     items: tuple[SourceItem, ...]
     skipped: tuple[SkippedItem, ...]
+    unmatched_masks: tuple[str, ...] = ()
+    """Names of masks that belong to no item."""
 
     @property
     def found(self) -> int:
@@ -84,6 +88,7 @@ def list_items(dataset: AnyDatasetConfig) -> SourceListing:
     else:
         assert dataset.directory is not None  # the config has one of the two
         listing = _list_directory(dataset, dataset.directory)
+    listing = _with_masks(dataset, listing)
     _refuse_shared_names(dataset, listing.items)
     if not listing.items:
         reasons = "\n".join(f"  {entry}" for entry in listing.skipped[:_MAX_LISTED])
@@ -98,7 +103,7 @@ def _list_directory(dataset: AnyDatasetConfig, directory: Path) -> SourceListing
     if not directory.is_dir():
         kind = "is a file, not a folder" if directory.exists() else "no such folder"
         raise ConfigError(f"dataset {dataset.index} ({dataset.origin}): {directory}: {kind}")
-    extensions = _extensions(dataset.content)
+    extensions = media_extensions(dataset.content)
     paths = sorted(
         path for path in directory.iterdir() if path.suffix.lower() in extensions and path.is_file()
     )
@@ -122,6 +127,19 @@ def _list_directory(dataset: AnyDatasetConfig, directory: Path) -> SourceListing
             captions = _caption_lines(caption) if dataset.caption_lines else (caption,)
             items.append(SourceItem(path=path, captions=captions, base_name=path.stem))
     return SourceListing(items=tuple(items), skipped=tuple(skipped))
+
+
+def _with_masks(dataset: AnyDatasetConfig, listing: SourceListing) -> SourceListing:
+    """Give items the masks of `mask_directory`; a JSONL line's own mask wins."""
+    if dataset.mask_directory is None:
+        return listing
+    folder = MaskFolder(dataset, dataset.mask_directory)
+    items = tuple(
+        item if item.mask_path is not None else replace(item, mask_path=folder.find(item.base_name))
+        for item in listing.items
+    )
+    names = [*(item.base_name for item in items), *(Path(entry.name).stem for entry in listing.skipped)]
+    return replace(listing, items=items, unmatched_masks=folder.unmatched(names))
 
 
 def _read_caption(media: Path, path: Path) -> str | SkippedItem:
@@ -149,10 +167,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _extensions(content: Content) -> tuple[str, ...]:
-    return VIDEO_EXTENSIONS if content == "video" else IMAGE_EXTENSIONS
 
 
 def _list_jsonl(dataset: AnyDatasetConfig, path: Path) -> SourceListing:
@@ -193,25 +207,37 @@ def _jsonl_entry(line: str, folder: Path, content: Content) -> tuple[SourceItem 
     written = next((value[key] for key in keys if key in value), None)
     if written is None:
         raise ValueError(f"has no {keys[0]}")
-    if not isinstance(written, str) or not written.strip() or "\0" in written:
-        raise ValueError(f"{keys[0]} must be a path in quotes")
-    if "://" in written or written.lower().startswith(("file:", "data:")):
-        raise ValueError(f"{keys[0]} is a URL; only files on this machine are read")
+    path = _jsonl_path(keys[0], written, folder)
     captions = _jsonl_captions(value)
-    if not all(map(_is_unicode, [*captions, written])):
-        raise ValueError("holds half a character (a lone surrogate such as \\ud800)")
-    path = _resolve(Path(written), folder)
+    mask = None if value.get("mask_path") is None else _jsonl_path("mask_path", value["mask_path"], folder)
     key = os.path.normcase(path.resolve())
+    if mask is not None and not mask.exists():
+        detail = f"its mask {mask.name}"
+        return SkippedItem(name=path.name, reason=MISSING_FILE, detail=detail, is_failure=True), key
+    if mask is not None and not is_mask(mask, content):
+        raise ValueError(f"mask_path {value['mask_path']} cannot be the mask of a {content}")
     if not path.exists():
         return SkippedItem(name=path.name, reason=MISSING_FILE, is_failure=True), key
     is_folder = path.is_dir()
     if is_folder and content == "image":
         raise ValueError(f"{keys[0]} {written} is a folder")
-    if not is_folder and path.suffix.lower() not in _extensions(content):
-        raise ValueError(f"{keys[0]} {written} is no {content}; known: {' '.join(_extensions(content))}")
+    if not is_folder and path.suffix.lower() not in media_extensions(content):
+        raise ValueError(f"{keys[0]} {written} is no {content}; known: {' '.join(media_extensions(content))}")
     base_name = path.resolve().name if is_folder else path.stem
-    item = SourceItem(path=path, captions=captions, base_name=base_name, is_frame_folder=is_folder)
+    item = SourceItem(
+        path=path, captions=captions, base_name=base_name, is_frame_folder=is_folder, mask_path=mask
+    )
     return item, key
+
+
+def _jsonl_path(key: str, written: Any, folder: Path) -> Path:
+    if not isinstance(written, str) or not written.strip() or "\0" in written:
+        raise ValueError(f"{key} must be a path in quotes")
+    if "://" in written or written.lower().startswith(("file:", "data:")):
+        raise ValueError(f"{key} is a URL; only files on this machine are read")
+    if not _is_unicode(written):
+        raise ValueError(_HALF_A_CHARACTER)
+    return _resolve(Path(written), folder)
 
 
 def _jsonl_captions(value: dict[str, Any]) -> tuple[str, ...]:
@@ -221,6 +247,8 @@ def _jsonl_captions(value: dict[str, Any]) -> tuple[str, ...]:
     captions = written if isinstance(written, list) else [written]
     if not captions or not all(isinstance(caption, str) for caption in captions):
         raise ValueError('caption must be a text in quotes or a list of them: ["a cat", "a cat on a sofa"]')
+    if not all(map(_is_unicode, captions)):
+        raise ValueError(_HALF_A_CHARACTER)
     return tuple(caption.strip() for caption in captions)
 
 
@@ -255,8 +283,3 @@ def _refuse_shared_names(dataset: AnyDatasetConfig, items: Iterable[SourceItem])
             )
     if problems:
         raise DataError(problems)
-
-
-def frame_paths(folder: Path) -> list[Path]:
-    """The images of a frame folder in the order they are shown."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file())

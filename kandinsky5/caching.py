@@ -27,10 +27,12 @@ from dataset.cache_files import (
     write_text_cache,
 )
 from dataset.cache_index import latent_entry, text_entry, update_index
+from dataset.cache_names import prior_text_cache_name
 from dataset.clips import ClipPlan, LoadedBatch, PlannedClip, cut_batches, load_batches, plan_clips
 from dataset.config import AnyDatasetConfig, DatasetConfig, load_dataset_config
 from dataset.sources import SourceListing, list_items
 from kandinsky5.cache_preview import preview_clips
+from kandinsky5.caching_masks import MaskWork, mask_notes, write_masks
 from kandinsky5.caching_report import (
     Outcome,
     cache_folders,
@@ -104,6 +106,7 @@ def cache_latents(config: CacheLatentsConfig) -> None:
     check_strict(outcomes, config.run)
     with exit_on_signal(), cache_folders(datasets.datasets):
         for work in works:
+            write_masks(MaskWork(work.outcome, work.plan.clips), config.run)
             _choose_batches(work, config.run)
         if any(work.batches for work in works):
             vae = load_vae(config.vae, dtype=dtype, device=device)
@@ -127,7 +130,7 @@ def _read_datasets(run: CacheRunConfig) -> DatasetConfig:
 
 def _plan(dataset: AnyDatasetConfig, config: CacheLatentsConfig, listing: SourceListing) -> ClipPlan:
     plan = plan_clips(dataset, listing, nabla_resize=config.nabla_resize, num_workers=config.run.num_workers)
-    for note in plan.notes:
+    for note in (*plan.notes, *mask_notes(dataset, listing)):
         log.info("%s", note)
     return plan
 
@@ -146,7 +149,7 @@ def _latent_work(
     outcome = Outcome(
         dataset=dataset,
         found=listing.found,
-        num_caches=len(plan.clips),
+        num_caches=len(plan.clips) + sum(clip.mask is not None for clip in plan.clips),
         skipped=[*listing.skipped, *plan.skipped],
     )
     return _LatentWork(listing=listing, plan=plan, metas=metas, outcome=outcome)
@@ -294,11 +297,15 @@ def _text_work(
     ]
     size = config.run.batch_size or dataset.batch_size
     batches = [tuple(targets[start : start + size]) for start in range(0, len(targets), size)]
+    num_item_batches = len(batches)
     # By itself: its bytes then depend on no other caption. Made always, so that a training can drop captions
     # without another run of this script.
     path = dataset.cache_directory / empty_text_cache_name(dataset.template)
     batches.append((_TextTarget(path=path, meta=blank),))
-    outcome.num_caches += 1
+    if dataset.prior_caption is not None:
+        path = dataset.cache_directory / prior_text_cache_name(dataset.template)
+        batches.append((_TextTarget(path=path, meta=replace(blank, caption1=dataset.prior_caption)),))
+    outcome.num_caches += len(batches) - num_item_batches
     stale = frozenset(
         target.path
         for batch in batches

@@ -37,6 +37,7 @@ def flow_matching_loss(
     noise: Tensor,
     sigma: Tensor,
     predicted_frames: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Squared error of the velocity, averaged per clip.
 
@@ -45,15 +46,40 @@ def flow_matching_loss(
         latents, noise: [B, 16, F, H, W] float32.
         sigma: [B] float32.
         predicted_frames: [B, F] bool, the frames that count; None means all.
+        weights: [B, F, H, W] float32, what each position counts; None means all the same.
     Returns:
         [B] float32; the caller weights and averages it.
     Source: kandinskylab/kandinsky-5-lora-train, the same sign as the official sampler's.
     """
-    noisy_latents = add_noise(latents, noise, sigma)
     velocity = noise - latents  # d(noisy_latents) / d(sigma)
-    error = (predict_velocity(noisy_latents, sigma).float() - velocity).square()
+    predicted = predict_velocity(add_noise(latents, noise, sigma), sigma)
+    return mean_squared_error(predicted, velocity, predicted_frames, weights)
+
+
+def mean_squared_error(
+    predicted: Tensor,
+    target: Tensor,
+    predicted_frames: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Weighted mean of the squared difference per clip, [B] float32; the arguments are those of the loss.
+
+    The sum of weighted errors is divided by the sum of the weights: equal weights are no weights, and a small
+    mask moves the LoRA as much as a large one. Weights that are all 0 give 0. Weights of exactly 1 give the
+    unweighted result bit for bit.
+    """
+    error = (predicted.float() - target).square()
+    if weights is not None:
+        error = error * weights[:, None]
     if predicted_frames is None:
-        return error.mean(dim=(1, 2, 3, 4))
-    per_frame = error.mean(dim=(1, 3, 4))  # [B, F]
-    counts = predicted_frames.to(per_frame.dtype)
-    return (per_frame * counts).sum(dim=1) / counts.sum(dim=1)
+        mean = error.mean(dim=(1, 2, 3, 4))
+        return mean if weights is None else mean / _not_zero(weights.mean(dim=(1, 2, 3)))
+    counts = predicted_frames.to(error.dtype)
+    mean = (error.mean(dim=(1, 3, 4)) * counts).sum(dim=1)
+    if weights is not None:
+        counts = counts * weights.mean(dim=(2, 3))
+    return mean / (counts.sum(dim=1) if weights is None else _not_zero(counts.sum(dim=1)))
+
+
+def _not_zero(total: Tensor) -> Tensor:
+    return total.clamp_min(torch.finfo(total.dtype).tiny)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,10 +17,22 @@ from kandinsky5.conditioning import (
     condition_frames,
     pad_text,
 )
-from kandinsky5.configs.train import ConditioningConfig, TimestepConfig
+from kandinsky5.configs.train import ConditioningConfig, LossConfig, TimestepConfig
 from kandinsky5.flow_matching import add_noise, draw_noise, flow_matching_loss
 from kandinsky5.timesteps import draw_sigmas, loss_weight
 from modules.seeding import generator_for
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """All that chance decides for a batch, on the CPU."""
+
+    noise: Tensor
+    """[B, 16, F, H, W] float32."""
+    sigma: Tensor
+    """[B] float32."""
+    use: Tensor
+    """[B] bool, the clips that are shown their first frame in image-to-video tasks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +45,41 @@ class Objective:
     is_i2v: bool
     seed: int
     device: torch.device
+    loss: LossConfig = field(default_factory=LossConfig)
 
-    def training_losses(self, batch: CachedBatch, step: int) -> tuple[Tensor, Tensor]:
-        """One forward pass for the whole batch.
-
-        Returns:
-            Weighted losses [B], float32 on the device, and sigma [B] on the CPU.
-        """
+    def draw(self, batch: CachedBatch, step: int) -> Draws:
+        """Noise, noise levels and conditioned clips of a batch in a step."""
         size = (batch.latents.shape[-2], batch.latents.shape[-1])
         quantiles = batch.timestep_quantiles
-        sigma = draw_sigmas(self.timesteps, self.seed, step, batch.item_keys, size, quantiles)
-        noise = draw_noise(self.seed, step, batch.item_keys, batch.latents.shape[1:])
-        use = self._draw_conditioned(batch.item_keys, step)
-        losses = self.losses(batch, noise, sigma, use)
-        return losses * loss_weight(self.timesteps, sigma).to(self.device, non_blocking=True), sigma
+        return Draws(
+            draw_noise(self.seed, step, batch.item_keys, batch.latents.shape[1:]),
+            draw_sigmas(self.timesteps, self.seed, step, batch.item_keys, size, quantiles),
+            self._draw_conditioned(batch.item_keys, step),
+        )
 
-    def losses(self, batch: CachedBatch, noise: Tensor, sigma: Tensor, use: Tensor) -> Tensor:
+    def training_losses(self, batch: CachedBatch, draws: Draws) -> Tensor:
+        """One forward pass for the whole batch: weighted losses [B], float32 on the device."""
+        weights = batch.loss_mask
+        if weights is not None:
+            weights = weights.clamp_min(self.loss.mask_min_weight).to(self.device, non_blocking=True)
+        losses = self.losses(batch, draws.noise, draws.sigma, draws.use, weights)
+        return losses * self.level_weight(draws.sigma)
+
+    def level_weight(self, sigma: Tensor) -> Tensor:
+        """What each clip counts by its noise level, [B] on the device."""
+        return loss_weight(self.timesteps, sigma).to(self.device, non_blocking=True)
+
+    def losses(
+        self, batch: CachedBatch, noise: Tensor, sigma: Tensor, use: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
         """Squared velocity error per clip, [B] float32 on the device, for given noise and sigma.
 
         Args:
             use: [B] bool on the CPU, the clips that are shown their first frame in image-to-video tasks.
+            weights: [B, F, H, W] on the device, what each position counts; None means all the same.
         """
-        text = self._text(batch)
-        frames = self._frames(batch, use)
+        text = self.text(batch)
+        frames = self.frames(batch, use)
 
         def predict_velocity(noisy_latents: Tensor, levels: Tensor) -> Tensor:
             return self.model(noisy_latents, levels, text, frames)
@@ -66,6 +90,7 @@ class Objective:
             noise.to(self.device, non_blocking=True),
             sigma.to(self.device, non_blocking=True),
             None if frames is None else frames.predicted_frames(),
+            weights,
         )
 
     def velocity(self, batch: CachedBatch, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -73,21 +98,23 @@ class Objective:
 
         In image-to-video tasks every clip is shown its first frame; frames that do not count are zero.
         """
-        frames = self._frames(batch, torch.ones(len(batch.item_keys), dtype=torch.bool))
+        frames = self.frames(batch, torch.ones(len(batch.item_keys), dtype=torch.bool))
         noisy_latents = add_noise(batch.latents, noise, sigma).to(self.device)
-        predicted = self.model(noisy_latents, sigma.to(self.device), self._text(batch), frames).float()
+        predicted = self.model(noisy_latents, sigma.to(self.device), self.text(batch), frames).float()
         if frames is None:
             return predicted
         return predicted * frames.predicted_frames()[:, None, :, None, None]
 
-    def _text(self, batch: CachedBatch) -> TextBatch:
+    def text(self, batch: CachedBatch) -> TextBatch:
+        """The captions of a batch as the model takes them."""
         captions = [
             TextConditioning(embeds, pooled)
             for embeds, pooled in zip(batch.text_embeds, batch.pooled_embed, strict=True)
         ]
         return pad_text(captions, device=self.device, dtype=self.model.dit.compute_dtype)
 
-    def _frames(self, batch: CachedBatch, use: Tensor) -> FrameConditioning | None:
+    def frames(self, batch: CachedBatch, use: Tensor) -> FrameConditioning | None:
+        """The clean frames that the model is given, in image-to-video tasks."""
         latent_frames = batch.latents.shape[2]
         # A single frame leaves nothing to predict: it is trained as text to video.
         if not self.is_i2v or batch.latents_image is None or latent_frames < 2:

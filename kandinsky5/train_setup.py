@@ -33,6 +33,7 @@ from kandinsky5.offload import host_placement, stream_weights
 from modules.activation_offload import ActivationOffload, tensor_mover
 from modules.dtypes import dtype_from_word
 from modules.errors import ConfigError, ResourceError
+from modules.logs import get_logger
 from modules.lr_schedules import ScheduleSettings, build_lr_schedule
 from modules.optimizers import is_schedule_free, takes_relative_steps
 from networks.lora import LoRANetwork
@@ -45,6 +46,8 @@ from networks.lora_kandinsky import (
     linear_layer_sizes,
     parse_network_args,
 )
+
+log = get_logger(__name__)
 
 OFFLOADED_BYTES = 2**20
 """Saved tensors below this size are not worth a trip to host memory."""
@@ -135,8 +138,34 @@ def open_datasets(config: TrainConfig, seed: int) -> tuple[DatasetConfig, Cached
     datasets = load_dataset_config(
         config.data.dataset_config, caption_dropout_rate=config.data.caption_dropout_rate
     )
-    buckets = config.timesteps.num_timestep_buckets
-    return datasets, _cached(config, datasets, seed, num_timestep_buckets=buckets)
+    _check_prior(config, datasets)
+    data = _cached(
+        config,
+        datasets,
+        seed,
+        num_timestep_buckets=config.timesteps.num_timestep_buckets,
+        use_masks=config.loss.masked_loss,
+        use_prior=config.loss.prior_loss_weight > 0,
+    )
+    return datasets, data
+
+
+def _check_prior(config: TrainConfig, datasets: DatasetConfig) -> None:
+    marked = [dataset.index for dataset in datasets.datasets if dataset.is_prior]
+    with_caption = [d.index for d in datasets.datasets if d.prior_caption is not None]
+    is_on = config.loss.prior_loss_weight > 0
+    path = config.data.dataset_config
+    if marked and not is_on:
+        raise ConfigError(
+            f"{path}: dataset {marked[0]} has is_prior, which needs --prior_loss_weight above 0"
+        )
+    if len(marked) == len(datasets.datasets):
+        raise ConfigError(f"{path}: all datasets have is_prior, so there is nothing to learn")
+    if with_caption and (marked or not is_on):
+        why = (
+            "with is_prior only the datasets marked so have the term" if is_on else "add --prior_loss_weight"
+        )
+        log.info("dataset %s: prior_caption has no effect: %s", ", ".join(map(str, with_caption)), why)
 
 
 def open_validation(config: TrainConfig, data: CachedDataset) -> tuple[CachedDataset, CachedDataset | None]:
@@ -151,7 +180,7 @@ def open_validation(config: TrainConfig, data: CachedDataset) -> tuple[CachedDat
     if path is None:
         return data, None
     measured = load_dataset_config(path, caption_dropout_rate=0.0)
-    return data, _cached(config, measured, 0, draws_captions=False)
+    return data, _cached(config, measured, 0)
 
 
 def _cached(config: TrainConfig, datasets: DatasetConfig, seed: int, **options: Any) -> CachedDataset:

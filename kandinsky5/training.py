@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dataset.cached_dataset import CachedBatch, CachedDataset
 from dataset.config import DatasetConfig
-from kandinsky5 import train_checks, train_setup
+from kandinsky5 import prior, train_checks, train_setup
 from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.train import TrainConfig
 from kandinsky5.devices import check_fast_products
@@ -216,6 +216,7 @@ class Trainer:
         )
         self.objective = self._objective(self.runner)
         self.validation = self._validation(validation_data, dtype)
+        self.prior = prior.PriorPreservation(self.objective, self.network, config.loss.prior_loss_weight)
         self.output = self._output(datasets, saved, dtype, norms, uploads)
         self.is_sampling_asked = False
         folder, name = config.saving.output_dir / "sample", config.saving.output_name
@@ -233,6 +234,7 @@ class Trainer:
             model.task.is_i2v,
             self.seed,
             self.device,
+            self.config.loss,
         )
 
     def _validation(self, data: CachedDataset | None, dtype: torch.dtype) -> ValidationChecks:
@@ -339,41 +341,47 @@ class Trainer:
         bar: tqdm,
     ) -> int:
         """One optimizer step; returns what asks to stop after it, 0 for nothing."""
-        losses, sigmas = self._accumulate(plan, batches)
+        terms, sigmas = self._accumulate(plan, batches)
         norm = self._clip()
         word = take_control_word(self.output.names) if self.accelerator.is_main_process else ""
         asked = stop.exit_code if stop.is_set() else _STOP_WORD_CODE if word == "stop" else 0
-        loss, norm_value, request = self._share(losses, norm, asked, word == "sample")
+        (loss, prior_loss), norm_value, request = self._share(terms, norm, asked, word == "sample")
         rates = learning_rates(self.optimizer)
         if math.isfinite(loss) and math.isfinite(norm_value):
             self._update()
         else:
             self._skip_or_stop(plan, loss, norm_value, sigmas)
         self.step += 1
-        self._log_step(plan, loss, norm_value, sigmas, rates, metrics, bar)
+        self._log_step(plan, (loss, prior_loss), norm_value, sigmas, rates, metrics, bar)
         if word == "save" and self.accelerator.is_main_process:
             self.output.save_all("step", self.step, self._run_state(), self.schedule)
         return request
 
     def _accumulate(self, plan: StepPlan, batches: Iterator[CachedBatch]) -> tuple[Tensor, list[float]]:
-        """Forward and backward of all micro-batches; the step's loss on the device (this process's share)."""
-        total = torch.zeros((), device=self.device)
+        """Forward and backward of all micro-batches.
+
+        Returns:
+            [2] on the device, this process's share: the step's loss and what of it is the prior term.
+        """
+        totals = torch.zeros(2, device=self.device)
         sigmas: list[float] = []
         for micro in plan.micro_batches:
             batch = next(batches)
-            self.network.set_step_seed(self.seed, plan.step, micro.position)
-            # Gradients are exchanged once per step, after its last pass.
-            quiet = nullcontext() if micro.is_last else self.accelerator.no_sync(self.runner)
-            with quiet:
-                losses, sigma = self.objective.training_losses(batch, plan.step)
-                share = losses.sum() / plan.num_items
-                if micro.is_filler:
-                    share = share * 0.0
-                # Processes average their gradients, the objective sums over their clips.
-                (share * self.accelerator.num_processes).backward()
-            total += share.detach()
-            sigmas += [] if micro.is_filler else sigma.tolist()
-        return total, sigmas
+            draws = self.objective.draw(batch, plan.step)
+            for is_prior in (passes := prior.passes(batch)):
+                losses = self.prior.losses if is_prior else self.objective.training_losses
+                self.network.set_step_seed(self.seed, plan.step, micro.position, *([1] if is_prior else []))
+                # Gradients are exchanged once per step, after its last pass.
+                is_last = micro.is_last and is_prior == passes[-1]
+                with nullcontext() if is_last else self.accelerator.no_sync(self.runner):
+                    share = losses(batch, draws).sum() / plan.num_items
+                    if micro.is_filler:
+                        share = share * 0.0
+                    # Processes average their gradients, the objective sums over their clips.
+                    (share * self.accelerator.num_processes).backward()
+                totals += torch.stack([share.detach(), share.detach() * is_prior])
+            sigmas += [] if micro.is_filler else draws.sigma.tolist()
+        return totals, sigmas
 
     def _clip(self) -> Tensor:
         """Limit the gradients' norm; returns it as it was."""
@@ -382,19 +390,19 @@ class Trainer:
         return nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
 
     def _share(
-        self, loss: Tensor, norm: Tensor, request: int, wants_samples: bool
-    ) -> tuple[float, float, int]:
-        """Agree over all processes on loss, stopping and samples: one transfer from the device."""
+        self, losses: Tensor, norm: Tensor, request: int, wants_samples: bool
+    ) -> tuple[tuple[float, float], float, int]:
+        """Agree over all processes on both losses, stopping and samples: one transfer from the device."""
         asked = torch.tensor([float(request), float(wants_samples)], device=self.device)
-        shared = torch.cat([loss[None], asked])
+        shared = torch.cat([losses, asked])
         if self.accelerator.num_processes > 1:
-            rows = torch.zeros(self.accelerator.num_processes, 3, device=self.device)
+            rows = torch.zeros(self.accelerator.num_processes, 4, device=self.device)
             rows[self.accelerator.process_index] = shared
             torch.distributed.all_reduce(rows)
-            shared = torch.cat([rows[:, :1].sum(dim=0), rows[:, 1:].amax(dim=0)])
-        loss_value, code, samples, norm_value = torch.cat([shared, norm.float()[None]]).tolist()
+            shared = torch.cat([rows[:, :2].sum(dim=0), rows[:, 2:].amax(dim=0)])
+        loss, prior_loss, code, samples, norm_value = torch.cat([shared, norm.float()[None]]).tolist()
         self.is_sampling_asked = samples > 0
-        return loss_value, norm_value, int(code)
+        return (loss, prior_loss), norm_value, int(code)
 
     def _update(self) -> None:
         self.optimizer.step()
@@ -439,13 +447,14 @@ class Trainer:
     def _log_step(
         self,
         plan: StepPlan,
-        loss: float,
+        losses: tuple[float, float],
         norm: float,
         sigmas: list[float],
         rates: dict[str, float],
         metrics: Metrics | None,
         bar: tqdm,
     ) -> None:
+        loss, prior_loss = losses
         if math.isfinite(loss):
             self.recent_losses.append(loss)
         average = sum(self.recent_losses) / max(1, len(self.recent_losses))
@@ -453,12 +462,14 @@ class Trainer:
         bar.set_postfix(avr_loss=f"{average:.4f}", refresh=False)
         if metrics is None:
             return
+        has_prior = self.config.loss.prior_loss_weight > 0
         metrics.write(
             "step",
             self.step,
             {
                 "epoch": plan.epoch + 1,
                 "loss": loss,
+                **({"prior_loss": prior_loss} if has_prior else {}),
                 "avr_loss": average,
                 "lr": rates.get("lr/unet"),
                 "grad_norm": norm,
@@ -466,9 +477,8 @@ class Trainer:
                 "items": _items(plan),
             },
         )
-        metrics.scalars(
-            self.step, {"loss/current": loss, "loss/average": average, "grad_norm": norm, **rates}
-        )
+        curves = {"loss/current": loss, "loss/average": average, "grad_norm": norm, **rates}
+        metrics.scalars(self.step, curves | ({"loss/prior": prior_loss} if has_prior else {}))
 
     def _after_step(self, metrics: Metrics | None, request: int, stop: StopRequest) -> None:
         """Ends of epochs, validation and saving, on the main process alone; samples on all."""

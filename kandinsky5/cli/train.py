@@ -20,6 +20,7 @@ from kandinsky5.configs.train import (
     ConditioningConfig,
     DataConfig,
     HubConfig,
+    LossConfig,
     MetadataConfig,
     ModelConfig,
     NetworkConfig,
@@ -77,6 +78,7 @@ def _train_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     builders: dict[str, Callable[[argparse.Namespace], Any]] = {
         "model": _model,
         "conditioning": lambda a: _fill(ConditioningConfig, a),
+        "loss": lambda a: _fill(LossConfig, a),
         "data": lambda a: _fill(DataConfig, a),
         "timesteps": _timesteps,
         "optimizer": _optimizer,
@@ -173,6 +175,7 @@ def _impossible_pairs(args: argparse.Namespace) -> list[str]:
             args.resume_from_huggingface and args.resume in (None, "auto"),
             "--resume_from_huggingface needs --resume USER/REPO/PATH",
         ),
+        (args.mask_min_weight > 0 and not args.masked_loss, "--mask_min_weight needs --masked_loss"),
         (args.log_with == "tensorboard" and args.logging_dir is None, "--log_with needs --logging_dir"),
     ]
     return [message for is_wrong, message in checks if is_wrong] + dit_weight_problems(args)

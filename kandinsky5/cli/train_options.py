@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (
         _add_model,
         _add_conditioning,
+        _add_loss,
         _add_data,
         _add_run,
         _add_memory,
@@ -135,16 +136,33 @@ def _add_conditioning(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument("--config_file", help="TOML file with options of this script; the command line wins")
-    group.add_argument("--dataset_config", type=Path, help="dataset file (required)")
+def _add_loss(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is learned")
     group.add_argument(
         "--caption_dropout_rate",
         type=_share,
         default=0.0,
         help="chance that a clip is trained with the empty caption; a dataset's own rate wins (default: 0)",
     )
+    group.add_argument("--masked_loss", action="store_true", help="count only what the clips' masks show")
+    group.add_argument(
+        "--mask_min_weight",
+        type=_share,
+        default=0.0,
+        help="what black parts of a mask count all the same, 0 to 1 (default: 0)",
+    )
+    group.add_argument(
+        "--prior_loss_weight",
+        type=float_between(0.0, 1e12),
+        default=0.0,
+        help="hold the LoRA to the base model on other captions, with this weight (default: 0, off)",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--config_file", help="TOML file with options of this script; the command line wins")
+    group.add_argument("--dataset_config", type=Path, help="dataset file (required)")
     group.add_argument(
         "--validation_dataset_config",
         type=Path,

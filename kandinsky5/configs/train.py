@@ -121,6 +121,18 @@ class ConditioningConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """What the loss is made of beside the velocity error."""
+
+    masked_loss: bool = False
+    """Weight the error by the clips' masks."""
+    mask_min_weight: float = 0.0
+    """What a position counts at least, where its mask is black."""
+    prior_loss_weight: float = 0.0
+    """Of the difference from the base model on other captions; 0 leaves that term out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Which caches are trained on, and how they are read."""
 
@@ -326,6 +338,7 @@ class TrainConfig:
 
     model: ModelConfig
     conditioning: ConditioningConfig
+    loss: LossConfig
     data: DataConfig
     timesteps: TimestepConfig
     optimizer: OptimizerConfig

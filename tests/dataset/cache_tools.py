@@ -56,10 +56,12 @@ def add_text(
     encoder: str = "qwen",
     dim: int = 8,
     more: Sequence[int] = (),
+    caption: str | None = None,
+    file_name: str | None = None,
 ) -> None:
     """One text cache; `more` gives the numbers of tokens of further captions."""
     meta = TextCacheMeta(
-        caption1=name,
+        caption1=name if caption is None else caption,
         more_captions=tuple(f"{name} {length}" for length in more),
         template=template,
         qwen_max_length=256,
@@ -71,7 +73,7 @@ def add_text(
         (torch.randn(length, dim, generator=generator), torch.randn(4, generator=generator))
         for length in (tokens, *more)
     )
-    write_text_cache(folder / text_cache_name(name), *first, meta, rest)
+    write_text_cache(folder / (file_name or text_cache_name(name)), *first, meta, rest)
 
 
 def write_indexes(
@@ -89,13 +91,13 @@ def write_indexes(
         dataset.settings_hash,
         IndexEntry(items=items, skipped=tuple(skipped)),
     )
-    text_items = tuple(
-        IndexItem(name=name, files=(text_cache_name(name),))
-        for name in sorted(files if texts is None else texts)
-    )
-    update_index(
-        dataset.cache_directory,
-        "text",
-        dataset.text_settings_hash,
-        IndexEntry(items=text_items, skipped=tuple(skipped)),
-    )
+    write_text_index(dataset, sorted(files if texts is None else texts), skipped)
+
+
+def write_text_index(
+    dataset: AnyDatasetConfig, names: Sequence[str], skipped: Sequence[SkippedItem] = ()
+) -> None:
+    """The index of text caches for these names."""
+    items = tuple(IndexItem(name=name, files=(text_cache_name(name),)) for name in names)
+    entry = IndexEntry(items=items, skipped=tuple(skipped))
+    update_index(dataset.cache_directory, "text", dataset.text_settings_hash, entry)

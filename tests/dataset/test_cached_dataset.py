@@ -181,8 +181,9 @@ def test_caption_dropout_swaps_in_the_empty_caption_at_its_rate(tmp_path: Path) 
     fill(config)
     folder = config.datasets[0].cache_directory
     assert "k5_empty_video" in refused(config)
-    add_text(folder, "empty", tokens=1)
-    (folder / text_cache_name("empty")).rename(folder / empty_text_cache_name("video"))
+    add_text(folder, "empty", tokens=1, file_name=empty_text_cache_name("video"))
+    assert "the caption was 'empty', is ''" in refused(config)
+    add_text(folder, "empty", tokens=1, caption="", file_name=empty_text_cache_name("video"))
     data = CachedDataset(config, seed=0)
     plans = data.epoch_batches(1)
     drops = [drop for plan in plans for drop in plan.drops_caption]
@@ -220,8 +221,7 @@ def test_one_of_several_captions_is_drawn_by_seed_epoch_and_item(tmp_path: Path)
         for batches in (data.epoch_batches(1), data.epoch_batches(2))
     ]
     assert numbers[0] != numbers[1]
-    first = CachedDataset(config, seed=0, draws_captions=False)
-    assert all(set(plan.caption_numbers) == {0} for plan in first.epoch_batches(1))
+    assert all(set(plan.caption_numbers) == {0} for plan in data.measured_batches())
 
 
 def test_captions_and_dropout_are_part_of_what_a_run_is_resumed_with(tmp_path: Path) -> None:
@@ -230,8 +230,8 @@ def test_captions_and_dropout_are_part_of_what_a_run_is_resumed_with(tmp_path: P
     plain = data_order_hash(CachedDataset(config, seed=0))
     add_text(config.datasets[0].cache_directory, "c", more=(5,))
     several = data_order_hash(CachedDataset(config, seed=0))
-    cached_empty = config.datasets[0].cache_directory / empty_text_cache_name("video")
-    shutil.copy(config.datasets[0].cache_directory / text_cache_name("a"), cached_empty)
+    name = empty_text_cache_name("video")
+    add_text(config.datasets[0].cache_directory, "empty", caption="", file_name=name)
     dropping = replace(config, datasets=(replace(config.datasets[0], caption_dropout_rate=0.2),))
     assert len({plain, several, data_order_hash(CachedDataset(dropping, seed=0))}) == 3
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from dataset.cache_files import empty_text_cache_name
-from dataset.cache_names import text_cache_name
 from dataset.cached_dataset import CachedDataset
 from dataset.held_out import hash_position, hold_out
 from modules.errors import ConfigError
@@ -74,8 +73,7 @@ def test_measured_batches_hold_every_clip_once_with_its_caption(tmp_path: Path) 
     config = make_config(tmp_path, "num_repeats = 3\ncaption_dropout_rate = 0.5")
     fill(config)
     folder = config.datasets[0].cache_directory
-    add_text(folder, "empty", tokens=1)
-    (folder / text_cache_name("empty")).rename(folder / empty_text_cache_name("video"))
+    add_text(folder, "empty", tokens=1, caption="", file_name=empty_text_cache_name("video"))
     orders = []
     for seed in (1, 2):
         plans = CachedDataset(config, seed=seed).measured_batches()

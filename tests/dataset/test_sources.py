@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dataset.config import ImageDatasetConfig, VideoDatasetConfig
-from dataset.sources import CAPTION_NOT_UTF8, MISSING_FILE, NO_CAPTION, SourceListing, frame_paths, list_items
+from dataset.media_files import frame_paths
+from dataset.sources import CAPTION_NOT_UTF8, MISSING_FILE, NO_CAPTION, SourceListing, list_items
 from modules.errors import ConfigError, DataError
 
 

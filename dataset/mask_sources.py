@@ -1,0 +1,61 @@
+"""Which mask belongs to which media item: by name in a folder, or as a JSONL line says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from dataset.cache_names import Content
+from dataset.config import AnyDatasetConfig
+from dataset.media_files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from modules.errors import ConfigError, DataError
+
+
+class MaskFolder:
+    """The masks of a dataset's `mask_directory`, by the names of the media they belong to."""
+
+    def __init__(self, dataset: AnyDatasetConfig, directory: Path) -> None:
+        """List the folder; nothing is opened.
+
+        Raises:
+            ConfigError: there is no such folder, or it is the one with the media.
+            DataError: two masks have the same base name.
+        """
+        where = f"dataset {dataset.index} ({dataset.origin}): mask_directory {directory}"
+        if not directory.is_dir():
+            raise ConfigError(
+                f"{where}: {'is a file, not a folder' if directory.exists() else 'no such folder'}"
+            )
+        if dataset.directory is not None and dataset.directory.resolve() == directory.resolve():
+            raise ConfigError(
+                f"{where}: holds the {dataset.content}s; put the masks into a folder of their own"
+            )
+        self._paths: dict[str, Path] = {}
+        problems = []
+        for path in sorted(directory.iterdir()):
+            if not is_mask(path, dataset.content):
+                continue
+            name = path.name if path.is_dir() else path.stem
+            other = self._paths.setdefault(os.path.normcase(name), path)
+            if other is not path:
+                problems.append(f"{where}: {other.name} and {path.name} are masks of the same name; keep one")
+        if problems:
+            raise DataError(problems)
+
+    def find(self, base_name: str) -> Path | None:
+        """The mask of an item; None if it has none."""
+        return self._paths.get(os.path.normcase(base_name))
+
+    def unmatched(self, base_names: Iterable[str]) -> tuple[str, ...]:
+        """Names of masks that belong to none of these items."""
+        known = {os.path.normcase(name) for name in base_names}
+        return tuple(path.name for name, path in self._paths.items() if name not in known)
+
+
+def is_mask(path: Path, content: Content) -> bool:
+    """Whether a mask of such a dataset can look like this: videos may be masked by a still or by frames."""
+    if path.is_dir():
+        return content == "video"
+    extension = path.suffix.lower()
+    return extension in IMAGE_EXTENSIONS or (content == "video" and extension in VIDEO_EXTENSIONS)

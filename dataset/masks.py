@@ -1,0 +1,127 @@
+"""Masks of clips: checked against their clip, decoded as it is, and brought to the size of its latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dataset.buckets import Size
+from dataset.cache_files import PIXELS_PER_LATENT
+from dataset.media import (
+    CHANGED,
+    UNREADABLE,
+    Frame,
+    MediaError,
+    frames_fingerprint,
+    probe_image,
+    read_image,
+    resize_and_crop,
+    source_fingerprint,
+)
+from dataset.media_files import VIDEO_EXTENSIONS, frame_paths
+from dataset.videos import VideoInfo, probe_video, read_frames
+
+MISFIT = "does not fit"
+
+FRAMES_PER_LATENT = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedMask:
+    """A mask that was found to fit its clip."""
+
+    path: Path
+    video: VideoInfo | None
+    """Of a video; None for a still, which counts for all frames, and for a folder of frames."""
+    frames: tuple[Path, ...]
+    """Of a folder of frames, else empty."""
+    fingerprint: str
+
+    @property
+    def is_folder(self) -> bool:
+        """A video's mask given as a folder of images, one per frame."""
+        return bool(self.frames)
+
+    def current_fingerprint(self) -> str:
+        """What `fingerprint` would be now."""
+        return _fingerprint(self.path, _folder_frames(self.path) if self.is_folder else ())
+
+
+def plan_mask(path: Path, size: Size, num_frames: int) -> PlannedMask:
+    """Look at a mask without decoding it.
+
+    Args:
+        size: (width, height) of the upright source that it masks.
+        num_frames: of the whole source, before anything is cut; 1 for an image.
+    Raises:
+        MediaError: it cannot be opened, or its size or number of frames is not that of its source.
+    """
+    video: VideoInfo | None = None
+    frames = _folder_frames(path) if path.is_dir() else ()
+    count: int | None = None
+    if frames:
+        found, count = probe_image(frames[0]), len(frames)
+    elif path.suffix.lower() in VIDEO_EXTENSIONS:
+        video = probe_video(path)
+        found, count = video.size, video.num_frames
+    else:
+        found = probe_image(path)
+    if found != size:
+        detail = f"{path.name} is {found[0]}x{found[1]}, what it masks {size[0]}x{size[1]}"
+        raise MediaError(path, MISFIT, detail)
+    if count is not None and count != num_frames:
+        detail = f"{path.name} has {count} frames, what it masks {num_frames}"
+        raise MediaError(path, MISFIT, detail)
+    return PlannedMask(path=path, video=video, frames=frames, fingerprint=_fingerprint(path, frames))
+
+
+def latent_mask(mask: PlannedMask, frame_numbers: Sequence[int], crop: Size) -> Tensor:
+    """What part of each latent position of a clip is masked in.
+
+    The frames are resized and cut as the clip's are. Brightness 0 .. 255 becomes 0 .. 1, averaged over the
+    8 x 8 pixels of a position and over the frames that make a latent frame: the first alone, then four by
+    four, as the VAE groups them. White gives 1 exactly.
+
+    Args:
+        frame_numbers: the clip's, ascending; 4k+1 of them.
+        crop: (width, height) in pixels that is encoded.
+    Returns:
+        [F, H, W], float32.
+    Raises:
+        MediaError: the mask is damaged, or is no longer the one that was planned with.
+    """
+    numbers = sorted(set(frame_numbers))
+    if mask.video is not None:
+        frames = {n: _shrunk(frame, crop) for n, frame in read_frames(mask.path, mask.video, numbers)}
+    elif mask.is_folder:
+        frames = {number: _shrunk(read_image(mask.frames[number]), crop) for number in numbers}
+    else:
+        frames = dict.fromkeys(numbers, _shrunk(read_image(mask.path), crop))
+    if mask.current_fingerprint() != mask.fingerprint:
+        raise MediaError(mask.path, CHANGED, "start again when it is complete")
+    small = torch.stack([frames[number] for number in frame_numbers])  # [F_px, H, W]
+    if len(small) == 1:
+        return small
+    return torch.cat([small[:1], small[1:].unflatten(0, (-1, FRAMES_PER_LATENT)).mean(dim=1)])
+
+
+def _shrunk(frame: Frame, crop: Size) -> Tensor:
+    """Mean brightness [H, W] of each latent position."""
+    brightness = torch.from_numpy(resize_and_crop(frame, crop)).float().mean(dim=-1) / 255
+    return F.avg_pool2d(brightness[None], PIXELS_PER_LATENT)[0]
+
+
+def _folder_frames(folder: Path) -> tuple[Path, ...]:
+    paths = tuple(frame_paths(folder))
+    if not paths:
+        raise MediaError(folder, UNREADABLE, "the folder holds no images")
+    return paths
+
+
+def _fingerprint(path: Path, frames: Sequence[Path]) -> str:
+    return frames_fingerprint(frames) if frames else source_fingerprint(path)

@@ -1,0 +1,20 @@
+"""What media files are called, and the frames of a video that is a folder of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dataset.cache_names import Content
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
+VIDEO_EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg")
+
+
+def media_extensions(content: Content) -> tuple[str, ...]:
+    """The extensions of a dataset's media, in lower case; any case is taken."""
+    return VIDEO_EXTENSIONS if content == "video" else IMAGE_EXTENSIONS
+
+
+def frame_paths(folder: Path) -> list[Path]:
+    """The images of a frame folder in the order they are shown."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file())

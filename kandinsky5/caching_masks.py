@@ -1,0 +1,91 @@
+"""Writes the mask caches of a dataset: no encoder is needed, and latents that are cached stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dataset.cache_names import mask_cache_name
+from dataset.clips import PlannedClip
+from dataset.config import AnyDatasetConfig
+from dataset.mask_cache import MaskCacheMeta, mask_cache_problem, mask_meta, write_mask_cache
+from dataset.masks import latent_mask
+from dataset.media import MediaError
+from dataset.sources import SkippedItem, SourceListing
+from kandinsky5.caching_report import Outcome, disk_errors
+from kandinsky5.configs.caching import CacheRunConfig
+from modules.logs import get_logger
+
+log = get_logger(__name__)
+
+_MAX_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class MaskWork:
+    """One dataset's masks."""
+
+    outcome: Outcome
+    clips: Sequence[PlannedClip]
+
+
+def mask_notes(dataset: AnyDatasetConfig, listing: SourceListing) -> Iterator[str]:
+    """What the user should know of masks that are missing or fit nothing, as log lines."""
+    folder, kind = dataset.mask_directory, dataset.content
+    without = [item.path.name for item in listing.items if item.mask_path is None]
+    if folder is not None and without:
+        yield (
+            f"dataset {dataset.index}: {len(without)} of {len(listing.items)} {kind}s have no mask in "
+            f"{folder} and count everywhere, for example {', '.join(without[:_MAX_NAMED])}"
+        )
+    masks = listing.unmatched_masks
+    if masks:
+        yield (
+            f"dataset {dataset.index}: {len(masks)} masks in {folder} are named like no {kind}, "
+            f"for example {', '.join(masks[:_MAX_NAMED])}"
+        )
+
+
+def write_masks(work: MaskWork, run: CacheRunConfig) -> None:
+    """Make the mask caches that are missing or no longer fit; without --skip_existing all of them.
+
+    Damaged masks go to the outcome's skipped items: their clips are then not trained on.
+    """
+    folder = work.outcome.dataset.cache_directory
+    stale: list[tuple[PlannedClip, MaskCacheMeta]] = []
+    for clip in work.clips:
+        if clip.mask is None:
+            continue
+        meta = mask_meta(clip)
+        path = folder / mask_cache_name(clip.cache_name)
+        if not run.skip_existing or mask_cache_problem(path, meta) is not None:
+            stale.append((clip, meta))
+    black = []
+    with ThreadPoolExecutor(run.num_workers) as pool:
+        masks = pool.map(_load, (clip for clip, _ in stale))
+        for (clip, meta), weights in zip(stale, masks, strict=True):
+            if isinstance(weights, SkippedItem):
+                work.outcome.skipped.append(weights)
+                continue
+            with disk_errors(folder):
+                write_mask_cache(folder / mask_cache_name(clip.cache_name), weights, meta)
+            work.outcome.encoded += 1
+            black += [] if weights.any() else [clip.item_key]
+    if black:
+        log.warning(
+            "dataset %d: %d masks are black throughout, so the masked loss learns nothing from them without "
+            "--mask_min_weight, for example %s",
+            work.outcome.dataset.index, len(black), ", ".join(black[:_MAX_NAMED]),
+        )  # fmt: skip
+
+
+def _load(clip: PlannedClip) -> Tensor | SkippedItem:
+    assert clip.mask is not None
+    try:
+        return latent_mask(clip.mask, clip.frame_numbers, clip.crop)
+    except MediaError as error:
+        name, reason = clip.item.path.name, f"mask {error.reason}"
+        return SkippedItem(name=name, reason=reason, detail=error.detail, is_failure=True)
