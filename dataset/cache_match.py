@@ -239,6 +239,7 @@ class _Matcher:
             self._missing(base_name, left_out, NO_LATENTS, self._no_latents)
         self._check_extra_texts()
         self._note_masks()
+        self._note_captions()
         return self._messages()
 
     def _latent_files(self) -> tuple[dict[str, list[Path]], Sequence[SkippedItem]]:
@@ -470,6 +471,15 @@ class _Matcher:
             self._note_once(
                 f"dataset {self.dataset.index}: its {len(self._mask_names)} masks are not used; "
                 "--masked_loss uses them"
+            )
+
+    def _note_captions(self) -> None:
+        counts = {item.source: item.num_captions for item in self.items if item.num_captions > 1}
+        if counts:
+            self._note_once(
+                f"dataset {self.dataset.index}: {len(counts)} of {len({i.source for i in self.items})} "
+                f"{self.dataset.content}s have several captions, {sum(counts.values())} in all; one is drawn "
+                "each time"
             )
 
     def _messages(self) -> list[str]:

@@ -76,15 +76,17 @@ class SourceListing:
         return sum(not any(item.captions) for item in self.items)
 
 
-def list_items(dataset: AnyDatasetConfig) -> SourceListing:
+def list_items(dataset: AnyDatasetConfig, *, confine_paths: bool = False) -> SourceListing:
     """List the media of a dataset with their captions; media are not opened.
 
+    Args:
+        confine_paths: take a JSONL file's paths from its own folder and refuse those that lead out of it.
     Raises:
         ConfigError: the folder or JSONL file does not exist, or a JSONL line is wrong.
         DataError: there is nothing to use, or two media would share one cache file.
     """
     if dataset.jsonl_file is not None:
-        listing = _list_jsonl(dataset, dataset.jsonl_file)
+        listing = _list_jsonl(dataset, dataset.jsonl_file, confine_paths)
     else:
         assert dataset.directory is not None  # the config has one of the two
         listing = _list_directory(dataset, dataset.directory)
@@ -169,7 +171,33 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _list_jsonl(dataset: AnyDatasetConfig, path: Path) -> SourceListing:
+@dataclass(frozen=True, slots=True)
+class _PathRule:
+    """How the paths of a JSONL file are understood."""
+
+    folder: Path
+    """The file's own."""
+    is_confined: bool
+
+    def resolve(self, key: str, written: str) -> Path:
+        """Relative paths count from the working directory as in musubi-tuner, else from the JSONL's folder.
+
+        Raises:
+            ValueError: confined, and the path leads out of the folder, by itself or through a link.
+        """
+        path = Path(written)
+        if not self.is_confined:
+            is_beside = not path.is_absolute() and not path.exists() and (self.folder / path).exists()
+            return self.folder / path if is_beside else path
+        path = self.folder / path
+        root = self.folder.resolve()
+        for inner in (path, *(path.iterdir() if path.is_dir() else ())):
+            if not inner.resolve().is_relative_to(root):
+                raise ValueError(f"{key} {written} leads out of the folder of this file (--confine_paths)")
+        return path
+
+
+def _list_jsonl(dataset: AnyDatasetConfig, path: Path, confine_paths: bool) -> SourceListing:
     if not path.is_file():
         raise ConfigError(f"dataset {dataset.index} ({dataset.origin}): {path}: no such file")
     try:
@@ -179,11 +207,12 @@ def _list_jsonl(dataset: AnyDatasetConfig, path: Path) -> SourceListing:
     problems: list[str] = []
     entries: list[SourceItem | SkippedItem] = []
     first_line: dict[str, int] = {}
+    rule = _PathRule(path.parent, confine_paths)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            entry, key = _jsonl_entry(line, path.parent, dataset.content)
+            entry, key = _jsonl_entry(line, rule, dataset.content)
         except ValueError as error:
             problems.append(f"{path} line {number}: {error}")
             continue
@@ -200,16 +229,16 @@ def _list_jsonl(dataset: AnyDatasetConfig, path: Path) -> SourceListing:
     return SourceListing(items=tuple(items), skipped=skipped)
 
 
-def _jsonl_entry(line: str, folder: Path, content: Content) -> tuple[SourceItem | SkippedItem, str]:
+def _jsonl_entry(line: str, rule: _PathRule, content: Content) -> tuple[SourceItem | SkippedItem, str]:
     """The item of one line, and what tells whether it is listed twice."""
     value = _json_object(line)
     keys = ("video_path",) if content == "video" else ("image_path", "image_path_0")
     written = next((value[key] for key in keys if key in value), None)
     if written is None:
         raise ValueError(f"has no {keys[0]}")
-    path = _jsonl_path(keys[0], written, folder)
+    path = _jsonl_path(keys[0], written, rule)
     captions = _jsonl_captions(value)
-    mask = None if value.get("mask_path") is None else _jsonl_path("mask_path", value["mask_path"], folder)
+    mask = None if value.get("mask_path") is None else _jsonl_path("mask_path", value["mask_path"], rule)
     key = os.path.normcase(path.resolve())
     if mask is not None and not mask.exists():
         detail = f"its mask {mask.name}"
@@ -230,14 +259,14 @@ def _jsonl_entry(line: str, folder: Path, content: Content) -> tuple[SourceItem 
     return item, key
 
 
-def _jsonl_path(key: str, written: Any, folder: Path) -> Path:
+def _jsonl_path(key: str, written: Any, rule: _PathRule) -> Path:
     if not isinstance(written, str) or not written.strip() or "\0" in written:
         raise ValueError(f"{key} must be a path in quotes")
     if "://" in written or written.lower().startswith(("file:", "data:")):
         raise ValueError(f"{key} is a URL; only files on this machine are read")
     if not _is_unicode(written):
         raise ValueError(_HALF_A_CHARACTER)
-    return _resolve(Path(written), folder)
+    return rule.resolve(key, written)
 
 
 def _jsonl_captions(value: dict[str, Any]) -> tuple[str, ...]:
@@ -262,13 +291,6 @@ def _json_object(line: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError('must be an object like {"image_path": "...", "caption": "..."}')
     return value
-
-
-def _resolve(path: Path, folder: Path) -> Path:
-    """Relative paths count from the working directory as in musubi-tuner, else from the JSONL's folder."""
-    if not path.is_absolute() and not path.exists() and (folder / path).exists():
-        return folder / path
-    return path
 
 
 def _refuse_shared_names(dataset: AnyDatasetConfig, items: Iterable[SourceItem]) -> None:

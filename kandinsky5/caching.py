@@ -91,7 +91,7 @@ def cache_latents(config: CacheLatentsConfig) -> None:
     datasets = _read_datasets(config.run)
     if config.debug is not None:
         for dataset in datasets.datasets:
-            plan = _plan(dataset, config, list_items(dataset))
+            plan = _plan(dataset, config, list_items(dataset, confine_paths=config.run.confine_paths))
             if not preview_clips(dataset, plan.clips, config.debug, config.run.num_workers):
                 return
         return
@@ -138,7 +138,7 @@ def _plan(dataset: AnyDatasetConfig, config: CacheLatentsConfig, listing: Source
 def _latent_work(
     dataset: AnyDatasetConfig, config: CacheLatentsConfig, fingerprint: str, dtype: torch.dtype
 ) -> _LatentWork:
-    listing = list_items(dataset)
+    listing = list_items(dataset, confine_paths=config.run.confine_paths)
     plan = _plan(dataset, config, listing)
     metas = {
         clip.cache_name: latent_meta(
@@ -235,7 +235,8 @@ def cache_text(config: CacheTextConfig) -> None:
     if problems:
         raise ModelFileError(problems)
     templates = load_prompt_templates(config.prompt_templates)
-    listings = [list_items(dataset) for dataset in datasets.datasets]
+    confine = config.run.confine_paths
+    listings = [list_items(dataset, confine_paths=confine) for dataset in datasets.datasets]
     outcomes = [
         Outcome(
             dataset=dataset,

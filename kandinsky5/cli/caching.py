@@ -96,6 +96,11 @@ def _add_shared(parser: Parser) -> None:
     add("--keep_cache", action="store_true", help="keep such caches; accepted, because that is the default")
     add("--strict", action="store_true", help="any item that cannot be used is an error")
     add("--skip_bad", action="store_true", help="leave damaged items out without an error at the end")
+    add(
+        "--confine_paths",
+        action="store_true",
+        help="take the paths of a JSONL file from its own folder and refuse those that lead out of it",
+    )
 
 
 def _add_latent_options(parser: Parser) -> None:
@@ -160,6 +165,7 @@ def _run_config(args: argparse.Namespace) -> CacheRunConfig:
         prune=args.prune,
         strict=args.strict,
         skip_bad=args.skip_bad,
+        confine_paths=args.confine_paths,
     )
 
 

@@ -31,6 +31,8 @@ class CacheRunConfig:
     """Any skipped item is an error."""
     skip_bad: bool = False
     """Damaged items are skipped without an error."""
+    confine_paths: bool = False
+    """Refuse JSONL paths that lead out of the JSONL file's folder."""
 
     def __post_init__(self) -> None:
         if self.strict and self.skip_bad:

@@ -201,6 +201,7 @@ def test_one_of_several_captions_is_drawn_by_seed_epoch_and_item(tmp_path: Path)
     add_text(folder, "c", tokens=3, more=(5, 7))
     data = CachedDataset(config, seed=0)
     assert [item.num_captions for item in data.items] == [1, 1, 1, 1, 3, 1, 1]
+    assert "dataset 0: 1 of 5 videos have several captions, 3 in all; one is drawn each time" in data.notes
     drawn = {0: 0, 1: 0, 2: 0}
     for plan in data.epoch_batches(1):
         lengths = [len(embeds) for embeds in data.load_batch(plan).text_embeds]
