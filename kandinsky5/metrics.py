@@ -6,8 +6,10 @@ name) and what `kind` (step, epoch, validation, sample, lora) it is.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,8 +86,15 @@ class Metrics:
 
     def _append(self, line: str) -> None:
         # Opened each time: another run may have rewritten the file meanwhile.
-        with self._path.open("a", encoding="utf-8", newline="\n") as stream:
-            stream.write(line)
+        encoded = line.encode("utf-8")
+        with self._path.open("ab", buffering=0) as stream:
+            size = stream.tell()
+            try:
+                if stream.write(encoded) != len(encoded):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                stream.truncate(size)  # half a line would spoil the next one too
+                raise
 
     def _read(self, kind: str, found: list[dict[str, Any]]) -> None:
         mark = json.dumps(kind)

@@ -220,11 +220,15 @@ class Output:
     def _delete_expired(self, unit: Unit, number: int) -> None:
         saving = self._config.saving
         old = expired(saving, unit, number, state=False)
-        if old is not None:
-            delete_result(self.names.lora(unit, old))
-        old_state = expired(saving, unit, number, state=True)
-        if saving.save_state and old_state is not None:
-            delete_result(self.names.state(unit, old_state))
+        old_state = expired(saving, unit, number, state=True) if saving.save_state else None
+        doomed = [] if old is None else [self.names.lora(unit, old)]
+        doomed += [] if old_state is None else [self.names.state(unit, old_state)]
+        for path in doomed:
+            try:
+                delete_result(path)
+            except OSError as error:
+                # Such as a file that is open in another program on Windows: no reason to end a run.
+                log.warning("%s is old and cannot be deleted: %s", path, error.strerror)
 
     def _write_final_lora(self, run: RunState) -> None:
         if not self._is_final_written:

@@ -16,7 +16,7 @@ from kandinsky5.saved_config import shareable_options
 from kandinsky5.saving import OutputNames
 from kandinsky5.train_plan import RunLength, data_order_hash
 from kandinsky5.train_setup import build_schedule
-from kandinsky5.training_state import SavedState
+from kandinsky5.training_state import SavedState, step_of
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 from modules.optimizers import describe_optimizer, takes_relative_steps
@@ -46,8 +46,9 @@ def is_finished(saving: SavingConfig, saved: SavedState, total_steps: int) -> bo
     """Whether a state is the last one of its run and the final files are there."""
     names = OutputNames(saving.output_dir, saving.output_name)
     wants_state = saving.save_state or saving.save_state_on_train_end
-    has_files = names.final_lora.is_file() and (names.final_state.is_dir() or not wants_state)
-    return saved.run.step >= total_steps and has_files
+    # The final LoRA is written before the last step's state; a final state may be that of a shorter run.
+    has_state = not wants_state or step_of(names.final_state) >= total_steps
+    return saved.run.step >= total_steps and names.final_lora.is_file() and has_state
 
 
 def resolve_total_steps(asked: int, saved: SavedState | None) -> int:

@@ -261,7 +261,7 @@ def list_states(output_dir: Path, output_name: str) -> list[tuple[Path, int]]:
     # Not a glob: an output name may hold its special characters.
     for folder in output_dir.iterdir() if output_dir.is_dir() else ():
         if folder.is_dir() and _is_state_name(folder.name, output_name):
-            found.append((folder, _step_of(folder)))
+            found.append((folder, step_of(folder)))
     return found
 
 
@@ -277,7 +277,8 @@ def _is_position(text: str) -> bool:
     return text == "" or (text.startswith("-") and digits.isdigit())
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step a state directory says it holds; -1 where it cannot be read."""
     try:
         return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -1,0 +1,217 @@
+"""Disks that fill up and folders that cannot be written: what is saved where, and how a run ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kandinsky5 import metrics as metrics_module
+from kandinsky5 import train_output
+from kandinsky5.training_state import find_state, read_state
+from tests.kandinsky5 import fault_kit
+from tests.kandinsky5.step_record import assert_same_steps, recorded
+from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
+
+EVERY_STEP = ("--save_state", "--save_every_n_steps", 1)
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dit(tmp_path_factory.mktemp("dit"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+def exit_code(*arguments: object) -> int | str | None:
+    with pytest.raises(SystemExit) as caught:
+        train(*arguments)  # pyright: ignore[reportArgumentType]
+    return caught.value.code
+
+
+def full_disk(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, *, from_call: int = 1) -> None:
+    """Let `name` of train_output find no space in `folder`, from its `from_call`-th call there on."""
+    plain = getattr(train_output, name)
+    calls: list[Path] = []
+
+    def write(*arguments: Any, **named: Any) -> None:
+        target = next(value for value in arguments if isinstance(value, Path))
+        if target.parent == folder:
+            calls.append(target)
+            if len(calls) >= from_call:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        plain(*arguments, **named)
+
+    monkeypatch.setattr(train_output, name, write)
+
+
+def test_the_second_folder_gets_lora_and_state_when_the_disk_is_full(
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run goes on from there as if nothing had been."""
+    output, second = tmp_path / "out", tmp_path / "second"
+    with recorded() as whole:
+        train(dit, dataset, tmp_path / "whole", "--max_train_steps", 4)
+    words = (*EVERY_STEP, "--max_train_steps", 4, "--output_dir_fallback", second)
+    with monkeypatch.context() as patch, recorded() as first:
+        full_disk(output, "save_lora", patch, from_call=3)
+        assert exit_code(dit, dataset, output, *words) == 5
+    message = capsys.readouterr().err
+    for name in ("lora-step00000003.safetensors", "lora-step00000003-state"):
+        assert f"--output_dir_fallback: saved {second / name}" in message
+    assert "No space left" in message
+    found = find_state(output, "lora", "auto")
+    assert found is not None
+    assert read_state(found).run.step == 2
+    assert not (output / "lora-step00000003.safetensors").exists()
+    with recorded() as rest:
+        train(dit, dataset, output, *words, "--resume", second / "lora-step00000003-state")
+    assert_same_steps([*first, *rest], whole)
+    assert lora_bytes(output / "lora.safetensors") == lora_bytes(tmp_path / "whole/lora.safetensors")
+
+
+def test_the_lora_is_there_when_only_the_state_found_no_space(
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    full_disk(tmp_path, "write_state", monkeypatch)
+    assert exit_code(dit, dataset, tmp_path, *EVERY_STEP, "--max_train_steps", 2) == 5
+    assert "lora-step00000001-state cannot be written: No space left" in capsys.readouterr().err
+    assert lora_bytes(tmp_path / "lora-step00000001.safetensors")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".k5")] == []
+
+
+def test_a_second_folder_that_is_full_too_is_said(
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for folder in (tmp_path / "out", tmp_path / "second"):
+        for name in ("save_lora", "write_state"):
+            full_disk(folder, name, monkeypatch)
+    words = ("--max_train_steps", 1, "--output_dir_fallback", tmp_path / "second")
+    assert exit_code(dit, dataset, tmp_path / "out", *words) == 5
+    message = capsys.readouterr().err
+    assert f"{tmp_path / 'second/lora-step00000001-state'} cannot be written" in message
+    assert "saved" not in message
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
+@pytest.mark.parametrize("room", ["the LoRA only", "nothing"])
+def test_a_limit_that_native_code_meets_ends_the_same_way(
+    room: str, dit: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """torch's own writer meets the limit as well: the state of the optimizer is the largest file."""
+    import resource
+
+    train(dit, dataset, tmp_path / "whole", *EVERY_STEP, "--max_train_steps", 1)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "whole/lora-state").iterdir()}
+    assert sizes["optimizer.pt"] > sizes["lora.safetensors"]
+    limit = {"the LoRA only": sizes["lora.safetensors"] + 1000, "nothing": 20_000}[room]
+
+    def run() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        train(dit, dataset, tmp_path / "out", *EVERY_STEP, "--max_train_steps", 1)
+
+    log = tmp_path / "log.txt"
+    assert fault_kit.wait(fault_kit.start(run, log)) == 5
+    text = log.read_text(encoding="utf-8")
+    assert "File too large" in text
+    assert "Traceback" not in text
+    has_lora = (tmp_path / "out/lora-step00000001.safetensors").exists()
+    assert has_lora == (room == "the LoRA only")
+    left = [
+        path.name
+        for path in (tmp_path / "out").iterdir()
+        if path.name.startswith(".k5") or "state" in path.name
+    ]
+    assert left == []
+
+
+def test_a_log_that_cannot_be_written_warns_once_and_has_whole_lines(
+    dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    plain, calls = metrics_module.Metrics._append, iter(range(99))
+
+    def append(self: metrics_module.Metrics, line: str) -> None:
+        if 1 <= next(calls) <= 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(self, line)
+
+    monkeypatch.setattr(metrics_module.Metrics, "_append", append)
+    train(dit, dataset, tmp_path, "--max_train_steps", 4)
+    assert said.text.count("has gaps") == 1
+    assert [record["step"] for record in metrics(tmp_path, "step")] == [1, 4]
+    assert (tmp_path / "lora.safetensors").is_file()
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = metrics_module.Metrics(tmp_path, "lora")
+    log.write("step", 1, {"loss": 1.0})
+    plain = Path.open
+
+    class Short:
+        """A file that takes five bytes, as a disk with five left does."""
+
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> Short:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.stream.close()
+
+        def write(self, data: bytes) -> int:
+            return self.stream.write(data[:5])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.stream, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *args, **named: Short(plain(*args, **named)))
+        log.write("step", 2, {"loss": 2.0})
+    log.write("step", 3, {"loss": 3.0})
+    assert [record["step"] for record in metrics(tmp_path)] == [1, 3]
+
+
+@pytest.mark.parametrize("option", ["--output_dir", "--output_dir_fallback"])
+@pytest.mark.parametrize("place", ["a file", "below a file", "no rights"])
+def test_folders_that_cannot_be_written_are_found_before_anything_is_loaded(
+    option: str,
+    place: str,
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    bad = {"a file": tmp_path / "file", "below a file": tmp_path / "file/sub"}.get(place, tmp_path / "locked")
+    if place == "no rights":
+        (tmp_path / "locked").mkdir(mode=0o500)
+        if os.access(bad, os.W_OK):
+            pytest.skip("this user may write everywhere")
+    monkeypatch.setattr("kandinsky5.train_setup.load_model", lambda *_: pytest.fail("a model was loaded"))
+    words = () if option == "--output_dir" else (option, bad)
+    assert exit_code(dit, dataset, bad if option == "--output_dir" else tmp_path / "out", *words) == 5
+    assert f"{option} {bad}" in capsys.readouterr().err
+
+
+def test_the_second_folder_must_be_another(dit: Path, dataset: Path, tmp_path: Path) -> None:
+    assert exit_code(dit, dataset, tmp_path, "--output_dir_fallback", tmp_path / "x/..") == 2

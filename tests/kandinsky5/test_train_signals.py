@@ -1,0 +1,262 @@
+"""Signals wherever a run is, lost parents and lost helpers: the step is finished and saved."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kandinsky5 import objective, train_output, train_setup, training
+from kandinsky5.training_state import find_state, read_state
+from tests.kandinsky5 import fault_kit
+from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train, write_dataset, write_dit
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")
+
+STEPS = 6
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP] if os.name != "nt" else []
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dit(tmp_path_factory.mktemp("dit"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(dit: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The LoRA of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(dit, dataset, folder, "--max_train_steps", STEPS)
+    return lora_bytes(folder / "lora.safetensors")
+
+
+class Run:
+    """A run in a forked process, into a folder of its own."""
+
+    def __init__(self, dit: Path, dataset: Path, folder: Path) -> None:
+        self.dit, self.dataset, self.output, self.log = dit, dataset, folder / "out", folder / "log.txt"
+
+    def start(self, prepare: Callable[[], object], *words: object) -> int:
+        def action() -> None:
+            prepare()
+            train(self.dit, self.dataset, self.output, "--max_train_steps", STEPS, *words)
+
+        return fault_kit.start(action, self.log)
+
+    def step(self) -> int:
+        """Of the newest state; 0 without one."""
+        found = find_state(self.output, "lora", "auto")
+        return 0 if found is None else read_state(found).run.step
+
+    def assert_goes_on(self, whole: dict[str, bytes], *words: object) -> None:
+        assert fault_kit.wait(self.start(lambda: None, "--resume", "auto", *words)) == 0, self.log.read_text()
+        assert lora_bytes(self.output / "lora.safetensors") == whole
+        assert [path.name for path in self.output.iterdir() if path.name.startswith(".k5")] == []
+
+
+@pytest.fixture
+def run(dit: Path, dataset: Path, tmp_path: Path) -> Run:
+    return Run(dit, dataset, tmp_path)
+
+
+def before_call(owner: Any, name: str, number: int, action: Callable[[], object]) -> None:
+    """From now on, do something before the `number`-th call of a function; only in a forked process."""
+    plain, calls = getattr(owner, name), iter(range(1, 10_000))
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == number:
+            action()
+        return plain(*arguments, **named)
+
+    setattr(owner, name, called)
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+PLACES = {
+    "in the step": (objective.Objective, "training_losses", 3, 3),
+    "in the optimizer": (training.Trainer, "_update", 3, 4),
+    "in a save": (train_output, "write_state", 2, 3),
+    "after the last step": (training.Trainer, "_finish", 1, STEPS),
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        *(("in the step", number) for number in SIGNALS),
+        *(("in a save", number) for number in SIGNALS[:2]),
+        *(("in the optimizer", number) for number in SIGNALS[1:2]),
+        *(("after the last step", number) for number in SIGNALS[2:]),
+    ],
+)
+def test_a_signal_anywhere_finishes_the_step_and_saves(
+    place: str, number: int, run: Run, whole: dict[str, bytes]
+) -> None:
+    owner, name, call, step = PLACES[place]
+    words = ("--save_state", "--save_every_n_steps", 1)
+    pid = run.start(lambda: before_call(owner, name, call, lambda: send(number)), *words)
+    assert fault_kit.wait(pid, 30) == 128 + number, run.log.read_text()
+    assert run.step() == step
+    run.assert_goes_on(whole, *words)
+
+
+def test_a_signal_while_samples_are_made_ends_after_the_next_step(
+    run: Run, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    def prepare() -> None:
+        training.TrainingSamples.is_due = lambda _self, step, _epoch: step == 2  # pyright: ignore
+        training.TrainingSamples.make = lambda *_: send(signal.SIGTERM) or []  # pyright: ignore
+
+    assert fault_kit.wait(run.start(prepare), 30) == 143, run.log.read_text()
+    assert run.step() == 3
+    run.assert_goes_on(whole)
+
+
+@pytest.mark.parametrize("number", SIGNALS[:1])
+def test_a_signal_while_the_model_loads_leaves_nothing(
+    number: int, run: Run, whole: dict[str, bytes]
+) -> None:
+    pid = run.start(lambda: before_call(train_setup, "load_model", 1, lambda: send(number)))
+    assert fault_kit.wait(pid, 30) == 128 + number
+    assert run.step() == 0
+    run.assert_goes_on(whole)
+
+
+def test_a_second_signal_leaves_at_once_and_halves_nothing(run: Run, whole: dict[str, bytes]) -> None:
+    def prepare() -> None:
+        # In the middle of the second state: the files are written, the manifest is not.
+        import kandinsky5.training_state as state
+
+        before_call(state, "_fingerprint", 5, lambda: send(signal.SIGINT, signal.SIGINT))
+
+    words = ("--save_state", "--save_every_n_steps", 1)
+    assert fault_kit.wait(run.start(prepare, *words), 30) == 130, run.log.read_text()
+    assert run.step() == 1
+    assert not (run.output / "lora-step00000002-state").exists()
+    run.assert_goes_on(whole, *words)
+
+
+def test_a_signal_to_the_whole_group_does_not_cost_the_readers(
+    run: Run, dit: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Ctrl+C and `kill -TERM -<group>` reach the loader's processes too; their batches finish the step."""
+    words = ("--max_data_loader_n_workers", 2, "--gradient_accumulation_steps", 5)
+    train(dit, dataset, tmp_path / "whole", "--max_train_steps", STEPS, *words)
+    pid = run.start(
+        lambda: before_call(objective.Objective, "training_losses", 7, lambda: os.killpg(0, signal.SIGTERM)),
+        *words,
+    )
+    assert fault_kit.wait(pid, 30) == 143, run.log.read_text()
+    assert run.step() == 2
+    run.assert_goes_on(lora_bytes(tmp_path / "whole/lora.safetensors"), *words)
+
+
+def test_signals_that_were_switched_off_stay_off(run: Run, whole: dict[str, bytes]) -> None:
+    """As `nohup` does with SIGHUP, and shells with SIGINT for what runs in the background."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        before_call(training.Trainer, "_update", 2, lambda: send(signal.SIGHUP))
+
+    assert fault_kit.wait(run.start(prepare), 30) == 0, run.log.read_text()
+    assert lora_bytes(run.output / "lora.safetensors") == whole
+
+
+def test_a_reader_that_is_killed_is_an_error_and_no_hang(run: Run, whole: dict[str, bytes]) -> None:
+    def kill_reader() -> None:
+        (reader,) = multiprocessing.active_children()
+        os.kill(reader.pid or 0, signal.SIGKILL)
+
+    words = ("--max_data_loader_n_workers", 1, "--save_state", "--save_every_n_steps", 1)
+    pid = run.start(lambda: before_call(training.Trainer, "_update", 2, kill_reader), *words)
+    assert fault_kit.wait(pid, 30) == 5, run.log.read_text()
+    text = run.log.read_text(encoding="utf-8")
+    assert "a process that reads caches ended unexpectedly" in text
+    assert "Traceback" not in text
+    assert run.step() >= 1
+    run.assert_goes_on(whole, *words)
+
+
+@pytest.mark.parametrize("moment", ["while the model loads", "in a step"])
+def test_a_run_whose_launcher_died_saves_and_ends(moment: str, run: Run, whole: dict[str, bytes]) -> None:
+    owner, name = {
+        "while the model loads": (train_setup, "load_model"),
+        "in a step": (objective.Objective, "training_losses"),
+    }[moment]
+    code_file = run.log.with_name("code.txt")
+
+    def launch() -> None:
+        """Start the run, and die when it has come to the moment."""
+        launcher = os.getpid()
+
+        def orphan() -> None:
+            os.kill(launcher, signal.SIGKILL)
+            while os.getppid() == launcher:
+                time.sleep(0.001)
+
+        trainer = run.start(lambda: before_call(owner, name, 1, orphan))
+        code_file.write_text(str(fault_kit.wait(trainer)), encoding="utf-8")
+
+    assert fault_kit.wait(fault_kit.start(launch, run.log), 30) == -signal.SIGKILL
+    end = time.monotonic() + 30
+    while run.step() == 0 and time.monotonic() < end:
+        time.sleep(0.02)
+    assert run.step() == 1
+    run.assert_goes_on(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_accelerates_launcher_alone_is_ended_and_no_orphan_stays(
+    number: int, dit: Path, dataset: Path, tmp_path: Path, root: Path
+) -> None:
+    words = (
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1),
+        *("--num_cpu_threads_per_process", 1, root / "kandinsky5_train_network.py", "--task", "k5-tiny-t2v"),
+        *("--dit", dit, "--dataset_config", dataset, "--output_dir", tmp_path, "--output_name", "lora"),
+        *("--seed", 3, "--max_data_loader_n_workers", 1, *SMALLER, "--max_train_steps", 100_000),
+    )
+    process = subprocess.Popen([str(word) for word in words], start_new_session=True)
+    try:
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            if (tmp_path / "metrics.jsonl").is_file() and len(metrics(tmp_path, "step")) >= 2:
+                break
+            time.sleep(0.1)
+        os.kill(process.pid, number)
+        process.wait(30)
+        end = time.monotonic() + 30
+        while _group_lives(process.pid) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not _group_lives(process.pid)
+        found = find_state(tmp_path, "lora", "auto")
+        assert found is not None
+        assert read_state(found).run.step == metrics(tmp_path, "step")[-1]["step"]
+    finally:
+        if _group_lives(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
