@@ -33,15 +33,15 @@ def recorded() -> Iterator[list[Record]]:
         noise.append(draw(*arguments))
         return noise[-1]
 
-    def logged(trainer: training.Trainer, plan: Any, loss: float, norm: float, *rest: Any) -> None:
-        log_step(trainer, plan, loss, norm, *rest)
+    def logged(trainer: training.Trainer, plan: Any, losses: tuple[float, ...], norm: float, *rest: Any) -> None:
+        log_step(trainer, plan, losses, norm, *rest)
         sigmas, rates = rest[:2]
         records.append({
             "step": trainer.step,
             "items": [key for micro in plan.micro_batches for key in micro.plan.item_keys],
             "noise": hash_of(noise),
             "timesteps": [value.hex() for value in sigmas],
-            "loss": loss.hex(),
+            "loss": [loss.hex() for loss in losses],
             "gradient norm": norm.hex(),
             "learning rates": {name: rate.hex() for name, rate in rates.items()},
             "LoRA": hash_of(list(trainer.network.parameters())),
