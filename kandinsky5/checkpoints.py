@@ -180,6 +180,8 @@ def load_dit(
     """Load a DiT, frozen, with every weight cast, merged and quantised on `device` as it is read.
 
     Args:
+        device: where tensors are cast and quantised; on "meta" only headers are read, and the model that
+            comes out has all dtypes and sizes but no data.
         compute_dtype: of activations and of all weights but the float32 islands, which keep the file's dtype.
         fp8, int8: attention and feed-forward layers of the blocks become `Fp8Linear` or `Int8Linear`.
         fp8_fast, int8_fast: they multiply so too (`check_fp8_matmul` or `check_int8_matmul` first).
@@ -220,7 +222,8 @@ def load_dit(
         linear = layer_class(weight8, scale, plain.bias, compute_dtype=compute_dtype, use_fast=use_fast)
         dit.set_submodule(layer, linear)
     dit.reset_buffers(device)
-    _assert_materialised(dit)
+    if device.type != "meta":
+        _assert_materialised(dit)
     return dit.requires_grad_(False)
 
 
@@ -282,6 +285,9 @@ class _WeightReader:
             )
 
     def _raw(self, key: str) -> Tensor:
+        if self._device.type == "meta":
+            info = self._info.tensors[key]
+            return torch.empty(info.shape, dtype=info.dtype, device=self._device)
         tensor = self._weights.read(self._info.prefix + key).to(self._device)
         if self._finite is not None:
             self._finite.add(key, tensor)

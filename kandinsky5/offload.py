@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,7 +12,8 @@ from torch import nn
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.layers import ModulationLayer
 from kandinsky5.tasks import DitParams
-from modules.block_swap import BlockSwap, CopyEngine, spread
+from modules.block_swap import BlockSwap, CopyEngine, spread, travelling_tensors
+from modules.host_memory import free_memory
 from modules.logs import get_logger
 
 log = get_logger(__name__)
@@ -76,6 +76,43 @@ def modulation_layers(dit: DiffusionTransformer3D) -> list[nn.Module]:
     return [module for module in dit.modules() if isinstance(module, ModulationLayer)]
 
 
+@dataclass(frozen=True, slots=True)
+class StreamedGroup:
+    """Modules whose weights take turns in one ring of device buffers."""
+
+    what: str
+    modules: Sequence[nn.Module]
+    ring_size: int
+    takes_modulation: bool
+
+    def travels(self, name: str) -> bool:
+        """Whether a weight of one of the modules streams with it."""
+        return self.takes_modulation or "modulation" not in name
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that streams."""
+        for module in self.modules:
+            yield from travelling_tensors(module, self.travels)
+
+    def is_page_locked(self, device: torch.device, *, force: bool) -> bool:
+        """Whether the host copies are: for CUDA, where they take under half of the free memory."""
+        size = sum(t.numel() * t.element_size() for module in self.modules for t in module.parameters())
+        return device.type == "cuda" and (force or size < free_memory() / 2)
+
+
+def streamed_groups(
+    dit: DiffusionTransformer3D, count: int, *, wants_modulation: bool, ring_size: int
+) -> list[StreamedGroup]:
+    """What streams when `count` blocks are swapped, and modulation or not."""
+    groups = []
+    if count:
+        groups.append(StreamedGroup("blocks", swapped_blocks(dit, count), ring_size, False))
+    if wants_modulation:
+        layers = modulation_layers(dit)
+        groups.append(StreamedGroup("modulation layers", layers, MODULATION_RING, True))
+    return groups
+
+
 def stream_weights(
     dit: DiffusionTransformer3D,
     count: int,
@@ -98,25 +135,22 @@ def stream_weights(
     """
     modulation = modulation_layers(dit)
     is_away = any(tensor.device != device for layer in modulation for tensor in layer.parameters())
-    streams = [("blocks", swapped_blocks(dit, count), ring_size)] if count else []
-    if is_away or engine is not None:
-        streams.append(("modulation layers", modulation, MODULATION_RING))
-    for what, modules, buffers in streams:
-        size = sum(t.numel() * t.element_size() for module in modules for t in module.parameters())
-        pin = device.type == "cuda" and (force_pin or size < _free_host_memory() / 2)
+    wants_modulation = is_away or engine is not None
+    for group in streamed_groups(dit, count, wants_modulation=wants_modulation, ring_size=ring_size):
+        pin = group.is_page_locked(device, force=force_pin)
         stream = BlockSwap(
-            modules,
+            group.modules,
             device,
-            travels=lambda name, what=what: what != "blocks" or "modulation" not in name,
-            ring_size=buffers,
+            travels=group.travels,
+            ring_size=group.ring_size,
             pin=pin,
             engine=engine,
         )
         dit.weight_streams.append(stream)
         log.info(
             "%d %s stream from %s host memory: %.2f GiB there, %.2f GiB of buffers on the device",
-            len(modules),
-            what,
+            len(group.modules),
+            group.what,
             "page-locked" if pin else "pageable",
             stream.host_bytes / 2**30,
             stream.device_bytes / 2**30,
@@ -147,10 +181,3 @@ def resident_weights_on_host(
     finally:
         for tensor in resident:
             tensor.data = tensor.data.to(device)
-
-
-def _free_host_memory() -> int:
-    """Bytes of free memory where the system tells them (Linux), else none, so that nothing is page-locked."""
-    if sys.platform != "linux":
-        return 0
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -104,6 +104,46 @@ def check_optimizer_settings(config: OptimizerConfig) -> None:
     multiplier(ScheduleSettings(name=config.lr_scheduler, total_steps=1, arguments=config.lr_scheduler_args))
 
 
+def check_output(saving: SavingConfig, *, is_resuming: bool) -> list[Path]:
+    """Results of the same name in the output folder; writes nothing.
+
+    Raises:
+        ConfigError: there are some, and neither `--overwrite` nor `--resume` says what to do with them; or
+            the second folder is the first.
+    """
+    fallback = saving.output_dir_fallback
+    if fallback is not None and fallback.resolve() == saving.output_dir.resolve():
+        raise ConfigError("--output_dir_fallback is --output_dir itself; choose a folder on another disk")
+    existing = OutputNames(saving.output_dir, saving.output_name).existing_results()
+    if existing and not is_resuming and not saving.overwrite:
+        raise ConfigError(
+            f"--output_dir {saving.output_dir} holds {len(existing)} results named {saving.output_name}, "
+            f"first {existing[0].name}. Choose another --output_name, continue with --resume auto, "
+            "or replace them with --overwrite."
+        )
+    return existing
+
+
+def check_output_unwritten(saving: SavingConfig, *, is_resuming: bool) -> None:
+    """What `prepare_output` would refuse, as far as it shows without writing anything.
+
+    Raises:
+        ConfigError: see `check_output`.
+        ResourceError: a folder, or the one it would be made in, is no folder or cannot be written.
+    """
+    check_output(saving, is_resuming=is_resuming)
+    folders = {"--output_dir": saving.output_dir, "--output_dir_fallback": saving.output_dir_fallback}
+    for option, folder in folders.items():
+        if folder is None:
+            continue
+        absolute = folder.absolute()
+        nearest = next(path for path in (absolute, *absolute.parents) if path.exists())
+        if not nearest.is_dir():
+            raise ResourceError(f"{option} {folder}: {nearest} is a file; name a folder")
+        if not os.access(nearest, os.W_OK):
+            raise ResourceError(f"{option} {folder}: cannot be written")
+
+
 def prepare_output(saving: SavingConfig, *, is_resuming: bool) -> None:
     """Make the output folder, prove that it can be written, and deal with results of the same name.
 
@@ -112,19 +152,10 @@ def prepare_output(saving: SavingConfig, *, is_resuming: bool) -> None:
         ResourceError: the folder cannot be made or written.
     """
     names = OutputNames(saving.output_dir, saving.output_name)
-    existing = names.existing_results()
-    fallback = saving.output_dir_fallback
-    if fallback is not None and fallback.resolve() == saving.output_dir.resolve():
-        raise ConfigError("--output_dir_fallback is --output_dir itself; choose a folder on another disk")
-    if existing and not is_resuming and not saving.overwrite:
-        raise ConfigError(
-            f"--output_dir {saving.output_dir} holds {len(existing)} results named {saving.output_name}, "
-            f"first {existing[0].name}. Choose another --output_name, continue with --resume auto, "
-            "or replace them with --overwrite."
-        )
+    existing = check_output(saving, is_resuming=is_resuming)
     _prove_writable("--output_dir", saving.output_dir)
-    if fallback is not None:
-        _prove_writable("--output_dir_fallback", fallback)
+    if saving.output_dir_fallback is not None:
+        _prove_writable("--output_dir_fallback", saving.output_dir_fallback)
     if existing and not is_resuming:
         log.info(
             "--overwrite: removing %d results of earlier runs named %s", len(existing), saving.output_name

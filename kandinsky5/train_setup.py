@@ -197,7 +197,7 @@ def _cached(config: TrainConfig, datasets: DatasetConfig, seed: int, **options: 
 
 
 def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer3D:
-    """The frozen model with `--base_weights` merged in.
+    """The frozen model with `--base_weights` merged in; on the meta device all of it without data.
 
     Raises:
         ModelFileError: see `load_dit`.
@@ -227,11 +227,13 @@ def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
         loras=loras,
         use_mmap=not model.disable_numpy_memmap,
         check_finite=not model.no_weight_check,
-        placement=host_placement(
+        placement=None
+        if device.type == "meta"
+        else host_placement(
             params,
             device,
             blocks_to_swap=model.blocks_to_swap,
-            modulation_on_host=model.has_one_byte_weights or model.blocks_to_swap > 0,
+            modulation_on_host=model.modulation_on_host,
         ),
     )
     dit.requires_grad_(False)
@@ -259,30 +261,36 @@ def finish_model(model: ModelConfig, dit: DiffusionTransformer3D, device: torch.
 
 
 def build_network(
-    config: NetworkConfig, dit: DiffusionTransformer3D, seed: int, *, allow_partial: bool
+    config: NetworkConfig,
+    dit: DiffusionTransformer3D,
+    seed: int,
+    *,
+    allow_partial: bool,
+    device: torch.device | str = "cpu",
 ) -> LoRANetwork:
-    """Put the LoRA into the model, new or from `--network_weights`."""
+    """Put the LoRA into the model, new or from `--network_weights`; without data on the meta device."""
     weights = config.network_weights
     lora = (
         None if weights is None else read_lora(weights, linear_layer_sizes(dit), allow_partial=allow_partial)
     )
-    if config.dim_from_weights and lora is not None:
-        return create_network_from_weights(
+    with torch.device(device):
+        if config.dim_from_weights and lora is not None:
+            return create_network_from_weights(
+                dit,
+                lora,
+                network_dropout=config.network_dropout,
+                network_args=config.network_args,
+                seed=seed,
+            )
+        network = create_network(
             dit,
-            lora,
+            network_dim=config.network_dim,
+            network_alpha=config.network_alpha,
             network_dropout=config.network_dropout,
             network_args=config.network_args,
             seed=seed,
+            network_module=config.network_module,
         )
-    network = create_network(
-        dit,
-        network_dim=config.network_dim,
-        network_alpha=config.network_alpha,
-        network_dropout=config.network_dropout,
-        network_args=config.network_args,
-        seed=seed,
-        network_module=config.network_module,
-    )
     if lora is not None:
         load_weights(network, lora)
     return network

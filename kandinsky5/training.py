@@ -21,12 +21,15 @@ from tqdm import tqdm
 
 from dataset.cached_dataset import CachedBatch, CachedDataset
 from dataset.config import DatasetConfig
-from kandinsky5 import prior, train_checks, train_setup
+from kandinsky5 import prior, train_checks, train_memory, train_setup
 from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.train import TrainConfig
 from kandinsky5.devices import check_fast_products
 from kandinsky5.hub import HubUploads, fetch_state
 from kandinsky5.lora_metadata import RunFacts
+from kandinsky5.memory_advice import out_of_memory_message
+from kandinsky5.memory_plan import largest_batch
+from kandinsky5.memory_probe import probe
 from kandinsky5.metrics import Metrics
 from kandinsky5.objective import Objective
 from kandinsky5.prediction_change import PredictionProbe
@@ -98,13 +101,16 @@ def _prepare(config: TrainConfig) -> Trainer | None:
     requests = read_requests(config)
     accelerator = train_setup.build_accelerator(config)
     check_fast_products(config.model, accelerator.device)
-    if accelerator.is_main_process:
-        train_checks.prepare_output(saving, is_resuming=config.run.resume is not None)
+    is_resuming, is_dry = config.run.resume is not None, config.run.dry_run
+    if is_dry:
+        train_checks.check_output_unwritten(saving, is_resuming=is_resuming)
+    elif accelerator.is_main_process:
+        train_checks.prepare_output(saving, is_resuming=is_resuming)
         remove_strays(saving.output_dir)
         remove_stray_states(saving.output_dir)
         for note in config.notes:
             log.info("%s", note)
-    wants_uploads = config.hub.huggingface_repo_id is not None and accelerator.is_main_process
+    wants_uploads = config.hub.huggingface_repo_id is not None and accelerator.is_main_process and not is_dry
     uploads = HubUploads(config.hub) if wants_uploads else None
     accelerator.wait_for_everyone()
     seed = train_setup.shared_seed(config.run, saved.run.seed if saved else None)
@@ -119,9 +125,15 @@ def _prepare(config: TrainConfig) -> Trainer | None:
         if is_finished(saving, saved, length.total_steps):
             log.info("%s: all %d steps are done, nothing to do", saved.folder.name, length.total_steps)
             return None
+    config = train_memory.fit_budget(config, data, accelerator)
     if accelerator.is_main_process:
         train_checks.log_datasets(datasets, data)
         log.info("%s", train_checks.describe_model(config.model))
+    if is_dry:
+        if accelerator.is_main_process:
+            print(train_memory.dry_run_report(config, data, accelerator))
+        return None
+    if accelerator.is_main_process:
         if config.tracking.log_config:
             log.info("options: %s", shareable_options(config))
         resolved = {"seed": seed, **train_setup.resolved_precision(config.model, accelerator.device)}
@@ -187,6 +199,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = config.model.cuda_cudnn_benchmark
 
         dtype = train_setup.compute_dtype(config.model, self.device)
+        self.planner = train_memory.planner_for(config, accelerator)
         self.dit = train_setup.load_model(config.model, self.device, dtype)
         self.network: LoRANetwork = train_setup.build_network(
             config.network, self.dit, seed, allow_partial=config.model.lora_allow_partial
@@ -310,6 +323,10 @@ class Trainer:
             smoothing=0.05,
         )
         try:
+            if self._wants_probe():
+                with self.accelerator.no_sync(self.runner):
+                    bare = self._objective(self.network)
+                    log.info("%s", probe(self.planner, bare, self.network, self.data, self.step))
             if self.samples.is_due(self.step, None) and self.step == 0:
                 self._sample(None, metrics, stop)
             for plan in plans.steps(self.step):
@@ -321,7 +338,10 @@ class Trainer:
                     return
             self._finish(metrics)
         except torch.OutOfMemoryError as error:
-            raise ResourceError(_out_of_memory_advice(self.step, error)) from error
+            step_plans = [micro.plan for micro in plans.step(self.step).micro_batches]
+            batch = largest_batch(self.data, step_plans, self.planner.text_tokens)
+            where = f"step {self.step + 1}"
+            raise ResourceError(out_of_memory_message(self.planner, batch, where, error)) from error
         except RuntimeError as error:
             problem = reader_problem(error)
             if problem is None:
@@ -331,6 +351,9 @@ class Trainer:
             bar.close()
             if metrics is not None:
                 metrics.close()
+
+    def _wants_probe(self) -> bool:
+        return self.device.type == "cuda" and not self.config.run.no_probe
 
     def _train_step(
         self,
@@ -563,12 +586,3 @@ class Trainer:
 
 def _items(plan: StepPlan) -> list[str]:
     return [key for micro in plan.micro_batches if not micro.is_filler for key in micro.plan.item_keys]
-
-
-def _out_of_memory_advice(step: int, error: torch.OutOfMemoryError) -> str:
-    return (
-        f"out of device memory in step {step + 1}: {str(error).splitlines()[0]}\n"
-        "What helps most, in this order: --gradient_checkpointing, --fp8_base, a smaller resolution, "
-        "fewer frames or a smaller batch_size in the dataset file.\n"
-        "States saved before stay; go on with --resume auto."
-    )

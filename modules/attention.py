@@ -109,10 +109,13 @@ def attention(
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    mixed = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
-    )
-    return mixed.transpose(1, 2)
+    heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if query.is_meta:
+        # Without data torch would choose the form that holds all scores; devices run a fused kernel.
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, attn_mask=mask)[
+            0
+        ].transpose(1, 2)
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
 
 
 @cache

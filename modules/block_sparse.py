@@ -52,9 +52,18 @@ def block_sparse_attention(
     Returns:
         [B, N, heads, d].
     """
+    if query.is_meta:
+        return _without_data(query, key, value, block_mask)
     if block_sparse_path(query.device) == "flex":
         return flex_block_attention(query, key, value, block_mask, block_size)
     return gathered_block_attention(query, key, value, block_mask, block_size)
+
+
+def _without_data(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor) -> Tensor:
+    """What the compiled path holds, to count memory: its index lists, and the tensors of a fused kernel."""
+    _kept_first(block_mask).clone()
+    heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads)[0].transpose(1, 2)
 
 
 # Compiled flex_attention
@@ -68,8 +77,7 @@ def flex_block_attention(
     Un-compiled flex_attention ignores the index lists and computes dense attention, so it is never called.
     """
     counts = block_mask.sum(dim=-1, dtype=torch.int32)
-    # Kept columns first; their order does not matter.
-    columns = block_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    columns = _kept_first(block_mask)
     # Two index tensors: with one shared between both kinds of block the compiled CPU kernel does not build.
     mask = BlockMask.from_kv_blocks(
         torch.zeros_like(counts),
@@ -88,6 +96,11 @@ def flex_block_attention(
         kernel_options=_kernel_options(query.device, block_size),
     )
     return mixed.transpose(1, 2)
+
+
+def _kept_first(block_mask: Tensor) -> Tensor:
+    """[..., nb] bool -> the columns of every row, int32, kept ones first; their order does not matter."""
+    return block_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
 
 @cache

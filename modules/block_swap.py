@@ -105,7 +105,7 @@ class _PackedBlock:
         size = 0
         for tensor in tensors:
             self._parts.append(_Part(tensor, size, tensor.dtype, tensor.shape))
-            size += -(-tensor.numel() * tensor.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+            size += _aligned_size(tensor)
         self.host = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
         for part in self._parts:
             part.view_in(self.host).copy_(part.tensor.data)
@@ -171,10 +171,7 @@ class BlockSwap:
         if ring_size < 1:
             raise ValueError("a ring needs at least one buffer")
         self._device = device
-        self._packed = [
-            _PackedBlock((t for name, t in _frozen_tensors(block) if travels(name)), pin=pin)
-            for block in blocks
-        ]
+        self._packed = [_PackedBlock(travelling_tensors(block, travels), pin=pin) for block in blocks]
         largest = max(packed.host.numel() for packed in self._packed)
         self._engine = engine or copy_engine(device, pinned=pin, size=largest)
         self._slots = [
@@ -249,11 +246,23 @@ class BlockSwap:
         )
 
 
-def _frozen_tensors(block: nn.Module) -> Iterable[tuple[str, Tensor]]:
+def packed_sizes(blocks: Iterable[nn.Module], travels: Callable[[str], bool]) -> list[int]:
+    """Bytes of each block in host memory, before anything is packed; a ring's buffers take the largest."""
+    return [sum(_aligned_size(tensor) for tensor in travelling_tensors(block, travels)) for block in blocks]
+
+
+def _aligned_size(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+def travelling_tensors(block: nn.Module, travels: Callable[[str], bool]) -> Iterator[Tensor]:
+    """The frozen parameters and the buffers of a block that stream."""
     for name, parameter in block.named_parameters():
-        if not parameter.requires_grad:
-            yield name, parameter
-    yield from block.named_buffers()
+        if not parameter.requires_grad and travels(name):
+            yield parameter
+    for name, buffer in block.named_buffers():
+        if travels(name):
+            yield buffer
 
 
 def spread(count: int, total: int) -> list[int]:

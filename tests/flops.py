@@ -20,10 +20,15 @@ def _backward(
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
+def _in_place_sum(total: Shape, a: Shape, b: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
 def count_flops() -> FlopCounterMode:
-    """A context that counts; torch's own table lacks the CPU's fused attention."""
+    """A context that counts; torch's own table lacks the CPU's fused attention and in-place sums."""
     aten = torch.ops.aten
     mapping = {
+        aten.addmm_: _in_place_sum,
         aten._scaled_dot_product_flash_attention_for_cpu: _forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
     }

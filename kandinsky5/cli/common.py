@@ -10,6 +10,7 @@ from modules.command_line import Parser, user_errors
 
 __all__ = [
     "DTYPE_CHOICES",
+    "VRAM_BUDGET_RANGE",
     "Parser",
     "existing_file",
     "float_between",
@@ -18,6 +19,8 @@ __all__ = [
     "user_errors",
 ]
 
+VRAM_BUDGET_RANGE = (1.0, 1024.0)
+"""GiB that a budget may have."""
 DTYPE_CHOICES = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
 
 

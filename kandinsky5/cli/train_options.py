@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kandinsky5.cli.common import DTYPE_CHOICES, Parser, float_between, non_negative_int, positive_int
+from kandinsky5.cli.common import (
+    DTYPE_CHOICES,
+    VRAM_BUDGET_RANGE,
+    Parser,
+    float_between,
+    non_negative_int,
+    positive_int,
+)
 from kandinsky5.cli.compile_options import add_accelerate_compile_options, add_compile_options
 from kandinsky5.cli.weight_options import add_dit_weight_options, add_qwen_weight_options
 from kandinsky5.configs.train import TIMESTEP_SAMPLINGS, WEIGHTING_SCHEMES
@@ -240,6 +247,16 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--ddp_static_graph", action="store_true", help="several processes: every step uses all of the LoRA"
     )
     group.add_argument("--guidance_scale", type=float, default=1.0, help="accepted, goes to the metadata")
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check everything, print what memory and work each bucket needs, end",
+    )
+    group.add_argument(
+        "--no_probe",
+        action="store_true",
+        help="on a GPU: do not try the largest batch before the first step",
+    )
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
@@ -270,6 +287,12 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=2,
         help="device buffers for swapped blocks (default: 2)",
+    )
+    group.add_argument(
+        "--vram_budget",
+        type=float_between(*VRAM_BUDGET_RANGE),
+        metavar="GB",
+        help="add the cheapest of these options that make the largest batch fit into so much device memory",
     )
     group.add_argument("--img_in_txt_in_offloading", action="store_true", help="accepted, no effect")
     group.add_argument(

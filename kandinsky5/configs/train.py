@@ -109,6 +109,16 @@ class ModelConfig:
         """Whether the blocks' attention and feed-forward weights are held in float8 or int8."""
         return self.fp8_base or self.int8_base
 
+    @property
+    def storage_form(self) -> tuple[bool, ...]:
+        """What decides how the frozen weights are stored and multiplied, whatever their place."""
+        return (self.fp8_base, self.fp8_fast, self.int8_base, self.int8_fast)
+
+    @property
+    def modulation_on_host(self) -> bool:
+        """Whether the modulation weights, an eighth of the model that is read once per step, stay there."""
+        return self.has_one_byte_weights or self.blocks_to_swap > 0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConditioningConfig:
@@ -218,6 +228,11 @@ class RunConfig:
     on_nan: Literal["stop", "skip"] = "stop"
     resume: str | None = None
     """A state directory, or "auto"."""
+    dry_run: bool = False
+    """Check and plan, then end."""
+    no_probe: bool = False
+    vram_budget: float | None = None
+    """GiB of device memory that the largest batch may need."""
     ddp_timeout: float | None = None
     """Minutes."""
     ddp_gradient_as_bucket_view: bool = False

@@ -1,0 +1,74 @@
+"""What to say when device memory runs out: the sizes of the step, and the options that would help most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from kandinsky5.configs.train import ModelConfig
+from kandinsky5.memory_budget import GIB
+from kandinsky5.memory_plan import TrainingPlanner
+from kandinsky5.memory_rehearsal import Batch
+from kandinsky5.offload import max_blocks_to_swap
+
+_SHOWN = 3
+
+
+def out_of_memory_message(
+    planner: TrainingPlanner, batch: Batch, where: str, error: torch.OutOfMemoryError
+) -> str:
+    """The message of a training that ran out of device memory.
+
+    Args:
+        batch: the largest that was being computed.
+        where: "step 12", or what else ran.
+    """
+    plan = planner.plan(planner.config.model, batch)
+    lines = [
+        f"out of device memory in {where}: {str(error).splitlines()[0]}",
+        f"The batch: {batch.clips} clip(s) of {batch.pixel_frames} frames, {batch.latent_width * 8} x "
+        f"{batch.latent_height * 8} pixels, {plan.video_tokens} video tokens each; planned peak "
+        f"{plan.peak / GIB:.1f} GiB.",
+    ]
+    helpers = helping_options(planner, batch)
+    if helpers:
+        lines.append("What helps most:")
+        lines += [f"  {words}: {saved / GIB:.1f} GiB less" for words, saved in helpers]
+    lines.append("Fewer frames or a smaller resolution in the dataset file help in any case.")
+    lines.append("States saved before stay; go on with --resume auto.")
+    return "\n".join(lines)
+
+
+def helping_options(planner: TrainingPlanner, batch: Batch) -> list[tuple[str, int]]:
+    """Options that are not in use and what each takes off the peak of a step, in bytes; the largest three."""
+    given = planner.config.model
+    peak = planner.plan(given, batch).peak
+    found = [(words, peak - planner.plan(model, batch).peak) for words, model in _unused_options(given)]
+    if batch.clips > 1:
+        alone = planner.plan(given, replace(batch, clips=1))
+        found.append(("batch_size = 1 in the dataset file", peak - alone.peak))
+    helping = sorted((pair for pair in found if pair[1] > 0), key=lambda pair: -pair[1])
+    return helping[:_SHOWN]
+
+
+def _unused_options(given: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
+    """(words of the command line, the model's settings with them)."""
+    needed = "" if given.gradient_checkpointing else "--gradient_checkpointing "
+    checkpointed = replace(given, gradient_checkpointing=True)
+    if needed:
+        yield needed.strip(), checkpointed
+    if not given.has_one_byte_weights:
+        yield "--fp8_base", replace(given, fp8_base=True)
+    if not given.gradient_checkpointing_cpu_offload:
+        words = f"{needed}--gradient_checkpointing_cpu_offload"
+        yield words, replace(checkpointed, gradient_checkpointing_cpu_offload=True)
+    most = max_blocks_to_swap(given.dit_params)
+    if given.blocks_to_swap < most:
+        yield f"{needed}--blocks_to_swap {most}", replace(checkpointed, blocks_to_swap=most)
+    if given.gradient_checkpointing_keep_attention:
+        words = "leaving out --gradient_checkpointing_keep_attention"
+        yield words, replace(given, gradient_checkpointing_keep_attention=0)
+    if given.blocks_to_swap and given.block_swap_ring_size > 1:
+        yield "--block_swap_ring_size 1", replace(given, block_swap_ring_size=1)

@@ -1,0 +1,217 @@
+"""Runs the real model on tensors without data and counts what it would hold: activations and their peak.
+
+Nothing here knows what a block computes. A model of two and of three visual blocks is run by the code that
+trains and samples, and the number for the whole depth follows, because all blocks are alike: what one more
+block adds is the difference of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kandinsky5.conditioning import FrameConditioning, TextBatch, VelocityModel, condition_frames
+from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.flow_matching import flow_matching_loss
+from kandinsky5.tasks import Task
+from modules.activation_offload import ActivationOffload
+from modules.live_bytes import LiveBytes
+from networks.lora import LoRANetwork
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """The size of one forward pass."""
+
+    clips: int
+    latent_frames: int
+    latent_height: int
+    latent_width: int
+    text_tokens: int
+    """Of the longest caption."""
+
+    @property
+    def pixel_frames(self) -> int:
+        return 4 * self.latent_frames - 3
+
+    @property
+    def size(self) -> str:
+        """Width x height x frames in pixels, as the training log names buckets."""
+        return f"{self.latent_width * 8}x{self.latent_height * 8}x{self.pixel_frames}"
+
+    def video_tokens(self, patch_size: tuple[int, int, int]) -> int:
+        """Tokens of one clip."""
+        frames, height, width = patch_size
+        return (self.latent_frames // frames) * (self.latent_height // height) * (self.latent_width // width)
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What a pass makes beside weights, gradients of the LoRA and optimizer."""
+
+    device: int
+    """Bytes at the peak."""
+    host: int = 0
+    """Bytes of block inputs that wait in page-locked host memory."""
+
+
+class AnswerYes(TorchDispatchMode):
+    """Within it tensors without data are equal: a question that only quantised scales ask while loading."""
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.ops.aten.equal.default and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+class HostLedger:
+    """A `TensorMover` that moves nothing and adds up what would lie in host memory."""
+
+    def __init__(self, rounded: Callable[[int], int] = int) -> None:
+        self._rounded = rounded
+        self.bytes = 0
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        self.bytes += self._rounded(tensor.numel() * tensor.element_size())
+        return torch.empty(1, dtype=tensor.dtype, device=META).expand(tensor.shape)
+
+    def to_device(self, host: Tensor, device: torch.device) -> Tensor:
+        return torch.empty(host.shape, dtype=host.dtype, device=device)
+
+    def wait(self, tensor: Tensor) -> None:
+        pass
+
+
+def step_activations(
+    dit: DiffusionTransformer3D,
+    network: LoRANetwork,
+    task: Task,
+    batch: Batch,
+    *,
+    velocity: Callable[[DiffusionTransformer3D], VelocityModel],
+    offload_min_bytes: int | None = None,
+    host_rounding: Callable[[int], int] = int,
+) -> Activations:
+    """Activations of one training step, forward and backward.
+
+    Args:
+        dit: whole, on the meta device, with its checkpointing settings.
+        network: the LoRA in it, on the meta device too.
+        velocity: puts the model together as training does.
+        offload_min_bytes: block inputs of at least this size go to host memory; None keeps them all.
+        host_rounding: bytes of a tensor -> bytes that the host's allocator takes for it.
+    """
+    depth = dit.dit_params.num_visual_blocks
+    kept = dit.kept_attention_blocks
+
+    def run(blocks: int, kept_blocks: int) -> Activations:
+        ledger = HostLedger(host_rounding)
+        with _shortened(dit, blocks, kept_blocks):
+            if offload_min_bytes is not None:
+                dit.activation_offload = ActivationOffload(ledger, min_bytes=offload_min_bytes)
+            peak = peak_of_step(velocity(dit), network, task, batch)
+        return Activations(peak, ledger.bytes)
+
+    if depth <= 3:
+        return run(depth, kept)
+    if kept == depth:
+        two, three = run(2, 2), run(3, 3)
+        return _extended(two, three, depth - 2)
+    two, three = run(2, 0), run(3, 0)
+    plain = _extended(two, three, depth - 2)
+    if not kept:
+        return plain
+    one_kept = run(3, 1)
+    return Activations(plain.device + kept * (one_kept.device - three.device), plain.host)
+
+
+def sampling_activations(
+    dit: DiffusionTransformer3D,
+    task: Task,
+    batch: Batch,
+    *,
+    velocity: Callable[[DiffusionTransformer3D], VelocityModel],
+) -> Activations:
+    """Activations of one forward pass without gradients; they do not grow with the depth."""
+    blocks = min(2, dit.dit_params.num_visual_blocks)
+    with _shortened(dit, blocks, 0), torch.no_grad(), LiveBytes() as counted:
+        latents, sigma, text, frames = make_inputs(dit, task, batch)
+        velocity(dit)(latents, sigma, text, frames)
+    return Activations(counted.peak)
+
+
+def _extended(two: Activations, three: Activations, steps: int) -> Activations:
+    return Activations(
+        two.device + steps * (three.device - two.device), two.host + steps * (three.host - two.host)
+    )
+
+
+@contextmanager
+def _shortened(dit: DiffusionTransformer3D, blocks: int, kept: int) -> Iterator[None]:
+    """Within the block the model has only its first visual blocks."""
+    whole, before = dit.visual_transformer_blocks, (dit.kept_attention_blocks, dit.activation_offload)
+    dit.visual_transformer_blocks = nn.ModuleList(list(whole)[:blocks])
+    dit.kept_attention_blocks, dit.activation_offload = kept, None
+    try:
+        yield
+    finally:
+        dit.visual_transformer_blocks = whole
+        dit.kept_attention_blocks, dit.activation_offload = before
+
+
+def peak_of_step(model: VelocityModel, network: LoRANetwork, task: Task, batch: Batch) -> int:
+    """Bytes at the peak of forward and backward; gradients that stay with the LoRA are not among them."""
+    with LiveBytes() as counted:
+        handles = [
+            parameter.register_post_accumulate_grad_hook(lambda p: counted.forget(p.grad))
+            for parameter in network.parameters()
+        ]
+        latents, sigma, text, frames = make_inputs(model.dit, task, batch)
+        losses = flow_matching_loss(
+            lambda noisy, levels: model(noisy, levels, text, frames),
+            latents,
+            torch.empty_like(latents),
+            sigma,
+            None if frames is None else frames.predicted_frames(),
+        )
+        losses.sum().backward()
+    for handle in handles:
+        handle.remove()
+    for parameter in network.parameters():
+        parameter.grad = None
+    return counted.peak
+
+
+def make_inputs(
+    dit: DiffusionTransformer3D, task: Task, batch: Batch
+) -> tuple[Tensor, Tensor, TextBatch, FrameConditioning | None]:
+    """Latents, noise levels, captions and given frames of a batch, without data on the model's device."""
+    device = next(dit.parameters()).device
+    params = dit.dit_params
+    shape = (batch.clips, params.in_visual_dim, batch.latent_frames, batch.latent_height, batch.latent_width)
+    latents = torch.empty(shape, device=device)
+    tokens = (batch.clips, batch.text_tokens)
+    text = TextBatch(
+        torch.empty(*tokens, params.in_text_dim, dtype=dit.compute_dtype, device=device),
+        torch.empty(batch.clips, params.in_text_dim2, dtype=dit.compute_dtype, device=device),
+        torch.empty(tokens, dtype=torch.bool, device=device) if batch.clips > 1 else None,
+    )
+    frames = None
+    if task.is_i2v and batch.latent_frames > 1:
+        images = torch.empty(*shape[:2], 2, *shape[3:], device=device)
+        frames = condition_frames(images, batch.latent_frames)
+    return latents, torch.empty(batch.clips, device=device), text, frames

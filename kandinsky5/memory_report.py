@@ -1,0 +1,116 @@
+"""Plans in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kandinsky5.configs.train import ModelConfig
+from kandinsky5.memory_budget import CONTEXT_BYTES, FRAGMENTATION, GIB, Choice, with_reserve
+from kandinsky5.memory_plan import MemoryPlan
+from kandinsky5.roofline import NABLA_DENSITY, Card, floor_seconds
+from modules.dtypes import dtype_name
+from modules.host_memory import total_memory
+from modules.logs import format_table
+
+NOT_COUNTED = (
+    f"Not in the numbers: the CUDA context and library workspaces (taken as {CONTEXT_BYTES / GIB:g} GiB) and "
+    f"fragmentation (taken as {FRAGMENTATION:.0%})."
+)
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB with two decimals."""
+    return f"{size / GIB:.2f}"
+
+
+def training_report(
+    plans: Sequence[MemoryPlan],
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    card: Card | None,
+) -> str:
+    """The plan of every bucket, the largest one's parts, and what is assumed."""
+    largest = max(plans, key=lambda plan: plan.peak)
+    rows = [
+        (
+            plan.batch.size,
+            plan.batch.clips,
+            plan.video_tokens,
+            gib(plan.held.device["activations"]),
+            gib(plan.peak),
+            gib(plan.held.host_bytes),
+            f"{plan.work.total / 1e15:.3f}",
+            _seconds(plan, card, model),
+        )
+        for plan in plans
+    ]
+    headers = ("bucket", "clips", "tokens", "activations", "device", "host", "PFLOP", "floor s/batch")
+    return "\n".join([
+        f"Plan for {device.type}, {dtype_name(dtype)}; memory in GiB, work per batch, captions at their "
+        f"longest ({largest.batch.text_tokens} tokens)",
+        format_table(headers, rows),
+        "",
+        f"Largest: {largest.batch.clips} x {largest.batch.size}",
+        parts_table(largest),
+        f"predicted peak: {gib(largest.peak)} GiB on the device, {gib(with_reserve(largest.peak))} GiB with "
+        "reserve",
+        *_remarks(largest, model, device, card),
+    ])
+
+
+def parts_table(plan: MemoryPlan) -> str:
+    """Every part of a plan with the memory it is in."""
+    kinds = (
+        ("device", plan.held.device),
+        ("host, pageable", plan.held.pageable),
+        ("host, page-locked", plan.held.page_locked),
+    )
+    rows = [(where, part, gib(size)) for where, parts in kinds for part, size in parts.items() if size > 0]
+    return format_table(("memory", "part", "GiB"), rows)
+
+
+def budget_report(choice: Choice, budget: int) -> str:
+    """What `--vram_budget` chose and why, for the log."""
+    added = " ".join(choice.added) or "nothing to add"
+    return (
+        f"--vram_budget {budget / GIB:g}: {added} (largest batch {choice.plan.batch.clips} x "
+        f"{choice.plan.batch.size}: {gib(choice.plan.peak)} GiB planned, "
+        f"{gib(with_reserve(choice.plan.peak))} with reserve; {gib(choice.plan.held.host_bytes)} GiB of host "
+        "memory)"
+    )
+
+
+def _seconds(plan: MemoryPlan, card: Card | None, model: ModelConfig) -> str:
+    if card is None or model.int8_fast:
+        return "unknown"
+    return f"{floor_seconds(plan.work, card, fp8_products=model.fp8_fast):.3f}"
+
+
+def _remarks(plan: MemoryPlan, model: ModelConfig, device: torch.device, card: Card | None) -> list[str]:
+    remarks = [NOT_COUNTED]
+    if model.nabla is not None:
+        remarks.append(
+            f"NABLA is taken to keep {NABLA_DENSITY:.0%} of all block pairs; a run's log tells the share."
+        )
+    if card is None:
+        remarks.append("No floor in seconds: the speed of this device is not known to the program.")
+    elif model.int8_fast:
+        remarks.append("No floor in seconds: the card's speed in int8 is not known to the program.")
+    else:
+        remarks.append(
+            f"Floor: matrix products and attention alone, at {card.bf16 / 1e12:g} TFLOP/s ({card.source})."
+        )
+    if device.type != "cuda":
+        remarks.append(
+            "On this device nothing is page-locked, and device and host memory are one; --vram_budget plans "
+            "for a card."
+        )
+    total = total_memory()
+    if total and plan.held.host_bytes > total:
+        remarks.append(
+            f"Host memory: {gib(plan.held.host_bytes)} GiB are needed, this machine has {gib(total)} GiB."
+        )
+    return remarks

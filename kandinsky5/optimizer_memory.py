@@ -1,0 +1,93 @@
+"""What an optimizer keeps for every parameter, found out by a step on one parameter of every shape."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky5.configs.train import OptimizerConfig
+from modules.live_bytes import LiveBytes
+from modules.optimizers import build_optimizer, moments_on_device, optimizer_class, set_averaging
+
+_BLOCK = 256
+_SMALLEST_QUANTISED = 4096
+"""bitsandbytes keeps states in 8 bits, blocks of 256 with a float32 scale each; small ones in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerMemory:
+    """Bytes of an optimizer."""
+
+    on_device: int
+    on_host: int
+    """Of paged optimizers: memory that moves between host and device by itself."""
+    scratch: int
+    """Made and freed again within each step, on the device."""
+
+
+def optimizer_memory(
+    config: OptimizerConfig, groups: Sequence[Mapping[str, Any]], device: torch.device
+) -> OptimizerMemory:
+    """State and scratch space for parameter groups without data.
+
+    One parameter of every distinct shape is made on the CPU and stepped once; the others are like it.
+    Optimizers of bitsandbytes need their own device: they are taken to hold one byte per number and state,
+    two states (Lion: one), as their documentation says.
+
+    Args:
+        device: on CUDA torch's optimizers work on all parameters at once, which takes scratch space.
+    """
+    shapes = Counter(tuple(parameter.shape) for group in groups for parameter in group["params"])
+    found = optimizer_class(config.optimizer_type)
+    if found.__module__.startswith("bitsandbytes"):
+        return _bitsandbytes_memory(found.__name__, shapes)
+    arguments = dict(config.optimizer_args)
+    is_foreach = device.type == "cuda" and "foreach" in inspect.signature(found.__init__).parameters
+    if is_foreach:
+        arguments.setdefault("foreach", True)
+    kept, made = Counter[str](), Counter[str]()
+    for shape, count in shapes.items():
+        state, scratch = _step_once(config, arguments, shape)
+        kept["all"] += state * count
+        made["all"] += scratch * count
+        made["one"] = max(made["one"], scratch)
+    return OptimizerMemory(kept["all"], 0, made["all" if is_foreach else "one"])
+
+
+def _step_once(
+    config: OptimizerConfig, arguments: Mapping[str, Any], shape: tuple[int, ...]
+) -> tuple[int, int]:
+    """(bytes of state, peak of what a step with states makes) for one parameter."""
+    parameter = nn.Parameter(torch.zeros(shape))
+    optimizer = build_optimizer(
+        config.optimizer_type, [{"params": [parameter]}], config.learning_rate, arguments
+    )
+    set_averaging(optimizer, training=True)
+    parameter.grad = torch.zeros(shape)
+    optimizer.step()  # makes the state
+    with LiveBytes() as counted:
+        optimizer.step()
+    # Step counters lie on the host.
+    state = sum(_size(tensor) for tensor in moments_on_device(optimizer) if tensor.ndim > 0)
+    return state, counted.peak
+
+
+def _bitsandbytes_memory(name: str, shapes: Counter[tuple[int, ...]]) -> OptimizerMemory:
+    states = 1 if "Lion" in name else 2
+    total = 0
+    for shape, count in shapes.items():
+        elements = torch.Size(shape).numel()
+        is_narrow = "8bit" in name and elements >= _SMALLEST_QUANTISED
+        one = elements + 4 * -(-elements // _BLOCK) if is_narrow else 4 * elements
+        total += count * states * one
+    return OptimizerMemory(0, total, 0) if name.startswith("Paged") else OptimizerMemory(total, 0, 0)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

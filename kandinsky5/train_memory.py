@@ -1,0 +1,53 @@
+"""The memory plan in a training run: `--vram_budget` and `--dry_run`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+
+from dataset.cached_dataset import CachedDataset
+from kandinsky5 import train_setup
+from kandinsky5.configs.train import TrainConfig
+from kandinsky5.memory_budget import GIB, choose
+from kandinsky5.memory_plan import TrainingPlanner, batches_of
+from kandinsky5.memory_report import budget_report, training_report
+from kandinsky5.roofline import card_of
+from modules.logs import get_logger
+
+log = get_logger(__name__)
+
+_CHOSEN = ("fp8_base", "gradient_checkpointing", "gradient_checkpointing_cpu_offload", "blocks_to_swap")
+
+
+def planner_for(config: TrainConfig, accelerator: Accelerator) -> TrainingPlanner:
+    """The planner of a run: for its device, or with `--vram_budget` for a CUDA card, wherever it is asked."""
+    device = accelerator.device if config.run.vram_budget is None else torch.device("cuda")
+    dtype = train_setup.compute_dtype(config.model, accelerator.device)
+    return TrainingPlanner(config, device, dtype, num_processes=accelerator.num_processes)
+
+
+def fit_budget(config: TrainConfig, data: CachedDataset, accelerator: Accelerator) -> TrainConfig:
+    """The config with what `--vram_budget` adds for the largest batch; unchanged without that option.
+
+    Raises:
+        ConfigError: nothing fits.
+    """
+    if config.run.vram_budget is None:
+        return config
+    budget = int(config.run.vram_budget * GIB)
+    planner = planner_for(config, accelerator)
+    choice = choose(planner, batches_of(data, planner.text_tokens)[0], budget)
+    if accelerator.is_main_process:
+        log.info("%s", budget_report(choice, budget))
+    chosen = {name: getattr(choice.model, name) for name in _CHOSEN}
+    return replace(config, model=choice.model, options={**config.options, **chosen})
+
+
+def dry_run_report(config: TrainConfig, data: CachedDataset, accelerator: Accelerator) -> str:
+    """What `--dry_run` prints: the plan of every kind of batch."""
+    planner = planner_for(config, accelerator)
+    plans = [planner.plan(config.model, batch) for batch in batches_of(data, planner.text_tokens)]
+    card = card_of(accelerator.device)
+    return training_report(plans, config.model, planner.device, planner.dtype, card)

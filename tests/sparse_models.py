@@ -1,0 +1,28 @@
+"""Checkpoints of any size that take no room: a whole header, and a file of the right length without data."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import torch
+
+from kandinsky5.checkpoints import build_meta_dit
+from kandinsky5.tasks import DitParams
+
+
+def write_sparse_dit(path: Path, params: DitParams, *, modulation: str = "BF16") -> Path:
+    """A DiT file in bfloat16 whose modulation has the given dtype; reading its data gives zeros."""
+    header: dict[str, object] = {}
+    position = 0
+    for key, tensor in build_meta_dit(params, torch.bfloat16).state_dict().items():
+        code = modulation if "modulation" in key else "BF16"
+        end = position + tensor.numel() * {"BF16": 2, "F32": 4}[code]
+        header[key] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw)
+    os.truncate(path, 8 + len(raw) + position)
+    return path
