@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def tensor_mover(device: torch.device) -> TensorMover:
     return StreamMover(device) if device.type == "cuda" else DirectMover()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class _Offloaded:
     """One saved tensor that is away."""
 
@@ -91,12 +92,17 @@ class ActivationOffload:
     def __init__(self, mover: TensorMover, *, min_bytes: int) -> None:
         self._mover = mover
         self._min_bytes = min_bytes
-        self._away: dict[int, _Offloaded] = {}
+        # Weak: what a failed pass has saved goes with its graph.
+        self._away: WeakValueDictionary[int, _Offloaded] = WeakValueDictionary()
         self._count = 0
 
     def hooks(self) -> AbstractContextManager[None]:
         """Around the part of the forward pass whose saved tensors go to the host."""
         return saved_tensors_hooks(self._pack, self._unpack)
+
+    def count_away(self) -> int:
+        """How many tensors wait in host memory."""
+        return len(self._away)
 
     def _pack(self, tensor: Tensor) -> Tensor | _Offloaded:
         if not tensor.requires_grad or tensor.numel() * tensor.element_size() < self._min_bytes:
@@ -114,8 +120,9 @@ class ActivationOffload:
         self._mover.wait(saved.returning)
         tensor, saved.returning = saved.returning, None
         self._away.pop(saved.index, None)
-        if saved.index - 1 in self._away:  # the backward pass asks in the opposite order
-            self._return(self._away[saved.index - 1])
+        following = self._away.get(saved.index - 1)  # the backward pass asks in the opposite order
+        if following is not None:
+            self._return(following)
         return tensor
 
     def _return(self, entry: _Offloaded) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from modules.staged_copies import StagedCopies
 
@@ -208,7 +209,10 @@ class BlockSwap:
 
     def _starter(self, position: int) -> Callable[..., None]:
         def start(*_: object) -> None:
-            self._start(position)
+            # Selective checkpointing compares the operators of a block with those of its recompute; what is
+            # copied differs between the two and is none of its business.
+            with _disable_current_modes():
+                self._start(position)
 
         return start
 
