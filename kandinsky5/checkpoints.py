@@ -206,13 +206,12 @@ def load_dit(
             target_device = placement(key) if placement else device
             if layer_class is not None and name == "weight" and is_target_name(layer):
                 weight8, scale = reader.read_quantised(key, loras, layer_class)
-                quantised[layer] = weight8.to(target_device), scale.to(target_device)
+                quantised[layer] = reader.owned(weight8.to(target_device)), scale.to(target_device)
                 continue
-            tensor = reader.read(key, loras)
             dtype = compute_dtype
             if is_float32_island(key) and info.tensors[key].dtype not in FP8_DTYPES:
                 dtype = info.tensors[key].dtype
-            _set_parameter(dit, key, tensor.to(dtype).to(target_device))
+            _set_parameter(dit, key, reader.owned(reader.read(key, loras).to(dtype).to(target_device)))
         reader.raise_if_not_finite(path)
     for layer, (weight8, scale) in quantised.items():
         plain = dit.get_submodule(layer)
@@ -249,13 +248,22 @@ def _warn_of_second_rounding(
 
 
 class _WeightReader:
-    """Reads tensors by the model's keys onto the device, and notes which of them are not finite."""
+    """Reads tensors by the model's keys onto the device, and notes which of them are not finite.
+
+    On the CPU what it reads may still lie in the mapped file: `owned` copies what is to stay.
+    """
 
     def __init__(
         self, weights: WeightFiles, info: DitFileInfo, device: torch.device, *, check_finite: bool
     ) -> None:
         self._weights, self._info, self._device = weights, info, device
         self._finite = FiniteCheck() if check_finite else None
+        self._last_read = 0
+
+    def owned(self, tensor: Tensor) -> Tensor:
+        """The tensor, made of what was read last, in memory of its own."""
+        is_in_file = tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() == self._last_read
+        return tensor.clone() if is_in_file else tensor
 
     def read(self, key: str, loras: Sequence[LoadedLora]) -> Tensor:
         """The tensor with its LoRAs; float32 if it was float8 or merged, else in the file's dtype."""
@@ -288,7 +296,9 @@ class _WeightReader:
         if self._device.type == "meta":
             info = self._info.tensors[key]
             return torch.empty(info.shape, dtype=info.dtype, device=self._device)
-        tensor = self._weights.read(self._info.prefix + key).to(self._device)
+        mapped = self._weights.view(self._info.prefix + key)
+        self._last_read = mapped.untyped_storage().data_ptr()
+        tensor = mapped.to(self._device)
         if self._finite is not None:
             self._finite.add(key, tensor)
         return tensor

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-_CHUNK_ELEMENTS = 2**21  # bounds the float32 scratch space of quantisation to 16 MiB
+_CHUNK_ELEMENTS = 2**19  # bounds the float32 scratch space of quantisation to a few MiB
 
 
 def row_scales(weight: Tensor, limit: float) -> Tensor:

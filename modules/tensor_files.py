@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +128,8 @@ def _count(shape: Iterable[int]) -> int:
 class TensorFile:
     """An open safetensors file whose tensors are read one at a time.
 
-    `read` returns a private copy, so the file may be closed or replaced afterwards. With `use_mmap` false the
-    file is read with plain reads (some network drives dislike mapping).
+    `read` returns a private copy, so the file may be closed or replaced afterwards; `view` copies nothing.
+    With `use_mmap` false the file is read with plain reads (some network drives dislike mapping).
     """
 
     def __init__(self, path: Path, *, use_mmap: bool = True) -> None:
@@ -146,8 +147,7 @@ class TensorFile:
         self.close()
 
     def close(self) -> None:
-        if self._map is not None:
-            self._map.close()
+        self._map = None  # unmapped with the last view
         self._stream.close()
 
     def read(self, name: str) -> Tensor:
@@ -163,6 +163,21 @@ class TensorFile:
                 if self._stream.readinto(view) != len(view):
                     raise ModelFileError(f"{self.path}: ended early while reading tensor {name}")
         return storage.view(info.dtype).reshape(info.shape)
+
+    def view(self, name: str) -> Tensor:
+        """One tensor where it lies in the mapped file; a private copy where the file is not mapped.
+
+        It must not be written to, and as long as it is kept the file stays mapped.
+        """
+        info = self.header.tensors[name]
+        if self._map is None or info.start == info.end or info.start % info.dtype.itemsize:
+            return self.read(name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            raw = torch.frombuffer(
+                self._map, dtype=torch.uint8, offset=info.start, count=info.end - info.start
+            )
+        return raw.view(info.dtype).reshape(info.shape)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

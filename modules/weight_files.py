@@ -106,6 +106,10 @@ class WeightFiles:
         """A private copy of one tensor, on the CPU, in the file's dtype."""
         return self._file_by_tensor[name].read(name)
 
+    def view(self, name: str) -> Tensor:
+        """One tensor where it lies in its file, see `TensorFile.view`."""
+        return self._file_by_tensor[name].view(name)
+
 
 @contextmanager
 def open_weight_files(paths: tuple[Path, ...], *, use_mmap: bool = True) -> Iterator[WeightFiles]:

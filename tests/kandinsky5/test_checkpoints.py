@@ -456,3 +456,19 @@ def test_the_published_sizes_are_built_without_memory() -> None:
     assert all(parameter.is_meta for parameter in dit.parameters())
     assert sum(parameter.numel() for parameter in dit.parameters()) == 2_007_702_848
     assert not any(buffer.is_meta for buffer in dit.buffers())
+
+
+@pytest.mark.parametrize("how", [{}, {"fp8": True}, {"int8": True}], ids=["bf16", "fp8", "int8"])
+def test_a_loaded_model_has_let_go_of_its_file(
+    tensors: dict[str, Tensor], tmp_path: Path, how: dict[str, bool]
+) -> None:
+    """Weights are read where they lie in the mapped file; none may stay there."""
+    path = write_layout(tmp_path, tensors, "file")
+    dit = load(path, **how)
+    before = {key: value.clone() for key, value in dit.state_dict().items()}
+    with path.open("r+b") as stream:  # in place: a mapping would show it
+        stream.write(b"\xff" * path.stat().st_size)
+    for key, value in dit.state_dict().items():
+        assert torch.equal(value.view(torch.uint8), before[key].view(torch.uint8)), key
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(path) not in maps.read_text(encoding="utf-8")
