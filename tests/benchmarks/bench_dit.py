@@ -8,9 +8,7 @@ peak memory.
 """
 
 import argparse
-import json
-import subprocess
-import sys
+from pathlib import Path
 
 import adapters
 import common as C
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def parse():
+def parse(argv=None):
     p = argparse.ArgumentParser()
     p.add_argument("--config", default="lite2", choices=C.CONFIGS)
     p.add_argument("--shape", default="5x32x32")
@@ -36,7 +34,7 @@ def parse():
     p.add_argument("--compile", action="store_true", help="torch.compile every contestant's blocks")
     p.add_argument("--memory", action="store_true")
     p.add_argument("--child", help=argparse.SUPPRESS)
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 def lora_step(adapter, model, params, inp):
@@ -107,35 +105,99 @@ def compile_blocks(model):
 
 
 def child(args):
-    """One contestant alone in this process: peak memory of load, forward and step."""
-    cfg, dtype = C.CONFIGS[args.config], DTYPES[args.dtype]
+    """One contestant alone in this process: peak memory of forward and step above the loaded weights."""
+    cfg, dtype, device = C.CONFIGS[args.config], DTYPES[args.dtype], args.device
     a = adapters.contestants([args.child])[0]
-    weights = C.make_weights(cfg, dtype, args.device)
-    inp = C.make_inputs(cfg, C.parse_shape(args.shape), args.text, dtype, args.device)
-    model = a.make(cfg, weights, dtype, args.device)
-    del weights
-    res, base = {}, C.rss_mib() if args.device == "cpu" else torch.cuda.memory_allocated() / 2**20
-    C.reset_peak(args.device)
-    with torch.no_grad():
-        a.forward(model, inp)
-    C.sync(args.device)
-    res["forward"] = C.peak_mib(args.device) - base
+    inp = C.make_inputs(cfg, C.parse_shape(args.shape), args.text, dtype, device)
+    model = a.make(cfg, C.make_weights(cfg, dtype, device), dtype, device)
     params = a.attach_lora(model, args.rank)
-    for ckpt in (True, False):
-        if not a.checkpointing(model, ckpt):
-            continue
-        C.reset_peak(args.device)
-        lora_step(a, model, params, inp)
-        C.sync(args.device)
-        res["step_ckpt" if ckpt else "step"] = C.peak_mib(args.device) - base
-    print("RESULT " + json.dumps({"base": base, **res}))
+    small = C.make_inputs(cfg, (1, 2, 2), 4, dtype, device)
+    a.checkpointing(model, False)
+    lora_step(a, model, params, small)  # libraries set themselves up
+    for p in params:
+        p.grad = None
+    base = C.rss_mib() if device == "cpu" else torch.cuda.memory_allocated() / 2**20
+    result = {"base": base}
+
+    def measure(name, run):
+        C.trim()
+        C.reset_peak(device)
+        run()
+        C.sync(device)
+        result[name] = C.peak_mib(device) - base
+        for p in params:
+            p.grad = None
+
+    @torch.no_grad()
+    def forward():
+        a.forward(model, inp)
+
+    measure("forward", forward)
+    for name, on in (("step_ckpt", True), ("step", False)):
+        a.checkpointing(model, on)
+        measure(name, lambda: lora_step(a, model, params, inp))
+    C.tell(result)
+
+
+def memory(args, name):
+    """Peak memory of one contestant, MiB, measured in a process of its own."""
+    words = ["--config", args.config, "--shape", args.shape, "--text", args.text, "--dtype", args.dtype]
+    words += ["--device", args.device, "--rank", args.rank, "--child", name]
+    return C.run_alone([Path(__file__), *words])
+
+
+FLOOR = "matmul + attention floor"
+
+
+class Team:
+    """All contestants on the same weights and inputs."""
+
+    def __init__(self, args, team):
+        self.args, self.by_name = args, {a.name: a for a in team}
+        cfg, dtype, device = C.CONFIGS[args.config], DTYPES[args.dtype], args.device
+        shape = C.parse_shape(args.shape)
+        weights = C.make_weights(cfg, dtype, device)
+        self.inp = C.make_inputs(cfg, shape, args.text, dtype, device)
+        self.models = {a.name: a.make(cfg, weights, dtype, device) for a in team}
+        if args.compile:
+            for m in self.models.values():
+                compile_blocks(m)
+        self.ref = args.ref if args.ref in self.models else next(iter(self.models))
+        self.floor = Floor(cfg, weights, C.tokens(shape, cfg), args.text, dtype, device)
+        self.params = None
+
+    @torch.no_grad()
+    def predict(self, name):
+        return self.by_name[name].forward(self.models[name], self.inp)
+
+    def agreement(self):
+        """How far each contestant's output is from the reference's; before LoRAs are attached."""
+        outs = {n: self.predict(n).float() for n in self.models}
+        want = outs[self.ref]
+        return {n: f"rel. diff {(o - want).norm() / want.norm():.2e}" for n, o in outs.items()}
+
+    def forward(self):
+        fns = {n: (lambda n=n: self.predict(n)) for n in self.models} | {FLOOR: self.floor.forward}
+        return C.interleave(fns, self.args.rounds, self.args.warmup, self.args.device)
+
+    def step(self, kind):
+        """Times of a LoRA step; kind is "step" or "step_ckpt"."""
+        is_checkpointed = kind == "step_ckpt"
+        if self.params is None:
+            self.params = {n: self.by_name[n].attach_lora(m, self.args.rank) for n, m in self.models.items()}
+        fns = {}
+        for n, m in self.models.items():
+            if self.by_name[n].checkpointing(m, is_checkpointed) or not is_checkpointed:
+                fns[n] = lambda n=n: lora_step(self.by_name[n], self.models[n], self.params[n], self.inp)
+        fns[FLOOR] = lambda: self.floor.step(2 if is_checkpointed else 1)
+        return C.interleave(fns, self.args.rounds, self.args.warmup, self.args.device)
 
 
 def main():
     args = parse()
     if args.child:
         return child(args)
-    cfg, dtype, shape = C.CONFIGS[args.config], DTYPES[args.dtype], C.parse_shape(args.shape)
+    cfg, shape = C.CONFIGS[args.config], C.parse_shape(args.shape)
     head = f"{args.config} {args.shape} ({C.tokens(shape, cfg)} tokens, {args.text} text) {args.dtype} {args.device}"
     team = adapters.contestants(args.only)
 
@@ -145,59 +207,19 @@ def main():
             "| contestant | loaded | forward | step, checkpointed | step, plain |\n| --- | ---: | ---: | ---: | ---: |"
         )
         for a in team:
-            argv = [x for x in sys.argv if x != "--memory"] + ["--child", a.name]
-            out = subprocess.run([sys.executable, *argv], capture_output=True, text=True)
-            line = [x for x in out.stdout.splitlines() if x.startswith("RESULT ")]
-            if not line:
-                print(f"| {a.name} | failed: {out.stderr.strip().splitlines()[-1:]} | | | |")
-                continue
-            r = json.loads(line[0][7:])
-            cell = lambda k: f"{r[k]:.0f}" if k in r else "-"
+            r = memory(args, a.name)
             print(
-                f"| {a.name} | {cell('base')} | {cell('forward')} | {cell('step_ckpt')} | {cell('step')} |",
+                f"| {a.name} | {r['base']:.0f} | {r['forward']:.0f} | {r['step_ckpt']:.0f} | {r['step']:.0f} |",
                 flush=True,
             )
         return None
 
-    weights = C.make_weights(cfg, dtype, args.device)
-    inp = C.make_inputs(cfg, shape, args.text, dtype, args.device)
-    models = {a.name: a.make(cfg, weights, dtype, args.device) for a in team}
-    by_name = {a.name: a for a in team}
-    if args.compile:
-        for m in models.values():
-            compile_blocks(m)
-
-    with torch.no_grad():
-        outs = {n: by_name[n].forward(m, inp).float() for n, m in models.items()}
-    ref = args.ref if args.ref in models else next(iter(models))
-    agree = {n: f"rel. diff {(o - outs[ref]).norm() / outs[ref].norm():.2e}" for n, o in outs.items()}
-
-    @torch.no_grad()
-    def fwd(name):
-        by_name[name].forward(models[name], inp)
-
-    floor = Floor(cfg, weights, C.tokens(shape, cfg), args.text, dtype, args.device)
+    team = Team(args, team)
     if "forward" in args.what:
-        fns = {n: (lambda n=n: fwd(n)) for n in models} | {"matmul + attention floor": floor.forward}
-        times = C.interleave(fns, args.rounds, args.warmup, args.device)
-        C.report("forward: " + head, times, ref, agree)
-
-    params = {n: by_name[n].attach_lora(m, args.rank) for n, m in models.items()}
-    for kind in ("step", "step_ckpt"):
-        if kind not in args.what:
-            continue
-        names = [
-            n for n, m in models.items() if by_name[n].checkpointing(m, kind == "step_ckpt") or kind == "step"
-        ]
-        fns = {n: (lambda n=n: lora_step(by_name[n], models[n], params[n], inp)) for n in names}
-        fns["matmul + attention floor"] = lambda: floor.step(2 if kind == "step_ckpt" else 1)
-        times = C.interleave(fns, args.rounds, args.warmup, args.device)
-        C.report(
-            f"LoRA forward+backward ({'block checkpointing' if kind == 'step_ckpt' else 'no checkpointing'}): "
-            + head,
-            times,
-            ref,
-        )
+        C.report("forward: " + head, team.forward(), team.ref, team.agreement())
+    for kind, title in (("step", "no checkpointing"), ("step_ckpt", "block checkpointing")):
+        if kind in args.what:
+            C.report(f"LoRA forward+backward ({title}): {head}", team.step(kind), team.ref)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,17 @@ ratio is the median of the per-round ratios against the reference.
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import json
 import math
 import os
 import pathlib
 import random
-import resource
 import statistics
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 
@@ -219,13 +223,27 @@ def report(title, times, ref, extra=None):
 # ---- memory ------------------------------------------------------------------------------------
 
 
+def trim():
+    """Hand freed memory back to the system, so that what follows does not hide in it."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status_mib(field):
+    with pathlib.Path("/proc/self/status").open(encoding="utf-8") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(field + ":")) / 1024
+
+
 def rss_mib():
-    with pathlib.Path("/proc/self/statm").open(encoding="utf-8") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    """Resident memory of this process, after handing back what is free."""
+    trim()
+    return _status_mib("VmRSS")
 
 
-def peak_rss_mib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def anonymous_mib():
+    """Memory that the system cannot drop and read again from a file."""
+    return _status_mib("RssAnon")
 
 
 def reset_peak(device="cpu"):
@@ -233,18 +251,55 @@ def reset_peak(device="cpu"):
     if str(device).startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     else:
-        try:  # resets VmHWM where the kernel lets us
-            with pathlib.Path("/proc/self/clear_refs").open("w", encoding="utf-8") as f:
-                f.write("5")
-        except OSError:
-            pass
+        with pathlib.Path("/proc/self/clear_refs").open("w", encoding="utf-8") as f:
+            f.write("5")  # VmHWM starts anew
 
 
 def peak_mib(device="cpu"):
+    """Most memory since `reset_peak`: allocated on a GPU, resident on Linux."""
     if str(device).startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    with pathlib.Path("/proc/self/status").open(encoding="utf-8") as f:
-        for line in f:
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) / 1024
-    return peak_rss_mib()
+    return _status_mib("VmHWM")
+
+
+class AnonymousPeak(threading.Thread):
+    """Samples anonymous memory while a block runs; `mib` is the highest value above the start."""
+
+    def __init__(self, every=0.002):
+        super().__init__(daemon=True)
+        self.every, self.is_running = every, True
+
+    def __enter__(self):
+        trim()
+        self.start_mib = self.highest = anonymous_mib()
+        self.start()
+        return self
+
+    def run(self):
+        while self.is_running:
+            self.highest = max(self.highest, anonymous_mib())
+            time.sleep(self.every)
+
+    def __exit__(self, *_):
+        self.is_running = False
+        self.join()
+
+    @property
+    def mib(self):
+        return max(self.highest, anonymous_mib()) - self.start_mib
+
+
+# ---- processes ---------------------------------------------------------------------------------
+
+
+def run_alone(argv):
+    """Run a script in a process of its own; the dictionary that it hands to `tell`."""
+    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, encoding="utf-8")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        raise RuntimeError(f"{' '.join(map(str, argv))} failed:\n{done.stdout}\n{done.stderr}")
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def tell(result):
+    print("RESULT " + json.dumps(result), flush=True)
