@@ -1,4 +1,4 @@
-"""Numbers of a run: one JSON line each in metrics.jsonl, and TensorBoard curves.
+"""Numbers of a run: one JSON line each in metrics.jsonl, and curves in the trackers.
 
 metrics.jsonl lies in the output folder and may be shared by several runs; every line says which `run` (output
 name) and what `kind` (step, epoch, validation, sample, lora) it is.
@@ -10,11 +10,11 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.errors import ResourceError
+from kandinsky5.trackers import ShownSample, Tracker
 from modules.files import write_text
 from modules.logs import get_logger
 
@@ -28,19 +28,19 @@ class Metrics:
 
     Args:
         start_step: steps done by the run that is continued; what was logged after them is dropped.
-        tracker_folder: where TensorBoard curves go, if anywhere.
+        trackers: where curves and samples go too.
     """
 
     def __init__(
-        self, output_dir: Path, run: str, *, start_step: int = 0, tracker_folder: Path | None = None
+        self, output_dir: Path, run: str, *, start_step: int = 0, trackers: Sequence[Tracker] = ()
     ) -> None:
         self._path = output_dir / FILE_NAME
         self._run = run
         self._has_warned = False
-        self._writer: Any = None
+        self._trackers = trackers
+        self._failed: set[int] = set()
+        """Positions of trackers whose failure has been said."""
         self._attempt(self._drop_lines_after, start_step)
-        if tracker_folder is not None:
-            self._writer = _open_tensorboard(tracker_folder, start_step)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line; numbers that are not finite become text, which JSON lacks."""
@@ -60,29 +60,20 @@ class Metrics:
             self._attempt(write, path, records)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Points of the curves, by their names in TensorBoard."""
-        if self._writer is not None:
-            self._attempt(self._add_scalars, step, values)
+        """Points of the curves, by their names in the trackers."""
+        self._tell(lambda tracker: tracker.scalars(step, values))
 
-    def picture(self, step: int, name: str, encoded: bytes, size: tuple[int, int]) -> None:
-        """Show an image or a moving one in TensorBoard.
-
-        Args:
-            encoded: a whole PNG or GIF file, which TensorBoard's viewer plays as it is.
-            size: width and height in pixels.
-        """
-        if self._writer is not None:
-            self._attempt(self._add_picture, step, name, encoded, size)
+    def sample(self, step: int, sample: ShownSample) -> None:
+        """Show a sample in the trackers."""
+        self._tell(lambda tracker: tracker.sample(step, sample))
 
     def flush(self) -> None:
         """Bring the curves onto the disk."""
-        if self._writer is not None:
-            self._attempt(self._writer.flush)
+        self._tell(lambda tracker: tracker.flush())
 
-    def close(self) -> None:
-        """Finish the curves."""
-        if self._writer is not None:
-            self._attempt(self._writer.close)
+    def close(self, *, is_failed: bool = False) -> None:
+        """Finish the curves; `is_failed` says that the run ends with an error."""
+        self._tell(lambda tracker: tracker.close(is_failed=is_failed))
 
     def _append(self, line: str) -> None:
         # Opened each time: another run may have rewritten the file meanwhile.
@@ -97,24 +88,18 @@ class Metrics:
                 raise
 
     def _read(self, kind: str, found: list[dict[str, Any]]) -> None:
+        if not self._path.is_file():
+            return
         mark = json.dumps(kind)
         for line in self._path.read_text(encoding="utf-8").splitlines():
-            # Steps are most of the lines: only those that may be meant are parsed.
-            record = json.loads(line) if mark in line else {}
+            if mark not in line:  # steps are most of the lines: only those that may be meant are parsed
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # another run is writing it
             if record.get("run") == self._run and record.get("kind") == kind:
                 found.append(record)
-
-    def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def _add_picture(self, step: int, name: str, encoded: bytes, size: tuple[int, int]) -> None:
-        from tensorboard.compat.proto import summary_pb2
-
-        summary: Any = vars(summary_pb2)["Summary"]  # generated when imported: type checkers do not see it
-        width, height = size
-        image = summary.Image(width=width, height=height, colorspace=3, encoded_image_string=encoded)
-        self._writer.file_writer.add_summary(summary(value=[summary.Value(tag=name, image=image)]), step)
 
     def _drop_lines_after(self, start_step: int) -> None:
         if not self._path.is_file():
@@ -137,26 +122,18 @@ class Metrics:
                 log.warning("the log of the run cannot be written and has gaps: %s", error)
             self._has_warned = True
 
-
-def _open_tensorboard(folder: Path, start_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ResourceError("--logging_dir needs TensorBoard:\n  pip install tensorboard") from error
-    # Points after the step that a run continues from would appear twice.
-    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
-
-
-def check_tensorboard() -> None:
-    """Raise before anything slow if TensorBoard is wanted and missing.
-
-    Raises:
-        ResourceError: with the command that installs it.
-    """
-    from importlib.util import find_spec
-
-    if find_spec("tensorboard") is None:
-        raise ResourceError("--logging_dir needs TensorBoard:\n  pip install tensorboard")
+    def _tell(self, action: Callable[[Tracker], None]) -> None:
+        """Each tracker on its own: one that fails warns once and keeps nobody else from going on."""
+        for position, tracker in enumerate(self._trackers):
+            try:
+                action(tracker)
+            except tracker.errors as error:
+                if position not in self._failed:
+                    log.warning(
+                        "%s fails and its curves have gaps; training goes on: %s",
+                        type(tracker).__name__.removesuffix("Tracker"), error,
+                    )  # fmt: skip
+                self._failed.add(position)
 
 
 def _finite(value: Any) -> Any:

@@ -12,10 +12,10 @@ from dataset.config import DatasetConfig
 from kandinsky5.checkpoints import check_dit_file, file_name_warning
 from kandinsky5.compilation import check_compile_backend
 from kandinsky5.configs.train import ModelConfig, OptimizerConfig, SavingConfig, TrainConfig
-from kandinsky5.metrics import check_tensorboard
 from kandinsky5.offload import max_blocks_to_swap
 from kandinsky5.saving import OutputNames, delete_result
 from kandinsky5.tasks import TASKS, Task
+from kandinsky5.trackers import check_trackers
 from modules.attention import check_attention_backend
 from modules.errors import ConfigError, ModelFileError, ResourceError
 from modules.files import atomic_writer
@@ -55,8 +55,7 @@ def check_files(config: TrainConfig) -> None:
             f"--ema_decay: {config.optimizer.optimizer_type} saves an average of its weights already"
         )
     parse_network_args(config.network.network_args, network_module=config.network.network_module)
-    if config.tracking.logging_dir is not None:
-        check_tensorboard()
+    check_trackers(config.tracking)
 
 
 def check_memory_options(model: ModelConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from kandinsky5.lora_metadata import RunFacts, lora_metadata
 from kandinsky5.metrics import Metrics
 from kandinsky5.prediction_change import PredictionProbe
 from kandinsky5.saving import OutputNames, Unit, average_path, delete_result, effect_path, expired
+from kandinsky5.trackers import Tracker
 from kandinsky5.train_setup import has_schedule_state
 from kandinsky5.training_state import RunState, write_state
 from modules.dtypes import dtype_from_word
@@ -67,6 +68,7 @@ class Output:
         optimizer: torch.optim.Optimizer,
         *,
         tracker_run: str,
+        trackers: Sequence[Tracker],
         weight_norms: Mapping[str, float],
         average: WeightAverage | None,
         probe: PredictionProbe | None,
@@ -74,6 +76,7 @@ class Output:
     ) -> None:
         self.facts = facts
         self.tracker_run = tracker_run
+        self._trackers = trackers
         self.names = OutputNames(config.saving.output_dir, config.saving.output_name)
         self._config = config
         self._datasets = datasets
@@ -88,12 +91,11 @@ class Output:
 
     def open_metrics(self, step: int) -> Metrics:
         """The log of a run that stands at `step`; files saved from now on are reported in it."""
-        folder = self._config.tracking.logging_dir
         self._metrics = Metrics(
             self._config.saving.output_dir,
             self._config.saving.output_name,
             start_step=step,
-            tracker_folder=None if folder is None else folder / self.tracker_run,
+            trackers=self._trackers,
         )
         return self._metrics
 

@@ -263,7 +263,7 @@ class TrainingSamples:
                     metadata={"prompt": request.prompt, "seed": str(request.seed)},
                 )
                 log.info("wrote %s", path)
-                shown = None if self._config.tracking.logging_dir is None else animate(frames)
+                shown = animate(frames) if self._config.tracking.uses_tensorboard else None
                 samples.append(Sample(prompt.number, path.name, shown))
             del vae
             empty_device_cache(self._device)

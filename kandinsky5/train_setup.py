@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import secrets
+import time
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from kandinsky5.configs.train import (
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.nabla import DensityReport
 from kandinsky5.offload import host_placement, stream_weights
+from kandinsky5.training_state import RunState
 from modules.activation_offload import ActivationOffload, tensor_mover
 from modules.dtypes import dtype_from_word
 from modules.errors import ConfigError, ResourceError
@@ -127,6 +130,25 @@ def shared_seed(run: RunConfig, resumed: int | None) -> int:
 def shared_session(resumed: str | None) -> str:
     """Names the run in its files, the same on all processes and after every resume."""
     return resumed or broadcast_object_list([uuid.uuid4().hex])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class RunMark:
+    """What tells a run from others, through every stop and resume."""
+
+    session_id: str
+    started_at: float
+    """Seconds since 1970."""
+    tracker_run: str
+    """Name of its folder of TensorBoard curves."""
+
+
+def mark_run(log_prefix: str, resumed: RunState | None) -> RunMark:
+    """The mark of a resumed run, or a new one, the same on all processes."""
+    started_at = resumed.started_at if resumed else time.time()
+    stamp = time.strftime("%Y%m%d%H%M%S", time.localtime(started_at))
+    session_id = shared_session(resumed.session_id if resumed else None)
+    return RunMark(session_id, started_at, (resumed.tracker_run if resumed else "") or f"{log_prefix}{stamp}")
 
 
 def open_datasets(config: TrainConfig, seed: int) -> tuple[DatasetConfig, CachedDataset]:

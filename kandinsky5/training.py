@@ -7,7 +7,7 @@ stop travel together, after the backward passes and before the weights move.
 from __future__ import annotations
 
 import math
-import time
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -31,11 +31,14 @@ from kandinsky5.memory_advice import out_of_memory_message
 from kandinsky5.memory_plan import largest_batch
 from kandinsky5.memory_probe import probe
 from kandinsky5.metrics import Metrics
+from kandinsky5.norm_limit import NormLimit
 from kandinsky5.objective import Objective
 from kandinsky5.prediction_change import PredictionProbe
 from kandinsky5.sample_files import SampleNames
 from kandinsky5.saved_config import shareable_options, write_config
 from kandinsky5.saving import OutputNames
+from kandinsky5.trackers import Tracker, open_trackers
+from kandinsky5.train_log import item_keys, log_norms, log_samples, log_step
 from kandinsky5.train_output import Output, disk_errors, take_control_word
 from kandinsky5.train_plan import (
     PlanSequence,
@@ -55,6 +58,7 @@ from kandinsky5.train_resume import (
     resume_average,
 )
 from kandinsky5.train_samples import PreparedPrompt, TrainingSamples, encode_requests, read_requests
+from kandinsky5.train_setup import RunMark
 from kandinsky5.training_state import RunState, SavedState, find_state, read_state, remove_stray_states
 from kandinsky5.validation import Validation
 from kandinsky5.validation_checks import ValidationChecks, model_settings
@@ -140,11 +144,16 @@ def _prepare(config: TrainConfig) -> Trainer | None:
         settings = OutputNames(saving.output_dir, saving.output_name).config
         with disk_errors(settings):
             write_config(settings, config, resolved)
+    mark = train_setup.mark_run(config.tracking.log_prefix, saved.run if saved else None)
+    trackers: list[Tracker] = []
+    if accelerator.is_main_process:  # before a model is loaded: a key or a connection may be missing
+        trackers = open_trackers(config, mark, start_step=saved.run.step if saved else 0)
     own = list(enumerate(requests))[accelerator.process_index :: accelerator.num_processes]
     prompts = encode_requests(config, own, accelerator.device)
     return Trainer(
-        config, accelerator, datasets, data, validation_data, length, seed, saved, prompts, uploads
-    )
+        config, accelerator, datasets, data, validation_data, length, seed, saved, prompts,
+        mark, trackers, uploads,
+    )  # fmt: skip
 
 
 def _saved_state(config: TrainConfig) -> SavedState | None:
@@ -187,6 +196,8 @@ class Trainer:
         seed: int,
         saved: SavedState | None,
         prompts: Sequence[PreparedPrompt],
+        mark: RunMark,
+        trackers: Sequence[Tracker],
         uploads: HubUploads | None,
     ) -> None:
         self.config, self.accelerator, self.data, self.length = config, accelerator, data, length
@@ -230,8 +241,10 @@ class Trainer:
         self.objective = self._objective(self.runner)
         self.validation = self._validation(validation_data, dtype)
         self.prior = prior.PriorPreservation(self.objective, self.network, config.loss.prior_loss_weight)
-        self.output = self._output(datasets, saved, dtype, norms, uploads)
+        self.output = self._output(datasets, mark, dtype, norms, uploads, trackers)
         self.is_sampling_asked = False
+        self.norm_limit = NormLimit(self.network, config.network.scale_weight_norms, self.device)
+        self.waited: list[float] = []
         folder, name = config.saving.output_dir / "sample", config.saving.output_name
         names = SampleNames(folder, name, self.output.facts.session_id)
         self.samples = TrainingSamples(config, prompts, self.device, names)
@@ -268,18 +281,16 @@ class Trainer:
     def _output(
         self,
         datasets: DatasetConfig,
-        saved: SavedState | None,
+        mark: RunMark,
         dtype: torch.dtype,
         norms: Mapping[str, float],
         uploads: HubUploads | None,
+        trackers: Sequence[Tracker],
     ) -> Output:
-        started_at = saved.run.started_at if saved else time.time()
-        prefix = self.config.tracking.log_prefix
-        stamp = time.strftime("%Y%m%d%H%M%S", time.localtime(started_at))
         settings = train_setup.schedule_settings(self.config.optimizer, self.length.total_steps)
         facts = RunFacts(
-            session_id=train_setup.shared_session(saved.run.session_id if saved else None),
-            started_at=started_at,
+            session_id=mark.session_id,
+            started_at=mark.started_at,
             seed=self.seed,
             num_items=self.data.num_items,
             num_batches=self.length.batches_per_epoch,
@@ -295,7 +306,8 @@ class Trainer:
             facts,
             self.network,
             self.optimizer,
-            tracker_run=(saved.run.tracker_run if saved else "") or f"{prefix}{stamp}",
+            tracker_run=mark.tracker_run,
+            trackers=trackers,
             weight_norms=norms,
             average=self.average,
             probe=self._probe(),
@@ -350,7 +362,7 @@ class Trainer:
         finally:
             bar.close()
             if metrics is not None:
-                metrics.close()
+                metrics.close(is_failed=sys.exception() is not None)
 
     def _wants_probe(self) -> bool:
         return self.device.type == "cuda" and not self.config.run.no_probe
@@ -369,6 +381,7 @@ class Trainer:
         word = take_control_word(self.output.names) if self.accelerator.is_main_process else ""
         asked = stop.exit_code if stop.is_set() else _STOP_WORD_CODE if word == "stop" else 0
         (loss, prior_loss), norm_value, request = self._share(terms, norm, asked, word == "sample")
+        log_norms(metrics, self.step, self.norm_limit.take(self.waited))
         rates = learning_rates(self.optimizer)
         if math.isfinite(loss) and math.isfinite(norm_value):
             self._update()
@@ -423,7 +436,8 @@ class Trainer:
             rows[self.accelerator.process_index] = shared
             torch.distributed.all_reduce(rows)
             shared = torch.cat([rows[:, :2].sum(dim=0), rows[:, 2:].amax(dim=0)])
-        loss, prior_loss, code, samples, norm_value = torch.cat([shared, norm.float()[None]]).tolist()
+        values = torch.cat([shared, norm.float()[None], self.norm_limit.waiting]).tolist()
+        loss, prior_loss, code, samples, norm_value, *self.waited = values
         self.is_sampling_asked = samples > 0
         return (loss, prior_loss), norm_value, int(code)
 
@@ -431,8 +445,7 @@ class Trainer:
         self.optimizer.step()
         self.skipped_in_a_row = 0
         self._end_update()
-        if self.config.network.scale_weight_norms is not None:
-            self.network.scale_weight_norms(self.config.network.scale_weight_norms)
+        self.norm_limit.apply()
         if self.average is not None:
             self.average.update(self.step + 1)
 
@@ -445,7 +458,7 @@ class Trainer:
         """A number is not finite: the weights have not moved, and do not move in this step."""
         what = (
             f"step {plan.step + 1}: loss {loss}, gradient norm {norm}; "
-            f"items {', '.join(_items(plan))}; timesteps {', '.join(f'{1000 * s:.1f}' for s in sigmas)}"
+            f"items {', '.join(item_keys(plan))}; timesteps {', '.join(f'{1000 * s:.1f}' for s in sigmas)}"
         )
         self.skipped_in_a_row += 1
         self.optimizer.zero_grad(set_to_none=True)
@@ -485,30 +498,19 @@ class Trainer:
         bar.set_postfix(avr_loss=f"{average:.4f}", refresh=False)
         if metrics is None:
             return
-        has_prior = self.config.loss.prior_loss_weight > 0
-        metrics.write(
-            "step",
-            self.step,
-            {
-                "epoch": plan.epoch + 1,
-                "loss": loss,
-                **({"prior_loss": prior_loss} if has_prior else {}),
-                "avr_loss": average,
-                "lr": rates.get("lr/unet"),
-                "grad_norm": norm,
-                "sigma": sigmas,
-                "items": _items(plan),
-            },
-        )
-        curves = {"loss/current": loss, "loss/average": average, "grad_norm": norm, **rates}
-        metrics.scalars(self.step, curves | ({"loss/prior": prior_loss} if has_prior else {}))
+        log_step(
+            metrics, self.step, plan, loss=loss, average=average, grad_norm=norm, sigmas=sigmas, rates=rates,
+            prior_loss=prior_loss if self.config.loss.prior_loss_weight > 0 else None,
+        )  # fmt: skip
 
     def _after_step(self, metrics: Metrics | None, request: int, stop: StopRequest) -> None:
         """Ends of epochs, validation and saving, on the main process alone; samples on all."""
         epoch, rest = divmod(self.step, self.length.steps_per_epoch)
         ended_epoch = epoch if rest == 0 else None
+        is_end = self.step == self.length.total_steps
+        if request or is_end:  # no next step will bring them
+            log_norms(metrics, self.step, self.norm_limit.take(self.norm_limit.waiting.tolist()))
         if metrics is not None:
-            is_end = self.step == self.length.total_steps
             if rest == 0:
                 average = sum(self.recent_losses) / max(1, len(self.recent_losses))
                 metrics.write("epoch", self.step, {"epoch": epoch, "loss": average})
@@ -544,13 +546,7 @@ class Trainer:
             samples = gather_object(samples)
         if metrics is None:
             return
-        for sample in sorted(samples, key=lambda sample: sample.prompt_number):
-            metrics.write(
-                "sample", self.step, {"prompt": sample.prompt_number, "file": f"sample/{sample.file_name}"}
-            )
-            if sample.animation is not None:
-                name = f"sample_{sample.prompt_number}"
-                metrics.picture(self.step, name, sample.animation.encoded, sample.animation.size)
+        log_samples(metrics, self.step, self.config.saving.output_dir / "sample", samples)
 
     def _finish(self, metrics: Metrics | None) -> None:
         if self.accelerator.is_main_process:
@@ -582,7 +578,3 @@ class Trainer:
             options=shareable_options(self.config),
             library_versions=library_versions(),
         )
-
-
-def _items(plan: StepPlan) -> list[str]:
-    return [key for micro in plan.micro_batches if not micro.is_filler for key in micro.plan.item_keys]

@@ -327,6 +327,20 @@ def test_toml_examples_are_read_by_what_they_are_for(text: str, tmp_path: Path) 
     path.write_text(text, encoding="utf-8")
     if "datasets" in values:
         load_dataset_config(path)
+    elif "wandb" in values:
+        words = [
+            "--task",
+            "k5-tiny-t2v",
+            "--dataset_config",
+            "d.toml",
+            "--output_dir",
+            "o",
+            "--output_name",
+            "n",
+        ]
+        config = parse_train([*words, "--log_with", "wandb", "--log_tracker_config", str(path)])
+        assert isinstance(config, TrainConfig)
+        assert config.tracking.log_tracker_settings == values
     elif "prompt" in values:
         read_prompt_file(path).checked()
     else:

@@ -43,12 +43,7 @@ def option_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     Raises:
         ConfigError: see `with_config_file`.
     """
-    try:
-        values = _flatten(tomllib.loads(path.read_text(encoding="utf-8-sig")))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{FLAG} {path}: no such file") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{FLAG} {path}: cannot be read: {error}") from error
+    values = _flatten(read_toml(path, FLAG))
     actions = {
         option.removeprefix("--"): action
         for action in parser._actions
@@ -71,6 +66,20 @@ def option_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     if problems:
         raise ConfigError(problems)
     return words
+
+
+def read_toml(path: Path, flag: str) -> dict[str, Any]:
+    """The tables of a TOML file that an option names.
+
+    Raises:
+        ConfigError: it is missing, or cannot be read or parsed.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{flag} {path}: no such file") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{flag} {path}: cannot be read: {error}") from error
 
 
 def _flatten(table: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky5.cli.compile_options import compile_config
-from kandinsky5.cli.config_file import file_values, with_config_file
+from kandinsky5.cli.config_file import file_values, read_toml, with_config_file
 from kandinsky5.cli.train_options import ACCEPTED, UNAVAILABLE, UNAVAILABLE_VALUES, build_parser
 from kandinsky5.cli.weight_options import dit_weight_problems
 from kandinsky5.configs.text_encoders import qwen_quantization
@@ -86,7 +86,7 @@ def _train_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         "run": lambda a: _fill(RunConfig, a),
         "saving": _saving,
         "metadata": lambda a: _fill(MetadataConfig, a),
-        "tracking": lambda a: _fill(TrackingConfig, a),
+        "tracking": _tracking,
         "hub": lambda a: _fill(HubConfig, a),
         "samples": _samples,
     }
@@ -176,7 +176,10 @@ def _impossible_pairs(args: argparse.Namespace) -> list[str]:
             "--resume_from_huggingface needs --resume USER/REPO/PATH",
         ),
         (args.mask_min_weight > 0 and not args.masked_loss, "--mask_min_weight needs --masked_loss"),
-        (args.log_with == "tensorboard" and args.logging_dir is None, "--log_with needs --logging_dir"),
+        (
+            args.log_with in ("tensorboard", "all") and args.logging_dir is None,
+            f"--log_with {args.log_with} needs --logging_dir",
+        ),
     ]
     return [message for is_wrong, message in checks if is_wrong] + dit_weight_problems(args)
 
@@ -292,6 +295,18 @@ def _saving(args: argparse.Namespace) -> SavingConfig:
     )
 
 
+def _tracking(args: argparse.Namespace) -> TrackingConfig:
+    path, settings = args.log_tracker_config, {}
+    if path is not None:
+        settings = read_toml(path, "--log_tracker_config")
+        for name, value in settings.items():
+            if name not in ("tensorboard", "wandb") or not isinstance(value, dict):
+                raise ConfigError(
+                    f"--log_tracker_config {path}: {name}: arguments stand under [tensorboard] and [wandb]"
+                )
+    return _fill(TrackingConfig, args, log_tracker_settings=settings)
+
+
 def _samples(args: argparse.Namespace) -> SampleConfig:
     if args.task is None:
         raise ConfigError([])  # reported as missing
@@ -332,6 +347,13 @@ def _notes(parser: argparse.ArgumentParser, args: argparse.Namespace, model: Mod
         args.sample_every_n_steps or args.sample_every_n_epochs or args.sample_at_first
     ):
         notes.append("--sample_prompts without --sample_every_n_*: only the control file asks for samples")
+    of_wandb = [
+        name
+        for name in ("wandb_run_name", "wandb_api_key", "log_tracker_name")
+        if given[name] != parser.get_default(name)
+    ]
+    if of_wandb and args.log_with not in ("wandb", "all"):
+        notes.append(f"--{', --'.join(of_wandb)} without effect: add --log_with wandb")
     nabla_options = [name for name in given if name.startswith("nabla_") and given[name] is not None]
     if model.nabla is None and nabla_options:
         notes.append(

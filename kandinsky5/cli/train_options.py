@@ -34,15 +34,10 @@ ACCEPTED = {
 _LATER = "is not available in this version"
 UNAVAILABLE = {
     "sage_attn": "has no backward pass and cannot train; use --sdpa",
-    "wandb_run_name": f"belongs to wandb, which {_LATER}",
-    "wandb_api_key": f"belongs to wandb, which {_LATER}",
-    "log_tracker_config": _LATER,
 }
 """Options that are refused when given, each with what the message says after the option's name."""
 
 UNAVAILABLE_VALUES = {
-    ("log_with", "wandb"): f"{_LATER}; use tensorboard",
-    ("log_with", "all"): f"{_LATER}; use tensorboard",
     ("network_module", "lycoris.kohya"): f"{_LATER}; use networks.lora_kandinsky",
 }
 
@@ -519,19 +514,21 @@ def _add_metadata(parser: argparse.ArgumentParser) -> None:
 
 def _add_logging(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("logging")
-    group.add_argument("--logging_dir", type=Path, help="folder for TensorBoard curves")
+    group.add_argument("--logging_dir", type=Path, help="folder for TensorBoard curves and wandb's files")
     group.add_argument(
         "--log_with",
         choices=("tensorboard", "wandb", "all"),
-        help="(default: tensorboard with --logging_dir)",
+        help="where curves and samples are shown (default: tensorboard with --logging_dir)",
     )
     group.add_argument("--log_prefix", default="", help="start of the name of the run's folder")
     group.add_argument(
         "--log_tracker_name", default="network_train", help="wandb project (default: network_train)"
     )
-    group.add_argument("--wandb_run_name", help="wandb run")
-    group.add_argument("--wandb_api_key", help="wandb key")
-    group.add_argument("--log_tracker_config", type=Path, help="TOML with init_kwargs")
+    group.add_argument("--wandb_run_name", help="name of the run (default: the output name)")
+    group.add_argument("--wandb_api_key", help="key for wandb; kept nowhere (default: as logged in)")
+    group.add_argument(
+        "--log_tracker_config", type=Path, help="TOML file with arguments under [wandb] and [tensorboard]"
+    )
     group.add_argument("--log_config", action="store_true", help="log the options, without paths and keys")
 
 

@@ -281,8 +281,25 @@ class TrackingConfig:
     """Where curves go beside metrics.jsonl."""
 
     logging_dir: Path | None = None
+    log_with: Literal["tensorboard", "wandb", "all"] | None = None
+    """None: TensorBoard with a logging_dir, else nothing."""
     log_prefix: str = ""
+    log_tracker_name: str = "network_train"
+    """Project of wandb."""
+    wandb_run_name: str | None = None
+    """None: the output name."""
+    wandb_api_key: str | None = field(default=None, repr=False)
+    log_tracker_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    """Arguments for "tensorboard" and "wandb", from `--log_tracker_config`."""
     log_config: bool = False
+
+    @property
+    def uses_tensorboard(self) -> bool:
+        return self.logging_dir is not None and self.log_with != "wandb"
+
+    @property
+    def uses_wandb(self) -> bool:
+        return self.log_with in ("wandb", "all")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

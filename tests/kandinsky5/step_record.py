@@ -33,7 +33,9 @@ def recorded() -> Iterator[list[Record]]:
         noise.append(draw(*arguments))
         return noise[-1]
 
-    def logged(trainer: training.Trainer, plan: Any, losses: tuple[float, ...], norm: float, *rest: Any) -> None:
+    def logged(
+        trainer: training.Trainer, plan: Any, losses: tuple[float, ...], norm: float, *rest: Any
+    ) -> None:
         log_step(trainer, plan, losses, norm, *rest)
         sigmas, rates = rest[:2]
         records.append({

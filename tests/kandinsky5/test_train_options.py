@@ -87,7 +87,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         (["--network_module", "networks.other"], "networks.lora_kandinsky"),
         (["--override_dit", '{"depth": 3}'], "model_dim"),
         (["--override_dit", "{"], "no JSON"),
-        (["--log_with", "wandb"], "tensorboard"),
+        (["--log_with", "all"], "--log_with all needs --logging_dir"),
         (["--network_module", "lycoris.kohya"], "not available"),
         (["--sage_attn"], "cannot train"),
         (["--min_timestep", "800", "--max_timestep", "200"], "below"),
