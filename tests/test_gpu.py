@@ -17,6 +17,7 @@ from modules.block_sparse import block_sparse_attention
 from modules.block_swap import BlockSwap, StreamCopies
 from modules.fp8 import Fp8Linear, quantise_rows
 from modules.fused_ops import modulated_layer_norm, rms_norm_rotate
+from modules.int8 import Int8Linear
 from modules.staged_copies import StagedCopies
 from networks.lora import LoRANetwork
 from networks.lora_kandinsky import create_network, is_target_name
@@ -200,6 +201,21 @@ def test_products_in_float8_are_near_to_those_in_bfloat16(cuda: torch.device) ->
     assert layers[1].use_fast
     plain, fast = (layer(x.to(cuda, torch.bfloat16)).float() for layer in layers)
     assert (fast - plain).norm() <= 5e-2 * plain.norm()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 17, 200])
+def test_products_in_int8_are_those_of_the_cpu(cuda: torch.device, num_tokens: int) -> None:
+    """The sums are exact whole numbers on both, whatever the number of tokens."""
+    if torch.cuda.get_device_capability(cuda) < (7, 5):
+        pytest.skip("the device has no int8 units")
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(264, 512, generator=generator), torch.randn(num_tokens, 512, generator=generator)
+    weight8, scale = Int8Linear.quantise(weight)
+    layer = Int8Linear(weight8, scale, None, compute_dtype=torch.bfloat16, use_fast=True)
+    assert layer.use_fast
+    expected = layer(x.bfloat16()).float()
+    got = layer.to(cuda)(x.to(cuda, torch.bfloat16)).float().cpu()
+    assert (got - expected).norm() <= 1e-2 * expected.norm()
 
 
 def test_fused_pieces_round_once(cuda: torch.device) -> None:
