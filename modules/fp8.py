@@ -77,13 +77,16 @@ def check_fp8_matmul(device: torch.device) -> None:
         ResourceError: the device is not a CUDA device of compute capability 8.9 or later.
     """
     if device.type != "cuda":
-        raise ResourceError(f"--fp8_fast needs a CUDA device with float8 units, not {device.type}")
+        raise ResourceError(
+            f"--fp8_fast needs a CUDA device with float8 units, not {device.type}. "
+            "Leave --fp8_fast out: --fp8_base alone works everywhere."
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability < _FAST_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         raise ResourceError(
             f"--fp8_fast needs compute capability 8.9 (Ada, Hopper) or later; {name} has "
-            f"{capability[0]}.{capability[1]}. Leave --fp8_fast out: --fp8_base alone works on every card."
+            f"{capability[0]}.{capability[1]}. Leave --fp8_fast out: --fp8_base alone works everywhere."
         )
 
 

@@ -50,13 +50,16 @@ def check_int8_matmul(device: torch.device) -> None:
         ResourceError: the device is not a CUDA device of compute capability 7.5 or later.
     """
     if device.type != "cuda":
-        raise ResourceError(f"--int8_fast needs a CUDA device with int8 units, not {device.type}")
+        raise ResourceError(
+            f"--int8_fast needs a CUDA device with int8 units, not {device.type}. "
+            "Leave --int8_fast out: --int8_base alone works everywhere."
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability < _FAST_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         raise ResourceError(
             f"--int8_fast needs compute capability 7.5 (Turing, Ampere) or later; {name} has "
-            f"{capability[0]}.{capability[1]}. Leave --int8_fast out: --int8_base alone works on every card."
+            f"{capability[0]}.{capability[1]}. Leave --int8_fast out: --int8_base alone works everywhere."
         )
 
 
