@@ -117,21 +117,26 @@ class Output:
             is_stopping: the run is asked to stop: LoRA and state are saved whatever the options say.
         """
         saving = self._config.saving
-        due: list[tuple[Unit, int]] = []
-        if saving.save_every_n_steps and step % saving.save_every_n_steps == 0:
-            due.append(("step", step))
-        if (
-            epoch is not None
-            and saving.save_every_n_epochs
-            and epoch % saving.save_every_n_epochs == 0
-            and not is_end
-        ):
-            due.append(("epoch", epoch))
+        due = self._due(step, None if is_end else epoch)
         for unit, number in due:
             self._save(unit, number, run, schedule, with_state=saving.save_state, is_quick=is_stopping)
             self._delete_expired(unit, number)
         if is_stopping and not (saving.save_state and ("step", step) in due):
             self.save_all("step", step, run, schedule)
+
+    def delete_expired(self, step: int, epoch: int | None) -> None:
+        """Delete once more what the saves after this step had to: a kill may have come in between."""
+        for unit, number in self._due(step, epoch) if step else ():
+            self._delete_expired(unit, number)
+
+    def _due(self, step: int, epoch: int | None) -> list[tuple[Unit, int]]:
+        by_step, by_epoch = self._config.saving.save_every_n_steps, self._config.saving.save_every_n_epochs
+        due: list[tuple[Unit, int]] = []
+        if by_step and step % by_step == 0:
+            due.append(("step", step))
+        if epoch is not None and by_epoch and epoch % by_epoch == 0:
+            due.append(("epoch", epoch))
+        return due
 
     def save_all(self, unit: Unit, number: int, run: RunState, schedule: LRScheduler | None) -> None:
         """LoRA and state, for a run that may end here: what takes time and can wait is left out."""

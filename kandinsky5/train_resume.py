@@ -120,11 +120,13 @@ def check_resumed(
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Options that changed and are used as they are now, so that the rest of the run is another one's."""
-    names = [name for name in now if name in before and not name.startswith(_NOT_COMPARED)]
+    # Options that are not given are missing there.
+    names = [name for name in sorted({**before, **now}) if not name.startswith(_NOT_COMPARED)]
+    pairs = [(name, before.get(name), now.get(name)) for name in names]
     return [
-        f"--{name} changes from {before[name]} to {now[name]}; the run goes on with it, not as the same run"
-        for name in names
-        if before[name] != now[name]
+        f"--{name} changes from {old} to {new}; the run goes on with it, not as the same run"
+        for name, old, new in pairs
+        if old != new
     ]
 
 

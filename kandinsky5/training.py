@@ -318,6 +318,9 @@ class Trainer:
         """Train to the last step, or until asked to stop."""
         is_main = self.accelerator.is_main_process
         metrics = self.output.open_metrics(self.step) if is_main else None
+        epoch, rest = divmod(self.step, self.length.steps_per_epoch)
+        if is_main:
+            self.output.delete_expired(self.step, None if rest else epoch)
         self._make_up_for_checks(metrics)
         plans = PlanSequence(self.data, self.length, self.accelerator.process_index)
         batches = batch_loader(

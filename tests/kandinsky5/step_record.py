@@ -46,7 +46,7 @@ def recorded() -> Iterator[list[Record]]:
             "loss": [loss.hex() for loss in losses],
             "gradient norm": norm.hex(),
             "learning rates": {name: rate.hex() for name, rate in rates.items()},
-            "LoRA": hash_of(list(trainer.network.parameters())),
+            "LoRA": hash_of(dict(trainer.network.named_parameters())),
             "optimizer": hash_of(trainer.optimizer.state_dict()),
             "average": hash_of(None if trainer.average is None else trainer.average.state_dict()),
             "mean of the losses": sum(trainer.recent_losses).hex(),

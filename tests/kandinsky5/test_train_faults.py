@@ -24,6 +24,8 @@ from tests.kandinsky5.training_runs import train, write_dataset, write_dit
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 STEPS = 4
+STATES = ("state", "step00000003-state", "step00000004-state")
+"""What stays of the states with `--save_last_n_steps 1`."""
 SAVING = (
     *("--save_state", "--save_every_n_steps", 1, "--save_last_n_steps", 1, "--ema_decay", 0.8),
     *("--network_args", "include_patterns=['visual.*self_attention.*']"),
@@ -126,6 +128,8 @@ class EveryOperation:
                 if number % self.resumed_every == 0:
                     self._resume(log)
                     assert_same_results(self.output, self.files.whole)
+                    steps = [path.name for path in self.output.iterdir() if path.name.endswith("-state")]
+                    assert sorted(steps) == [f"lora-{name}" for name in STATES], note
             shutil.rmtree(self.output)
             shutil.copytree(before, self.output)
             if ended:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ Clip = tuple[int, int, int, int]
 CLIPS: tuple[Clip, ...] = ((2, 4, 4, 5), (2, 4, 4, 7), (2, 4, 4, 6), (3, 2, 8, 5), (3, 2, 8, 9))
 """(latent_frames, latent_height, latent_width, text tokens) of the clips of a small dataset."""
 BLOCKS = {"num_text_blocks": 1, "num_visual_blocks": 1}
+CURVE = Path(__file__).parent.parent / "goldens/loss_curve.json"
+"""Losses of the steps of `loss_curve`, as they were."""
 SMALLER = ("--override_dit", json.dumps(BLOCKS))
 
 
@@ -105,3 +108,22 @@ def lora_bytes(path: Path) -> dict[str, bytes]:
     """Tensor name -> its bytes."""
     tensors = read_tensors(path)[0]
     return {name: value.reshape(-1).view(torch.uint8).numpy().tobytes() for name, value in tensors.items()}
+
+
+def loss_curve(dit: Path, dataset: Path, output: Path) -> list[float]:
+    """The losses of 20 steps with all that draws: noise, timesteps, order, dropout."""
+    words = ("--max_train_steps", 20, "--gradient_accumulation_steps", 2, "--network_dropout", 0.1)
+    records = train(dit, dataset, output, *words, "--lr_scheduler", "cosine", "--lr_warmup_steps", 3)
+    return [record["loss"] for record in records if record["kind"] == "step"]
+
+
+def _write_curve() -> None:
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        losses = loss_curve(write_dit(folder), write_dataset(folder / "data"), folder / "out")
+    CURVE.write_text(json.dumps({"losses": losses}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _write_curve()
