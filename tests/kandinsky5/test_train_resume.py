@@ -12,11 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from kandinsky5.training_state import read_state, state_problem
 from modules.errors import DataError, ModelFileError
-from modules.tensor_files import read_tensors
 from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train, write_dataset, write_dit
 
 
@@ -130,23 +128,3 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(
     # Another process, because sums depend on the number of threads, which differs here.
     assert launch(dit, dataset, tmp_path / "whole", root, "--max_train_steps", 20).wait(120) == 0
     assert lora_bytes(output / "lora.safetensors") == lora_bytes(tmp_path / "whole/lora.safetensors")
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(dit: Path, dataset: Path, tmp_path: Path, root: Path) -> None:
-    """Five batches in steps of four: the second process repeats one, at weight zero, in every other step."""
-    options = ("--max_train_steps", 4, "--save_precision", "fp32", "--timestep_sampling", "shift")
-    train(dit, dataset, tmp_path / "one", *options, "--gradient_accumulation_steps", 4)
-    words = (
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2),
-        *("--num_machines", 1, "--num_cpu_threads_per_process", 1, root / "kandinsky5_train_network.py"),
-        *("--task", "k5-tiny-t2v", "--dit", dit, "--dataset_config", dataset, "--output_name", "lora"),
-        *("--output_dir", tmp_path / "two", "--network_dim", 4, "--network_alpha", 4, "--seed", 3),
-        *("--learning_rate", 1e-3, "--discrete_flow_shift", 5.0, "--gradient_accumulation_steps", 2),
-        *("--max_data_loader_n_workers", 0, *SMALLER, *options),
-    )
-    subprocess.run([str(word) for word in words], check=True, timeout=300)
-    losses = [[record["loss"] for record in metrics(tmp_path / name, "step")] for name in ("one", "two")]
-    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)
-    one, two = (read_tensors(tmp_path / name / "lora.safetensors")[0] for name in ("one", "two"))
-    torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
