@@ -37,13 +37,14 @@ from kandinsky5.caching_report import (
     Outcome,
     cache_folders,
     check_strict,
+    combine,
     disk_errors,
     finish,
     handle_unused,
 )
-from kandinsky5.configs.caching import CacheLatentsConfig, CacheRunConfig, CacheTextConfig
+from kandinsky5.configs.caching import CacheLatentsConfig, CacheRunConfig, CacheTextConfig, DebugConfig
 from kandinsky5.devices import pick_device, vae_dtype
-from kandinsky5.prompt_templates import load_prompt_templates
+from kandinsky5.prompt_templates import PromptTemplates, load_prompt_templates
 from kandinsky5.text_encoders import (
     TextEncoders,
     check_text_encoder_paths,
@@ -56,6 +57,7 @@ from modules.dtypes import dtype_name
 from modules.errors import ModelFileError
 from modules.interruption import exit_on_signal
 from modules.logs import get_logger
+from modules.processes import Processes, joined_processes
 from modules.seeding import generator_for
 
 log = get_logger(__name__)
@@ -84,34 +86,57 @@ class _LatentWork:
 def cache_latents(config: CacheLatentsConfig) -> None:
     """Encode every clip of the dataset file, or show the clips if the config says so.
 
+    Several processes of a launcher share the batches; the first one writes the indexes and speaks.
+
     Raises:
         ConfigError, DataError, ModelFileError, ResourceError: each with what to do; damaged media end the run
         only after everything else is cached.
     """
-    datasets = _read_datasets(config.run)
-    if config.debug is not None:
-        for dataset in datasets.datasets:
-            plan = _plan(dataset, config, list_items(dataset, confine_paths=config.run.confine_paths))
-            if not preview_clips(dataset, plan.clips, config.debug, config.run.num_workers):
-                return
-        return
-    assert config.vae is not None  # the command line requires it
-    device = pick_device(config.run.device)
+    with exit_on_signal(), joined_processes() as processes:
+        if config.debug is None:
+            _cache_latents(config, processes)
+        elif processes.is_main:
+            _show(config, config.debug)
+
+
+def _show(config: CacheLatentsConfig, debug: DebugConfig) -> None:
+    for dataset in _read_datasets(config.run).datasets:
+        plan = _plan(dataset, config, list_items(dataset, confine_paths=config.run.confine_paths))
+        if not preview_clips(dataset, plan.clips, debug, config.run.num_workers):
+            return
+
+
+def _cache_latents(config: CacheLatentsConfig, processes: Processes) -> None:
+    path = config.vae
+    assert path is not None  # the command line requires it
+    datasets = _read_datasets(config.run).datasets
+    device = pick_device(config.run.device, processes.index_on_machine if processes.count > 1 else None)
     dtype = vae_dtype(config.vae_dtype, device)
     if config.disable_cudnn_backend:
         torch.backends.cudnn.enabled = False
-    fingerprint = vae_fingerprint(config.vae)
-    works = [_latent_work(dataset, config, fingerprint, dtype) for dataset in datasets.datasets]
+    fingerprint = vae_fingerprint(path)
+    works = [_latent_work(dataset, config, fingerprint, dtype) for dataset in datasets]
     outcomes = [work.outcome for work in works]
     check_strict(outcomes, config.run)
-    with exit_on_signal(), cache_folders(datasets.datasets):
+
+    def choose() -> None:
         for work in works:
-            write_masks(MaskWork(work.outcome, work.plan.clips), config.run)
+            write_masks(MaskWork(work.outcome, processes.share(work.plan.clips)), config.run)
             _choose_batches(work, config.run)
+            work.batches = tuple(processes.share(work.batches))
+
+    def encode() -> None:
         if any(work.batches for work in works):
-            vae = load_vae(config.vae, dtype=dtype, device=device)
+            vae = load_vae(path, dtype=dtype, device=device)
             for work in works:
-                _encode_clips(vae, work, config)
+                _encode_clips(vae, work, config, is_quiet=not processes.is_main)
+
+    with cache_folders(datasets, processes):
+        processes.together(choose)  # nobody writes latents before all have seen which are missing
+        processes.together(encode)
+        combine(outcomes, processes)
+        if not processes.is_main:
+            return
         for work in works:
             entry = latent_entry(work.plan.clips, work.outcome.skipped)
             with disk_errors(work.dataset.cache_directory):
@@ -165,9 +190,10 @@ def _choose_batches(work: _LatentWork, run: CacheRunConfig) -> None:
     work.batches = tuple(batch for batch in batches if any(clip.cache_name in work.stale for clip in batch))
 
 
-def _encode_clips(vae: VideoVAE, work: _LatentWork, config: CacheLatentsConfig) -> None:
+def _encode_clips(vae: VideoVAE, work: _LatentWork, config: CacheLatentsConfig, *, is_quiet: bool) -> None:
     total = sum(len(batch) for batch in work.batches)
-    with tqdm(total=total, desc=f"dataset {work.dataset.index}", unit="clip") as progress:
+    name = f"dataset {work.dataset.index}"
+    with tqdm(total=total, desc=name, unit="clip", disable=is_quiet) as progress:
         for loaded in load_batches(work.batches, num_workers=config.run.num_workers):
             work.outcome.skipped.extend(loaded.damaged)
             if loaded.clips:
@@ -224,19 +250,24 @@ class _TextWork:
 
 
 def cache_text(config: CacheTextConfig) -> None:
-    """Encode every caption of the dataset file.
+    """Encode every caption of the dataset file; several processes of a launcher share the batches.
 
     Raises:
         ConfigError, DataError, ModelFileError, ResourceError: each with what to do.
     """
-    datasets = _read_datasets(config.run)
-    device = pick_device(config.run.device)
+    with exit_on_signal(), joined_processes() as processes:
+        _cache_text(config, processes)
+
+
+def _cache_text(config: CacheTextConfig, processes: Processes) -> None:
+    datasets = _read_datasets(config.run).datasets
+    device = pick_device(config.run.device, processes.index_on_machine if processes.count > 1 else None)
     problems = check_text_encoder_paths(config.text_encoder_qwen, config.text_encoder_clip)
     if problems:
         raise ModelFileError(problems)
     templates = load_prompt_templates(config.prompt_templates)
     confine = config.run.confine_paths
-    listings = [list_items(dataset, confine_paths=confine) for dataset in datasets.datasets]
+    listings = [list_items(dataset, confine_paths=confine) for dataset in datasets]
     outcomes = [
         Outcome(
             dataset=dataset,
@@ -245,30 +276,32 @@ def cache_text(config: CacheTextConfig) -> None:
             skipped=list(listing.skipped),
             empty_captions=listing.empty_captions,
         )
-        for dataset, listing in zip(datasets.datasets, listings, strict=True)
+        for dataset, listing in zip(datasets, listings, strict=True)
     ]
     check_strict(outcomes, config.run)
     fingerprint = text_encoder_fingerprint(
         config.text_encoder_qwen, config.text_encoder_clip, config.quantization
     )
-    with exit_on_signal(), cache_folders(datasets.datasets):
-        works = [
-            _text_work(outcome, listing, config, fingerprint)
-            for outcome, listing in zip(outcomes, listings, strict=True)
-        ]
+
+    def choose() -> list[_TextWork]:
+        pairs = zip(outcomes, listings, strict=True)
+        works = [_text_work(outcome, listing, config, fingerprint) for outcome, listing in pairs]
+        for work in works:
+            work.batches = tuple(processes.share(work.batches))
+        return works
+
+    def encode() -> None:
         if any(work.batches for work in works):
-            encoders = load_text_encoders(
-                config.text_encoder_qwen,
-                config.text_encoder_clip,
-                device=device,
-                dtype=default_qwen_dtype(device),
-                qwen_max_length=config.qwen_max_length,
-                clip_max_length=config.clip_max_length,
-                quantization=config.quantization,
-                templates=templates,
-            )
+            encoders = _load_encoders(config, device, templates)
             for work in works:
-                _encode_captions(encoders, work)
+                _encode_captions(encoders, work, is_quiet=not processes.is_main)
+
+    with cache_folders(datasets, processes):
+        works = processes.together(choose)  # nobody writes before all have seen what is missing
+        processes.together(encode)
+        combine(outcomes, processes)
+        if not processes.is_main:
+            return
         for work in works:
             dataset = work.outcome.dataset
             entry = text_entry(work.listing.items, work.listing.skipped)
@@ -276,6 +309,19 @@ def cache_text(config: CacheTextConfig) -> None:
                 update_index(dataset.cache_directory, "text", dataset.text_settings_hash, entry)
         handle_unused(outcomes, "text", config.run)
     finish(outcomes, "text", config.run)
+
+
+def _load_encoders(config: CacheTextConfig, device: torch.device, templates: PromptTemplates) -> TextEncoders:
+    return load_text_encoders(
+        config.text_encoder_qwen,
+        config.text_encoder_clip,
+        device=device,
+        dtype=default_qwen_dtype(device),
+        qwen_max_length=config.qwen_max_length,
+        clip_max_length=config.clip_max_length,
+        quantization=config.quantization,
+        templates=templates,
+    )
 
 
 def _text_work(
@@ -317,9 +363,10 @@ def _text_work(
     return _TextWork(listing=listing, outcome=outcome, batches=chosen, stale=stale)
 
 
-def _encode_captions(encoders: TextEncoders, work: _TextWork) -> None:
+def _encode_captions(encoders: TextEncoders, work: _TextWork, *, is_quiet: bool) -> None:
     total = sum(len(target.meta.captions) for batch in work.batches for target in batch)
-    with tqdm(total=total, desc=f"dataset {work.outcome.dataset.index}", unit="caption") as progress:
+    name = f"dataset {work.outcome.dataset.index}"
+    with tqdm(total=total, desc=name, unit="caption", disable=is_quiet) as progress:
         for batch in work.batches:
             for target, (first, *more) in zip(batch, _encode_batch_captions(encoders, batch), strict=True):
                 if target.path in work.stale:

@@ -26,7 +26,7 @@ _MAX_NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class MaskWork:
-    """One dataset's masks."""
+    """One dataset's masks, or this process's share of them."""
 
     outcome: Outcome
     clips: Sequence[PlannedClip]

@@ -17,6 +17,7 @@ from modules.errors import DataError, ResourceError
 from modules.files import remove_strays
 from modules.locks import folder_lock
 from modules.logs import format_table, get_logger
+from modules.processes import Processes
 
 log = get_logger(__name__)
 
@@ -36,6 +37,11 @@ class Outcome:
     encoded: int = 0
     skipped: list[SkippedItem] = field(default_factory=list)
     empty_captions: int = 0
+    num_listed: int = field(init=False)
+    """Of `skipped`, those known before anything is encoded, which come first."""
+
+    def __post_init__(self) -> None:
+        self.num_listed = len(self.skipped)
 
     @property
     def skipped_names(self) -> set[str]:
@@ -43,18 +49,34 @@ class Outcome:
 
 
 @contextmanager
-def cache_folders(datasets: Sequence[AnyDatasetConfig]) -> Iterator[None]:
-    """Hold the cache folders' locks, in one order for all processes, and clear what killed runs left there.
+def cache_folders(datasets: Sequence[AnyDatasetConfig], processes: Processes) -> Iterator[None]:
+    """Hold the cache folders' locks, in one order for all runs, and clear what killed runs left there.
+
+    The first of several processes holds them for all.
 
     Raises:
         ResourceError: a folder cannot be written, or the disk fills up within the block.
     """
     folders = sorted({dataset.cache_directory.resolve() for dataset in datasets})
     with ExitStack() as stack:
-        for folder in folders:
-            stack.enter_context(folder_lock(folder))
-            remove_strays(folder)
+
+        def enter() -> None:
+            for folder in folders if processes.is_main else ():
+                stack.enter_context(folder_lock(folder))
+                remove_strays(folder)
+
+        processes.together(enter)
         yield
+
+
+def combine(outcomes: Sequence[Outcome], processes: Processes) -> None:
+    """Put together what all processes did; the order of what was skipped does not depend on who found it."""
+    everywhere = processes.gather([(outcome.encoded, outcome.skipped) for outcome in outcomes])
+    for number, outcome in enumerate(outcomes):
+        known = outcome.skipped[: outcome.num_listed]
+        found = {entry for parts in everywhere for entry in parts[number][1][outcome.num_listed :]}
+        outcome.encoded = sum(parts[number][0] for parts in everywhere)
+        outcome.skipped = [*known, *sorted(found, key=str)]
 
 
 @contextmanager

@@ -12,14 +12,18 @@ from modules.fp8 import check_fp8_matmul
 from modules.int8 import check_int8_matmul
 
 
-def pick_device(word: str | None) -> torch.device:
+def pick_device(word: str | None, process: int | None = None) -> torch.device:
     """The device to compute on: the one asked for, else cuda if there is one, else cpu.
 
+    Args:
+        process: number of this process on the machine, where several share the work: each takes another GPU.
     Raises:
         ResourceError: it is unknown or not there.
     """
     if word is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        word = "cuda" if torch.cuda.is_available() else "cpu"
+    if word == "cuda" and process is not None and torch.cuda.is_available():
+        word = f"cuda:{process % torch.cuda.device_count()}"
     try:
         device = torch.device(word)
         torch.empty(0, device=device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 _LOG = logging.getLogger("k5")
 
@@ -21,6 +22,18 @@ def setup_logging() -> None:
         _LOG.addHandler(handler)
         _LOG.propagate = False
     _LOG.setLevel(logging.INFO)
+
+
+@contextmanager
+def only_warnings(is_quiet: bool) -> Iterator[None]:
+    """Within the block, if `is_quiet`, log nothing but warnings."""
+    before = _LOG.level
+    if is_quiet:
+        _LOG.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        _LOG.setLevel(before)
 
 
 def get_logger(name: str) -> logging.Logger:

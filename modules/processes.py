@@ -1,0 +1,96 @@
+"""Several processes that a launcher started for one job: they share out work and agree on how it went.
+
+Values travel over gloo, on the CPU, whatever the processes compute on.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from modules.errors import ResourceError, UserError
+from modules.logs import only_warnings
+
+T = TypeVar("T")
+
+_WORDS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and accelerate tell the processes they start."""
+_PATIENCE = datetime.timedelta(days=7)
+"""One process may have much more to do than another, and none of them is stuck."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among those of the job."""
+
+    index: int = 0
+    count: int = 1
+    index_on_machine: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """The first of them, which speaks and writes for all."""
+        return self.index == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Which of the items are this process's: every `count`-th, so that large and small ones mix."""
+        return items[self.index :: self.count]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in their order; waits for all of them."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run an action in all processes; when one fails all end, with the exit code of the failure.
+
+        Raises:
+            UserError: here. SystemExit: elsewhere, where the reason was said.
+        """
+        result: T | None = None
+        failure: UserError | None = None
+        try:
+            result = action()
+        except UserError as error:
+            failure = error
+        codes = self.gather(0 if failure is None else failure.exit_code)
+        if failure is not None:
+            raise failure
+        if any(codes):
+            raise SystemExit(max(codes))
+        return result  # type: ignore[return-value]
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """Join the processes that the launcher started, if there was one; all but the first log warnings only.
+
+    Raises:
+        ResourceError: the launcher announced several processes and did not say how they find each other.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes()
+        return
+    missing = [word for word in _WORDS if word not in os.environ]
+    if missing:
+        raise ResourceError(
+            f"{count} processes were announced (WORLD_SIZE) without {', '.join(missing)}. Start with:\n"
+            f"  accelerate launch --multi_gpu --num_processes {count} --num_machines 1 ..."
+        )
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    processes = Processes(dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        with only_warnings(not processes.is_main):
+            yield processes
+    finally:
+        dist.destroy_process_group()
