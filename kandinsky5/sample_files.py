@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from kandinsky5.video_files import write_png, write_video
 from modules.files import atomic_writer
@@ -21,6 +21,7 @@ FPS = 24
 _GRID_HEIGHT = 192
 _GRID_GAP = 4
 _LABEL_HEIGHT = 16
+_FONT_SIZE = 13
 _MAX_COLUMNS = 64
 _ANIMATION_SIDE = 256
 
@@ -106,9 +107,13 @@ def write_grid(names: SampleNames, prompt_number: int, *, last_step: int) -> Non
     width = sum(picture.width + _GRID_GAP for picture in pictures) - _GRID_GAP
     grid = Image.new("RGB", (width, _LABEL_HEIGHT + _GRID_HEIGHT), "white")
     draw = ImageDraw.Draw(grid)
+    font = ImageFont.load_default(_FONT_SIZE)
     left = 0
     for step, picture in zip(steps, pictures, strict=True):
-        draw.text((left + 2, 2), str(step), fill="black")
+        label = f"step {step}"
+        if font.getlength(label) > picture.width - 4:  # a narrow picture: only the number is sure to fit
+            label = str(step)
+        draw.text((left + 2, _LABEL_HEIGHT / 2), label, "black", font, anchor="lm")
         grid.paste(picture, (left, _LABEL_HEIGHT))
         left += picture.width + _GRID_GAP
     with atomic_writer(names.grid(prompt_number)) as stream:
