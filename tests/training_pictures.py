@@ -3,7 +3,7 @@
 python tests/training_pictures.py [FOLDER]
 
 The small random models learn clips and photos of tests/media with the scripts themselves: a part of the files
-is held out, and one prompt is sampled on the way. Such models have nothing to show in their samples but change:
+is held out, and one prompt is sampled on the way. Such models have nothing to show in samples but change:
 the point is what a run writes.
 """
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image
 from kandinsky5 import training
 from kandinsky5.validation import NUM_BINS, Validation, draw_levels
 from kandinsky5.validation_plot import write_validation_plot
-from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
+from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train, write_dataset, write_dit
 
 SPLIT = ("--validation_split", 0.4)
 
@@ -201,3 +203,23 @@ def test_a_picture_that_cannot_be_written_costs_a_warning(
     assert said.text.count("cannot be written") == 1
     assert len(checks(tmp_path)) == 2
     json.dumps(checks(tmp_path))
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_measures_and_training_does_not_notice(
+    dit: Path, dataset: Path, tmp_path: Path, root: Path
+) -> None:
+    """With reports on saved files and limited norms: what one process does alone must not block the other."""
+    for name, often in (("few", ()), ("many", ("--validate_every_n_steps", 1, "--save_every_n_steps", 1))):
+        words = (
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2),
+            *("--num_machines", 1, "--main_process_port", 0, root / "kandinsky5_train_network.py"),
+            *("--task", "k5-tiny-t2v", "--dit", dit, "--dataset_config", dataset, "--output_name", "lora"),
+            *("--output_dir", tmp_path / name, "--seed", 3, "--learning_rate", 1e-2, "--max_train_steps", 4),
+            *("--scale_weight_norms", 0.1, "--max_data_loader_n_workers", 0, *SMALLER, *SPLIT, *often),
+        )
+        subprocess.run([str(word) for word in words], check=True, timeout=300)
+    assert [record["step"] for record in checks(tmp_path / "many")] == [1, 2, 3, 4]
+    assert [record["step"] for record in metrics(tmp_path / "many", "norms")] == [1, 2, 3, 4]
+    assert checks(tmp_path / "few") == checks(tmp_path / "many")[-1:]
+    assert lora_bytes(tmp_path / "few/lora.safetensors") == lora_bytes(tmp_path / "many/lora.safetensors")
