@@ -96,7 +96,8 @@ def test_two_processes_train_as_one(
         print(
             f"\n{' '.join(map(str, memory)) or 'plain'}: {STEPS} steps of 2 processes x 3 batches against "
             f"1 x 6: largest difference of a loss {difference:.1e}; LoRA and optimizer equal on both in "
-            f"{len(first)} of {STEPS} steps; state {size} bytes, {size / lora_size:.2f} times the LoRA in float32"
+            f"{len(first)} of {STEPS} steps; state {size} bytes, "
+            f"{size / lora_size:.2f} times the LoRA in float32"
         )
 
 

@@ -1,0 +1,202 @@
+"""Windows' rules, kept here by force: no SIGHUP, no fcntl, nothing open is replaced, helpers are spawned."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataset.cached_dataset import CachedDataset
+from dataset.config import load_dataset_config
+from kandinsky5 import train_plan
+from kandinsky5.train_plan import PlanSequence, RunLength
+from tests.kandinsky5 import fault_kit
+from tests.kandinsky5.step_record import assert_same_results
+from tests.kandinsky5.training_runs import SMALLER, lora_bytes, train, write_dataset, write_dit
+
+PROJECT = (
+    "kandinsky5",
+    "modules",
+    "networks",
+    "dataset",
+    "kandinsky5_train_network",
+    "tests.kandinsky5.training_runs",
+)
+SAVING = ("--save_state", "--save_every_n_steps", 1, "--save_last_n_steps", 1, "--ema_decay", 0.8)
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux what is open")
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dit(tmp_path_factory.mktemp("dit"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+def is_open(path: Path) -> bool:
+    """Whether this process holds the file, or one in the folder, open or mapped."""
+    wanted = os.path.realpath(path)
+    names = [
+        os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if Path(entry.path).is_symlink()
+    ]
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    names += [line.split(maxsplit=5)[5] for line in maps if len(line.split(maxsplit=5)) == 6]
+    return any(name == wanted or name.startswith(f"{wanted}/") for name in names)
+
+
+def refuse_what_windows_refuses() -> None:
+    """From now on, in a forked process only."""
+    rename, replace, unlink, fsync = os.rename, os.replace, os.unlink, os.fsync
+
+    def check(*paths: Any) -> None:
+        for path in paths:
+            if is_open(Path(path)):
+                raise PermissionError(
+                    13, "The process cannot access the file because it is being used", str(path)
+                )
+
+    def strict_rename(source: Any, target: Any, **named: Any) -> None:
+        check(source, target)
+        if Path(target).exists():
+            raise FileExistsError(17, "Cannot create a file when that file already exists", str(target))
+        rename(source, target, **named)
+
+    def strict_replace(source: Any, target: Any, **named: Any) -> None:
+        check(source, target)
+        if Path(target).is_dir():
+            raise PermissionError(13, "Access is denied", str(target))
+        replace(source, target, **named)
+
+    def strict_unlink(path: Any, **named: Any) -> None:
+        if "dir_fd" not in named:
+            check(path)
+        unlink(path, **named)
+
+    def strict_fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").is_dir():
+            raise PermissionError(13, "Permission denied")
+        fsync(descriptor)
+
+    os.rename, os.replace, os.unlink, os.fsync = strict_rename, strict_replace, strict_unlink, strict_fsync
+
+
+def import_as_on_windows() -> types.ModuleType:
+    """Import the project again where SIGHUP and fcntl are missing; returns the module with `train`."""
+    del signal.SIGHUP
+    sys.modules["fcntl"] = None  # pyright: ignore[reportArgumentType]
+    for name in list(sys.modules):
+        if name.startswith(PROJECT) and (name in PROJECT or name.partition(".")[0] in PROJECT):
+            del sys.modules[name]
+    return importlib.import_module("tests.kandinsky5.training_runs")
+
+
+@needs_proc
+def test_a_run_that_saves_replaces_and_resumes_keeps_windows_rules(
+    dit: Path, dataset: Path, tmp_path: Path
+) -> None:
+    train(dit, dataset, tmp_path / "whole", *SAVING, "--max_train_steps", 5)
+
+    def run() -> None:
+        runs = import_as_on_windows()
+        refuse_what_windows_refuses()
+        words = (*SAVING, "--logging_dir", tmp_path / "logs")
+        runs.train(dit, dataset, tmp_path / "out", *words, "--max_train_steps", 1)
+        runs.train(dit, dataset, tmp_path / "out", *words, "--max_train_steps", 2, "--overwrite")
+        runs.train(dit, dataset, tmp_path / "out", *words, "--max_train_steps", 5, "--resume", "auto")
+
+    log = tmp_path / "log.txt"
+    assert fault_kit.wait(fault_kit.start(run, log)) == 0, log.read_text(encoding="utf-8")
+    assert "cannot be deleted" not in log.read_text(encoding="utf-8")
+    assert_same_results(tmp_path / "out", tmp_path / "whole")
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("out", "whole")]
+    assert names[0] == names[1]
+
+
+@needs_proc
+def test_the_rules_would_catch_an_open_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    (tmp_path / "b").write_bytes(b"2")
+    with (tmp_path / "b").open("rb"):
+        assert is_open(tmp_path / "b")
+        assert is_open(tmp_path)
+    assert not is_open(tmp_path / "b")
+
+
+def test_the_lock_of_a_folder_works_with_windows_means(tmp_path: Path) -> None:
+    """With a stand-in for msvcrt, which locks bytes of a file."""
+    locked: set[str] = set()
+
+    def locking(descriptor: int, mode: int, _count: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if mode == 0:
+            locked.remove(name)
+        elif name in locked:
+            raise OSError(36, "Resource deadlock avoided")
+        else:
+            locked.add(name)
+
+    def run() -> None:
+        sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2, LK_UNLCK=0)  # pyright: ignore
+        sys.modules["fcntl"] = None  # pyright: ignore[reportArgumentType]
+        del sys.modules["modules.locks"]
+        os.name = "nt"
+        locks = importlib.import_module("modules.locks")
+        os.name = "posix"
+        with locks.folder_lock(tmp_path):
+            assert len(locked) == 1
+            with (tmp_path / ".k5_lock").open("a+b") as stream:
+                assert not locks._try_lock(stream)
+        assert not locked
+
+    importlib.import_module("modules.locks")
+    log = tmp_path / "log.txt"
+    assert fault_kit.wait(fault_kit.start(run, log)) == 0, log.read_text(encoding="utf-8")
+
+
+def test_a_process_that_reads_caches_can_be_spawned(dataset: Path) -> None:
+    """All that it is given can be pickled, and gives the same batch there."""
+    data = CachedDataset(load_dataset_config(dataset), seed=3)
+    length = RunLength(batches_per_epoch=5, gradient_accumulation_steps=1, num_processes=1, total_steps=5)
+    plan = PlanSequence(data, length, 0).step(2).micro_batches[0].plan
+    copy, sent, start = pickle.loads(pickle.dumps((data, plan, train_plan._start_reader)))
+    assert start is train_plan._start_reader
+    assert copy[sent].latents.equal(data[plan].latents)
+    assert copy[sent].item_keys == plan.item_keys
+
+
+@pytest.mark.slow
+def test_spawned_processes_read_the_same_batches(
+    dit: Path, dataset: Path, tmp_path: Path, root: Path
+) -> None:
+    words = ("--max_train_steps", 4, "--save_state")
+    train(dit, dataset, tmp_path / "none", *words)
+    program = (
+        "import multiprocessing, sys\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "    import torch; torch.set_num_threads(1)\n"
+        "    from kandinsky5_train_network import main\n"
+        "    main(sys.argv[1:])\n"
+    )
+    (tmp_path / "spawning.py").write_text(program, encoding="utf-8")
+    given = (
+        *(sys.executable, tmp_path / "spawning.py", "--task", "k5-tiny-t2v", "--dit", dit),
+        *("--dataset_config", dataset, "--output_dir", tmp_path / "two", "--output_name", "lora"),
+        *("--network_dim", 4, "--network_alpha", 4, "--learning_rate", 1e-3, "--seed", 3),
+        *("--timestep_sampling", "shift", "--discrete_flow_shift", 5.0, "--max_data_loader_n_workers", 2),
+        *(*SMALLER, *words),
+    )
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([str(word) for word in given], check=True, timeout=300, env=environment)
+    assert lora_bytes(tmp_path / "two/lora.safetensors") == lora_bytes(tmp_path / "none/lora.safetensors")
