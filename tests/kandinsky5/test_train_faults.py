@@ -125,7 +125,7 @@ class EveryOperation:
             ended = code == 99
             if not ended:
                 assert_last_good_state_is_there(self.output, self.files, (step - 1, step), note=note)
-                if number % self.resumed_every == 0:
+                if number == 1 or number % self.resumed_every == 0:
                     self._resume(log)
                     assert_same_results(self.output, self.files.whole)
                     steps = [path.name for path in self.output.iterdir() if path.name.endswith("-state")]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky5.training_state import read_state, state_problem
+from kandinsky5 import training
+from kandinsky5.training_state import find_state, read_state, remove_stray_states, state_problem
 from modules.errors import DataError, ModelFileError
 from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train, write_dataset, write_dit
 
@@ -128,3 +129,38 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(
     # Another process, because sums depend on the number of threads, which differs here.
     assert launch(dit, dataset, tmp_path / "whole", root, "--max_train_steps", 20).wait(120) == 0
     assert lora_bytes(output / "lora.safetensors") == lora_bytes(tmp_path / "whole/lora.safetensors")
+
+
+def test_a_state_of_the_last_step_means_that_the_final_file_is_there(
+    dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is killed before it ends; an older end of a shorter run lies there."""
+    train(dit, dataset, tmp_path / "whole", "--max_train_steps", 4)
+    output = tmp_path / "out"
+    train(dit, dataset, output, "--max_train_steps", 2, "--save_state_on_train_end")
+    words = iter(("", "save"))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "take_control_word", lambda _: next(words))
+        patch.setattr(training.Trainer, "_finish", lambda *_: (_ for _ in ()).throw(KeyError("killed")))
+        with pytest.raises(KeyError, match="killed"):
+            train(dit, dataset, output, "--max_train_steps", 4, "--resume", "auto")
+    train(dit, dataset, output, "--max_train_steps", 4, "--resume", "auto")
+    assert lora_bytes(output / "lora.safetensors") == lora_bytes(tmp_path / "whole/lora.safetensors")
+    (output / "lora.safetensors").unlink()
+    train(dit, dataset, output, "--max_train_steps", 4, "--resume", "auto")
+    assert lora_bytes(output / "lora.safetensors") == lora_bytes(tmp_path / "whole/lora.safetensors")
+
+
+def test_a_state_that_was_moved_away_for_a_new_one_comes_back(
+    dit: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """A kill between the two renames: the old one is used, the half-made one goes."""
+    train(dit, dataset, tmp_path, "--max_train_steps", 1, "--save_state")
+    (tmp_path / "lora-state").rename(tmp_path / ".k5old-4194303-lora-state")
+    (tmp_path / ".k5state-4194303-ab").mkdir()
+    assert find_state(tmp_path, "other", "auto") is None
+    assert remove_stray_states(tmp_path) == 1
+    assert find_state(tmp_path, "lora", "auto") == tmp_path / "lora-state"
+    shutil.copytree(tmp_path / "lora-state", tmp_path / ".k5old-4194303-lora-state")
+    assert remove_stray_states(tmp_path) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".k5")] == []

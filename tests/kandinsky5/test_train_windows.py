@@ -22,14 +22,8 @@ from tests.kandinsky5 import fault_kit
 from tests.kandinsky5.step_record import assert_same_results
 from tests.kandinsky5.training_runs import SMALLER, lora_bytes, train, write_dataset, write_dit
 
-PROJECT = (
-    "kandinsky5",
-    "modules",
-    "networks",
-    "dataset",
-    "kandinsky5_train_network",
-    "tests.kandinsky5.training_runs",
-)
+RUNS = "tests.kandinsky5.training_runs"
+PROJECT = ("kandinsky5", "modules", "networks", "dataset", "kandinsky5_train_network", RUNS)
 SAVING = ("--save_state", "--save_every_n_steps", 1, "--save_last_n_steps", 1, "--ema_decay", 0.8)
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux what is open")
 
@@ -47,9 +41,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def is_open(path: Path) -> bool:
     """Whether this process holds the file, or one in the folder, open or mapped."""
     wanted = os.path.realpath(path)
-    names = [
-        os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if Path(entry.path).is_symlink()
-    ]
+    names = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
     maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     names += [line.split(maxsplit=5)[5] for line in maps if len(line.split(maxsplit=5)) == 6]
     return any(name == wanted or name.startswith(f"{wanted}/") for name in names)
@@ -98,7 +90,8 @@ def import_as_on_windows() -> types.ModuleType:
     for name in list(sys.modules):
         if name.startswith(PROJECT) and (name in PROJECT or name.partition(".")[0] in PROJECT):
             del sys.modules[name]
-    return importlib.import_module("tests.kandinsky5.training_runs")
+    assert len(importlib.import_module("modules.interruption")._SIGNALS) == 2
+    return importlib.import_module(RUNS)
 
 
 @needs_proc
@@ -133,12 +126,13 @@ def test_the_rules_would_catch_an_open_file(tmp_path: Path) -> None:
     assert not is_open(tmp_path / "b")
 
 
+@needs_proc
 def test_the_lock_of_a_folder_works_with_windows_means(tmp_path: Path) -> None:
     """With a stand-in for msvcrt, which locks bytes of a file."""
     locked: set[str] = set()
 
     def locking(descriptor: int, mode: int, _count: int) -> None:
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        name = str(Path(f"/proc/self/fd/{descriptor}").readlink())
         if mode == 0:
             locked.remove(name)
         elif name in locked:
