@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kandinsky5 import metrics as metrics_module
-from kandinsky5 import train_output
+from kandinsky5 import train_output, training_state
 from kandinsky5.training_state import find_state, read_state
 from tests.kandinsky5 import fault_kit
 from tests.kandinsky5.step_record import assert_same_steps, recorded
@@ -141,6 +144,30 @@ def test_a_limit_that_native_code_meets_ends_the_same_way(
         if path.name.startswith(".k5") or "state" in path.name
     ]
     assert left == []
+
+
+def test_what_torch_hides_of_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.save turns an error of the file it writes to into one of its own."""
+
+    class Full:
+        room = 2000
+
+        def write(self, data: bytes) -> int:
+            self.room -= len(data)
+            if self.room < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return len(data)
+
+        def flush(self) -> None:
+            pass
+
+    @contextmanager
+    def full_writer(_: Path) -> Iterator[Full]:
+        yield Full()
+
+    monkeypatch.setattr(training_state, "atomic_writer", full_writer)
+    with pytest.raises(OSError, match="No space left"):
+        training_state._write_torch(tmp_path / "optimizer.pt", {"moment": torch.zeros(10_000)})
 
 
 def test_a_log_that_cannot_be_written_warns_once_and_has_whole_lines(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky5 import training
+from kandinsky5 import train_output, training
 from kandinsky5.training_state import find_state, read_state, remove_stray_states, state_problem
 from modules.errors import DataError, ModelFileError
 from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train, write_dataset, write_dit
@@ -164,3 +164,19 @@ def test_a_state_that_was_moved_away_for_a_new_one_comes_back(
     shutil.copytree(tmp_path / "lora-state", tmp_path / ".k5old-4194303-lora-state")
     assert remove_stray_states(tmp_path) == 1
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".k5")] == []
+
+
+def test_files_that_a_kill_left_beyond_their_time_go_at_the_next_start(
+    dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--save_state", "--save_every_n_steps", 1, "--save_last_n_steps", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_output, "delete_result", lambda _: (_ for _ in ()).throw(KeyError("killed")))
+        with pytest.raises(KeyError, match="killed"):
+            train(dit, dataset, tmp_path, *words, "--max_train_steps", 4)
+    assert (tmp_path / "lora-step00000001.safetensors").is_file()
+    train(dit, dataset, tmp_path, *words, "--max_train_steps", 4, "--resume", "auto")
+    kept = [path.name for path in tmp_path.glob("lora-step*") if path.suffix in ("", ".safetensors")]
+    assert sorted(kept) == [
+        f"lora-step{step:08d}{end}" for step in (3, 4) for end in ("-state", ".safetensors")
+    ]

@@ -93,6 +93,7 @@ PLACES = {
     "in the step": (objective.Objective, "training_losses", 3, 3),
     "in the optimizer": (training.Trainer, "_update", 3, 4),
     "in a save": (train_output, "write_state", 2, 3),
+    "in the last step": (objective.Objective, "training_losses", STEPS, STEPS),
     "after the last step": (training.Trainer, "_finish", 1, STEPS),
 }
 
@@ -103,6 +104,7 @@ PLACES = {
         *(("in the step", number) for number in SIGNALS),
         *(("in a save", number) for number in SIGNALS[:2]),
         *(("in the optimizer", number) for number in SIGNALS[1:2]),
+        *(("in the last step", number) for number in SIGNALS[:1]),
         *(("after the last step", number) for number in SIGNALS[2:]),
     ],
 )
@@ -114,6 +116,8 @@ def test_a_signal_anywhere_finishes_the_step_and_saves(
     pid = run.start(lambda: before_call(owner, name, call, lambda: send(number)), *words)
     assert fault_kit.wait(pid, 30) == 128 + number, run.log.read_text()
     assert run.step() == step
+    # A run that has come to its end leaves its final files, whatever was asked of it.
+    assert (run.output / "lora-state").is_dir() == (step == STEPS)
     run.assert_goes_on(whole, *words)
 
 
