@@ -64,13 +64,14 @@ def test_predictions_move_further_as_training_goes_on_and_averages_lag(
     ("words", "task"),
     [
         (("--fp8_base", "--mixed_precision", "bf16", "--gradient_checkpointing"), "k5-tiny-t2v"),
+        (("--int8_base", "--mixed_precision", "bf16"), "k5-tiny-t2v"),
         (("--gradient_checkpointing", "--blocks_to_swap", 1, "--override_dit", "{}"), "k5-tiny-t2v"),
         (("--network_module", "networks.loha", "--lora_format", "kohya"), "k5-tiny-t2v"),
         (("--network_module", "networks.lokr", "--lora_format", "kohya"), "k5-tiny-t2v"),
         (("--optimizer_type", "tests.kandinsky5.test_train_saved.ThirdsScheduleFree"), "k5-tiny-t2v"),
         (("--network_dropout", 0.5, "--network_args", "module_dropout=0.5"), "k5-tiny-i2v"),
     ],
-    ids=["fp8", "swap", "loha", "lokr", "schedule-free", "i2v"],
+    ids=["fp8", "int8", "swap", "loha", "lokr", "schedule-free", "i2v"],
 )
 def test_measuring_works_in_all_modes_and_moves_nothing(
     words: tuple[object, ...], task: str, dit: Path, dataset: Path, tmp_path: Path, tiny_models: Path

@@ -9,7 +9,7 @@ import pytest
 
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import TrainConfig
-from kandinsky5.saved_config import write_config
+from kandinsky5.saved_config import shareable_options, write_config
 from kandinsky5_train_network import main
 from tests.kandinsky5.training_runs import lora_bytes, train, write_dataset, write_dit
 
@@ -83,10 +83,13 @@ def test_places_are_comments_with_their_own_name_and_keys_are_nowhere(tmp_path: 
     config = parse(
         *(*BASE, "--dit", "/home/me/model.safetensors", "--vae", "C:\\Users\\me\\vae"),
         *("--text_encoder_qwen", "/home/me/qwen/", "--base_weights", "/home/me/a.safetensors"),
-        *("--resume", "auto", "--overwrite", "--config_file", write_key(tmp_path)),
+        *("--resume", "auto", "--overwrite", "--config_file", write_keys(tmp_path)),
+        *("--huggingface_token", "hf_canary", "--huggingface_repo_id", "me/it"),
     )
     write_config(tmp_path / "c.toml", config, {})
     text = (tmp_path / "c.toml").read_text(encoding="utf-8")
+    assert config.tracking.wandb_api_key == "canary"
+    assert "canary" not in str(shareable_options(config))
     for line in ('# dit = "model.safetensors"', '# vae = "vae"', '# text_encoder_qwen = "qwen"'):
         assert line in text.splitlines()
     assert '# base_weights = ["a.safetensors"]' in text
@@ -94,8 +97,8 @@ def test_places_are_comments_with_their_own_name_and_keys_are_nowhere(tmp_path: 
         assert word not in text
 
 
-def write_key(folder: Path) -> Path:
+def write_keys(folder: Path) -> Path:
     """A configuration file with something that must not be copied."""
-    path = folder / "key.toml"
-    path.write_text("network_dim = 3 # canary\n", encoding="utf-8")
+    path = folder / "keys.toml"
+    path.write_text('wandb_api_key = "canary" # canary\nlog_with = "wandb"\n', encoding="utf-8")
     return path

@@ -108,6 +108,7 @@ def test_a_resumed_run_makes_the_same_checks_and_measures_the_base_model_once(
     plain = Validation._losses
 
     def counting(self: Validation) -> torch.Tensor:
+        assert not self._network.training, "dropout would change what is measured"
         measured.append(self._network._switch.is_enabled)
         return plain(self)
 
