@@ -25,6 +25,9 @@ MINIMUM_KEYS = (
 )
 _DATASET_KEYS = (
     "caption_extension",
+    "caption_lines",
+    "caption_dropout_rate",
+    "is_prior",
     "num_repeats",
     "enable_bucket",
     "bucket_no_upscale",
@@ -123,6 +126,8 @@ def _option_values(config: TrainConfig) -> dict[str, Any]:
         "ss_task": model.task.name,
         "ss_scheduler_scale": model.scheduler_scale,
         "ss_i2v_mode": config.conditioning.i2v_mode if model.task.is_i2v else None,
+        "ss_masked_loss": config.loss.masked_loss,
+        "ss_prior_loss_weight": config.loss.prior_loss_weight,
         "ss_attention": model.attention if model.nabla is None else "nabla",
     }
 

@@ -14,7 +14,7 @@ from dataset.cache_files import TextCacheMeta, write_text_cache
 from dataset.cache_names import empty_text_cache_name, mask_cache_name, prior_text_cache_name, text_cache_name
 from dataset.mask_cache import MaskCacheMeta, write_mask_cache
 from kandinsky5 import training
-from modules.tensor_files import read_tensors, write_tensors
+from modules.tensor_files import read_header, read_tensors, write_tensors
 from tests.kandinsky5.training_runs import (
     CLIPS,
     SMALLER,
@@ -113,6 +113,15 @@ def test_the_prior_term_is_logged_and_begins_at_zero(dit: Path, dataset: Path, t
     assert records[0]["prior_loss"] == 0
     assert records[0]["loss"] == plain[0]["loss"]
     assert all(0 < record["prior_loss"] < record["loss"] for record in records[1:])
+
+
+def test_a_lora_names_what_it_was_trained_with_but_no_caption(dit: Path, tmp_path: Path) -> None:
+    data = write_rich_dataset(tmp_path, 'prior_caption = "a dog"\n')
+    train(dit, data, tmp_path / "out", "--max_train_steps", 1, *ALL)
+    metadata = read_header(tmp_path / "out/lora.safetensors").metadata
+    assert (metadata["ss_masked_loss"], metadata["ss_prior_loss_weight"]) == ("True", "0.5")
+    assert json.loads(metadata["ss_datasets"])[0]["caption_dropout_rate"] == 0.3
+    assert "a dog" not in str(metadata)
 
 
 def test_a_strong_prior_keeps_the_lora_near_the_base_model(dit: Path, dataset: Path, tmp_path: Path) -> None:
