@@ -34,6 +34,9 @@ _NOT_COMPARED = (
     *("max_data_loader_", "persistent_", "use_pinned_", "block", "gradient_checkpointing", "ddp_"),
     *("disable_numpy_memmap", "no_weight_check", "dataset_config", "show_timesteps", "lora_format"),
     *("keep_cache", "split_attn", "img_in_", "guidance_scale", "no_vae_load", "fp8_scaled"),
+    *("no_probe", "dry_run", "async_upload", "lora_allow_partial"),
+    # The state's weights take the place of those.
+    *("network_weights", "dim_from_weights"),
 )
 """Beginnings of options that change no number of a run, or that are compared in a way of their own."""
 

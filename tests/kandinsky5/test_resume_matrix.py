@@ -26,6 +26,7 @@ from tests.kandinsky5.step_record import (
     recorded,
     state_hashes,
 )
+from tests.kandinsky5.test_train_loss import ALL, write_rich_dataset
 from tests.kandinsky5.training_runs import Clip, train, write_dataset, write_dit
 from tests.tiny import tiny_dit
 
@@ -102,6 +103,8 @@ MATRIX = {
     "8-bit weights, swapped blocks, checkpointing": Case(
         ("--fp8_base", "--gradient_checkpointing", "--blocks_to_swap", 2, "--override_dit", "{}"), steps=6
     ),
+    "several captions, masks, prior term, caption dropout": Case(ALL, data="rich", steps=9),
+    "int8 weights": Case(("--int8_base", "--gradient_checkpointing"), steps=6),
     "validation every 2 steps": Case(
         ("--validation_dataset_config", "{two}", "--validate_every_n_steps", 2), steps=6
     ),
@@ -134,7 +137,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("matrix")
     whole = folder / "whole.safetensors"
     write_tensors(whole, {key: value.detach() for key, value in tiny_dit().state_dict().items()})
-    data = {"one": write_dataset(folder / "one"), "two": write_two_datasets(folder / "two")}
+    data = {
+        "one": write_dataset(folder / "one"),
+        "two": write_two_datasets(folder / "two"),
+        "rich": write_rich_dataset(folder / "rich"),
+    }
     return Files(write_dit(folder), whole, data)
 
 
