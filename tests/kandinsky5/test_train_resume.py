@@ -112,6 +112,7 @@ def wait_for_steps(process: subprocess.Popen[bytes], output: Path, steps: int) -
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_signal_saves_and_the_run_goes_on_exactly(
     dit: Path, dataset: Path, tmp_path: Path, root: Path
