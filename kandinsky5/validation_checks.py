@@ -82,8 +82,9 @@ def _change(values: Mapping[str, Any]) -> float:
 
 def _curves(values: Mapping[str, Any]) -> dict[str, float]:
     curves = {"loss/validation": values["loss"], "loss/validation_base": values["base_loss"]}
-    for part in values["timesteps"]:
-        name = f"timestep_{part['from']}_{part['to']}"
+    parts = {f"timestep_{part['from']}_{part['to']}": part for part in values["timesteps"]}
+    parts |= {f"bucket_{part['bucket']}": part for part in values["buckets"]}
+    for name, part in parts.items():
         curves[f"validation/{name}"] = part["loss"]
         curves[f"validation_base/{name}"] = part["base_loss"]
     return curves

@@ -143,6 +143,7 @@ def test_wandb_gets_the_curves_of_a_run_and_no_key_is_kept(
     assert run.steps("loss/current") == [1, 2, 3, 4, 5, 6]
     assert run.steps("loss/epoch") == [3, 6]
     assert run.steps("validation/timestep_0_250") == [6]
+    assert run.steps("validation_base/bucket_32x32x5") == [6]
     assert run.steps("lora/prediction_500") == [6]
     assert run.exit_code == 0
     assert KEY not in said.text
