@@ -24,7 +24,10 @@ from kandinsky5.generation_models import (
     read_loras,
     trigger_words,
 )
+from kandinsky5.generation_plan import GenerationPlanner, budget_remark, fit_budget, largest_request
+from kandinsky5.generation_report import generation_report
 from kandinsky5.magcache import MagCache
+from kandinsky5.memory_budget import GIB
 from kandinsky5.outputs import OutputNames, OutputPaths, check_free_space, read_latents, write_outputs
 from kandinsky5.prompt_templates import load_prompt_templates
 from kandinsky5.prompts import PromptSpec, read_prompt_file
@@ -69,7 +72,8 @@ def generate(config: GenerateConfig) -> None:
         )
         log.info("wrote %s", config.lora.save_merged_model)
         return
-    names = OutputNames(config.output, makes_many=config.from_file is not None or config.interactive)
+    makes_many = config.from_file is not None or config.interactive
+    names = OutputNames(config.output, makes_many=makes_many, is_dry=config.dry_run)
     run = Run(config, device, names)
     if config.interactive:
         from kandinsky5.interactive import run_interactive
@@ -77,11 +81,16 @@ def generate(config: GenerateConfig) -> None:
         run_interactive(run)
         return
     requests, problems = collect_requests(run)
-    check_free_space(names.folder, _bytes_needed(requests))
-    run.make(requests)
+    run.fit_budget(requests)
+    if config.dry_run:
+        print(generation_report(run.planner(), requests))
+    else:
+        check_free_space(names.folder, _bytes_needed(requests))
+        run.make(requests)
     if problems:
         total = len(requests) + len(problems)
-        raise DataError([f"{len(requests)} of {total} prompts were made; left out:", *problems])
+        done = "planned" if config.dry_run else "made"
+        raise DataError([f"{len(requests)} of {total} prompts were {done}; left out:", *problems])
 
 
 def collect_requests(run: Run) -> tuple[list[VideoRequest], list[str]]:
@@ -132,6 +141,26 @@ class Run:
         self.templates = load_prompt_templates(config.text.prompt_templates)
         self.triggers = trigger_words(config, loras)
         self.loader = ModelLoader(config, loras, device, self.templates)
+
+    def planner(self) -> GenerationPlanner:
+        """Plans for the device; with `--vram_budget` for a CUDA card, wherever it is asked."""
+        device = self.device if self.config.vram_budget is None else torch.device("cuda")
+        return GenerationPlanner(self.config, self.loader.loras, device)
+
+    def fit_budget(self, requests: Sequence[VideoRequest]) -> None:
+        """Take over what `--vram_budget` adds for the largest request.
+
+        Raises:
+            ConfigError: nothing fits.
+        """
+        if self.config.vram_budget is None:
+            return
+        budget = int(self.config.vram_budget * GIB)
+        planner, largest = self.planner(), largest_request(requests)
+        chosen = fit_budget(planner, largest, budget)
+        log.info("%s", budget_remark(planner, chosen, largest, budget))
+        self.config = replace(self.config, dit=chosen)
+        self.loader = ModelLoader(self.config, self.loader.loras, self.device, self.templates)
 
     def resolve(self, spec: PromptSpec) -> VideoRequest:
         """One prompt with its settings, filled up from the command line and the task.

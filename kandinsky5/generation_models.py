@@ -202,7 +202,8 @@ class ModelLoader:
         return load_vae(self.config.models.vae, dtype=dtype, device=self.device)
 
     def dit(self) -> SamplingModel:
-        log.info("loading the DiT")
+        if self.device.type != "meta":
+            log.info("loading the DiT")
         is_merged = self.config.lora.lora_mode == "merge"
         active = [lora for lora in self.loras if lora.multiplier != 0]
         dit = load_dit(
@@ -217,11 +218,13 @@ class ModelLoader:
             loras=active if is_merged else (),
             use_mmap=not self.config.dit.disable_numpy_memmap,
             check_finite=not self.config.dit.no_weight_check,
-            placement=host_placement(
+            placement=None
+            if self.device.type == "meta"
+            else host_placement(
                 self.config.task.dit_params,
                 self.device,
                 blocks_to_swap=self.config.dit.blocks_to_swap,
-                modulation_on_host=self.config.dit.has_one_byte_weights or self.config.dit.blocks_to_swap > 0,
+                modulation_on_host=self.config.dit.modulation_on_host,
             ),
         )
         dit.train(False)

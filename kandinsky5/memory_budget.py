@@ -16,14 +16,17 @@ An option that was given is kept as it is. A base that is stored in 8 bits anoth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from kandinsky5.configs.train import ModelConfig
 from kandinsky5.memory_plan import MemoryPlan, TrainingPlanner
 from kandinsky5.memory_rehearsal import Batch
 from kandinsky5.offload import max_blocks_to_swap
 from modules.errors import ConfigError
+
+Options = TypeVar("Options")
 
 GIB = 2**30
 CONTEXT_BYTES = GIB // 2
@@ -63,12 +66,33 @@ def choose(planner: TrainingPlanner, batch: Batch, budget: int) -> Choice:
         if smallest is None or plan.peak < smallest.plan.peak:
             smallest = choice
     assert smallest is not None
-    needed = with_reserve(smallest.plan.peak) / GIB
-    raise ConfigError(
-        f"--vram_budget {budget / GIB:g}: a batch of {batch.clips} x {batch.size} does not fit; the least it "
-        f"needs is {needed:.1f} GiB ({smallest.plan.peak / GIB:.1f} planned, the rest reserve), with "
-        f"{' '.join(smallest.added) or 'the options given'}.\n{what_else_helps(smallest.plan)}"
+    what = f"a batch of {batch.clips} x {batch.size}"
+    raise too_little_memory(budget, what, smallest.plan.peak, smallest.added, what_else_helps(smallest.plan))
+
+
+def too_little_memory(
+    budget: int, what: str, smallest_peak: int, added: Sequence[str], helps: str
+) -> ConfigError:
+    """The error when nothing fits: the smallest peak there is, the options for it, and what else helps."""
+    return ConfigError(
+        f"--vram_budget {budget / GIB:g}: {what} does not fit; the least it needs is "
+        f"{with_reserve(smallest_peak) / GIB:.1f} GiB ({smallest_peak / GIB:.1f} planned, the rest reserve), "
+        f"with {' '.join(added) or 'the options given'}.\n{helps}"
     )
+
+
+def fewest_that_fit(
+    most: int, with_swapped: Callable[[int], Options], fits: Callable[[Options], bool]
+) -> Options:
+    """The options with the smallest number of swapped blocks that fits, or with the largest there is.
+
+    The peak falls with every block.
+    """
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(with_swapped(middle)) else (middle + 1, high)
+    return with_swapped(low)
 
 
 def added_options(given: ModelConfig, chosen: ModelConfig) -> tuple[str, ...]:
@@ -123,23 +147,19 @@ def _with_transfers(
     for model in offloads:
         found.append(model)
         if base.blocks_to_swap == 0 and max_blocks_to_swap(base.dit_params) > 0:
-            found.append(_fewest_swapped(planner, model, batch, budget))
+            found.append(
+                fewest_that_fit(
+                    max_blocks_to_swap(base.dit_params),
+                    lambda count, model=model: replace(model, blocks_to_swap=count),
+                    lambda options: with_reserve(planner.plan(options, batch).peak) <= budget,
+                )
+            )
     plans = [(planner.plan(model, batch), model) for model in found]
     fitting = [(_moved_bytes(plan), model) for plan, model in plans if with_reserve(plan.peak) <= budget]
     if fitting:
         yield min(fitting, key=lambda pair: pair[0])[1]
         return
     yield min(plans, key=lambda pair: pair[0].peak)[1]
-
-
-def _fewest_swapped(planner: TrainingPlanner, model: ModelConfig, batch: Batch, budget: int) -> ModelConfig:
-    """The smallest number of swapped blocks that fits, or the largest there is: the peak falls with it."""
-    low, high = 1, max_blocks_to_swap(model.dit_params)
-    while low < high:
-        middle = (low + high) // 2
-        plan = planner.plan(replace(model, blocks_to_swap=middle), batch)
-        low, high = (low, middle) if with_reserve(plan.peak) <= budget else (middle + 1, high)
-    return replace(model, blocks_to_swap=low)
 
 
 def _moved_bytes(plan: MemoryPlan) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky5.conditioning import FrameConditioning, TextBatch, VelocityModel, condition_frames
-from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.dit import BlockResidual, DiffusionTransformer3D
 from kandinsky5.flow_matching import flow_matching_loss
 from kandinsky5.tasks import Task
 from modules.activation_offload import ActivationOffload
@@ -145,12 +145,21 @@ def sampling_activations(
     batch: Batch,
     *,
     velocity: Callable[[DiffusionTransformer3D], VelocityModel],
+    passes: int = 1,
+    keeps_residuals: bool = False,
 ) -> Activations:
-    """Activations of one forward pass without gradients; they do not grow with the depth."""
+    """Activations of the forward passes of one sampling step; they do not grow with the depth.
+
+    Args:
+        passes: two with guidance: the first one's velocity waits for the second's.
+        keeps_residuals: every pass keeps what its blocks added, for steps that skip them.
+    """
     blocks = min(2, dit.dit_params.num_visual_blocks)
     with _shortened(dit, blocks, 0), torch.no_grad(), LiveBytes() as counted:
-        latents, sigma, text, frames = make_inputs(dit, task, batch)
-        velocity(dit)(latents, sigma, text, frames)
+        inputs = make_inputs(dit, task, batch)
+        residuals = [BlockResidual() if keeps_residuals else None for _ in range(passes)]
+        done = [velocity(dit)(*inputs, residual) for residual in residuals]
+        del done
     return Activations(counted.peak)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from kandinsky5.configs.train import ModelConfig
 from kandinsky5.memory_budget import CONTEXT_BYTES, FRAGMENTATION, GIB, Choice, with_reserve
-from kandinsky5.memory_plan import MemoryPlan
+from kandinsky5.memory_plan import Held, MemoryPlan
 from kandinsky5.roofline import NABLA_DENSITY, Card, floor_seconds
 from modules.dtypes import dtype_name
 from modules.host_memory import total_memory
@@ -54,19 +54,19 @@ def training_report(
         format_table(headers, rows),
         "",
         f"Largest: {largest.batch.clips} x {largest.batch.size}",
-        parts_table(largest),
+        held_table(largest.held),
         f"predicted peak: {gib(largest.peak)} GiB on the device, {gib(with_reserve(largest.peak))} GiB with "
         "reserve",
         *_remarks(largest, model, device, card),
     ])
 
 
-def parts_table(plan: MemoryPlan) -> str:
-    """Every part of a plan with the memory it is in."""
+def held_table(held: Held) -> str:
+    """Every part with the memory it is in."""
     kinds = (
-        ("device", plan.held.device),
-        ("host, pageable", plan.held.pageable),
-        ("host, page-locked", plan.held.page_locked),
+        ("device", held.device),
+        ("host, pageable", held.pageable),
+        ("host, page-locked", held.page_locked),
     )
     rows = [(where, part, gib(size)) for where, parts in kinds for part, size in parts.items() if size > 0]
     return format_table(("memory", "part", "GiB"), rows)

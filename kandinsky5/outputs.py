@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 import tempfile
@@ -52,12 +53,13 @@ class OutputNames:
 
     Args:
         makes_many: several results from one command: `output` is a folder whatever it looks like.
+        is_dry: nothing will be written, and the folder is not made.
     Raises:
         ConfigError: several results but the name of one file.
         ResourceError: the folder cannot be made or written to, or there is no video encoder.
     """
 
-    def __init__(self, config: OutputConfig, *, makes_many: bool) -> None:
+    def __init__(self, config: OutputConfig, *, makes_many: bool, is_dry: bool = False) -> None:
         if config.output is None:
             raise ConfigError("--output is missing: a .mp4, a .png or a folder")
         self._config = config
@@ -71,7 +73,10 @@ class OutputNames:
         else:
             self.folder = path.parent
             self._stem = path.name.removesuffix(path.suffix) if self._suffix else path.name
-        check_folder(self.folder)
+        if is_dry:
+            check_folder_unwritten(self.folder)
+        else:
+            check_folder(self.folder)
         if self._suffix != ".png" and config.output_type in {"video", "both"}:
             check_video_encoder()
 
@@ -131,6 +136,18 @@ def check_folder(folder: Path) -> None:
         raise ResourceError(
             f"cannot write to the output folder {folder}: {error.strerror or error}"
         ) from error
+
+
+def check_folder_unwritten(folder: Path) -> None:
+    """Refuse a folder that could not be made or written, as far as it shows without writing.
+
+    Raises:
+        ResourceError: see `check_folder`.
+    """
+    absolute = folder.absolute()
+    nearest = next(path for path in (absolute, *absolute.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ResourceError(f"cannot write to the output folder {folder}: see {nearest}")
 
 
 def check_free_space(folder: Path, need: int) -> None:

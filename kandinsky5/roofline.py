@@ -57,7 +57,7 @@ class Work:
 
 def card_of(device: torch.device) -> Card | None:
     """The card behind a device; None for a CPU and for cards whose numbers are not known here."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return CARDS.get(torch.cuda.get_device_name(device))
 

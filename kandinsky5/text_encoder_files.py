@@ -97,6 +97,15 @@ def encoder_fingerprint(name: str, kind: EncoderKind, quantization: Quantization
     return _fingerprint(folder, kind, files, _load_tokenizer(folder, kind), quantization)
 
 
+def encoder_bytes(name: str, kind: EncoderKind) -> int | None:
+    """Bytes of the weights that are read, as the files hold them; None for a hub id that is not here yet."""
+    folder = _local_folder(name, kind)
+    if folder is None:
+        return None
+    wanted = [_wanted(file, kind) for file in _weight_files(folder, kind)]
+    return sum(info.end - info.start for tensors in wanted for _, info in tensors.values())
+
+
 def load_qwen(
     name: str, *, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
 ) -> LoadedEncoder:

@@ -69,6 +69,10 @@ class VideoVAE:
     def device(self) -> torch.device:
         return self._model.quant_conv.weight.device
 
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+
     def to(self, device: torch.device | str) -> VideoVAE:
         """Move the weights; returns itself."""
         self._model.to(device)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from modules.attention import fused_attention
 
 
 class FrameCausalMidBlock(nn.Module):
@@ -39,9 +40,7 @@ def _frame_causal_attention(attention: Any, hidden: Tensor) -> Tensor:
     for frame in range(num_frames):
         end = (frame + 1) * area
         frames.append(
-            F.scaled_dot_product_attention(
-                query[:, None, end - area : end], key[:, None, :end], value[:, None, :end]
-            )[:, 0]
+            fused_attention(query[:, None, end - area : end], key[:, None, :end], value[:, None, :end])[:, 0]
         )
     mixed = attention.to_out[0](torch.cat(frames, dim=1))
     return hidden + mixed.transpose(1, 2).unflatten(2, (num_frames, height, width))

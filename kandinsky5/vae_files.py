@@ -97,6 +97,19 @@ def read_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
     return vae_from_config(config, tensors)
 
 
+def vae_without_data(path: Path, dtype: torch.dtype) -> Any:
+    """diffusers' model on the meta device in `dtype`, by its configuration alone.
+
+    Raises:
+        ModelFileError: as `check_vae_file`.
+    """
+    config, _ = _read_config(_find_weights(path))
+    model = _skeleton(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def _find_weights(path: Path) -> Path:
     if path.is_file():
         if path.suffix not in {".safetensors", *_TORCH_SUFFIXES}:

@@ -110,12 +110,19 @@ def attention(
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
     mask = None if key_mask is None else key_mask[:, None, None, :]
     heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return fused_attention(*heads, mask=mask).transpose(1, 2)
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """torch's attention over [B, heads, N, d]; on tensors without data in the form that devices run.
+
+    For those torch itself would choose the form that holds all scores.
+    """
     if query.is_meta:
-        # Without data torch would choose the form that holds all scores; devices run a fused kernel.
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, attn_mask=mask)[
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask)[
             0
-        ].transpose(1, 2)
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
+        ]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 @cache

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from modules.attention import fused_attention
+
 GATHERED_BLOCKS = 4096
 """How many key blocks the gathered path copies at a time; it bounds its memory."""
 
@@ -63,7 +65,7 @@ def _without_data(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor)
     """What the compiled path holds, to count memory: its index lists, and the tensors of a fused kernel."""
     _kept_first(block_mask).clone()
     heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads)[0].transpose(1, 2)
+    return fused_attention(*heads).transpose(1, 2)
 
 
 # Compiled flex_attention

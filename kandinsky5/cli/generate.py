@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kandinsky5.cli.common import (
     DTYPE_CHOICES,
+    VRAM_BUDGET_RANGE,
     Parser,
     existing_file,
     float_between,
@@ -105,6 +106,8 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
         from_file=args.from_file,
         interactive=args.interactive,
         latent_path=args.latent_path,
+        dry_run=args.dry_run,
+        vram_budget=args.vram_budget,
         device=args.device,
         dit=DitConfig(
             dtype=args.dtype,
@@ -313,6 +316,11 @@ def _add_prompt_options(parser: Parser) -> None:
         help="a .txt, .json or .toml file of prompts; --output is a folder",
     )
     add("--interactive", action="store_true", help="read prompts from the console; models stay loaded")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="check everything, print what memory and work each prompt needs, and end",
+    )
     add("--latent_path", type=Path, metavar="PATH", help="decode a saved latent instead of sampling")
 
 
@@ -347,6 +355,12 @@ def _add_model_options(parser: Parser) -> None:
     add("--vae", type=Path, metavar="PATH", help="HunyuanVideo VAE: a file or a folder")
     add("--text_encoder_qwen", metavar="ID", help="Qwen2.5-VL: a folder or a hub id")
     add("--text_encoder_clip", metavar="ID", help="CLIP ViT-L/14: a folder or a hub id")
+    add(
+        "--vram_budget",
+        type=float_between(*VRAM_BUDGET_RANGE),
+        metavar="GB",
+        help="add --fp8_base and --blocks_to_swap as far as sampling needs them to fit",
+    )
     add("--device", help="where to compute (default: cuda if there is one, else cpu)")
 
 

@@ -70,6 +70,16 @@ class DitConfig:
         """Whether the blocks' attention and feed-forward weights are held in float8 or int8."""
         return self.fp8_base or self.int8_base
 
+    @property
+    def storage_form(self) -> tuple[bool, ...]:
+        """What decides how the frozen weights are stored and multiplied, whatever their place."""
+        return (self.fp8_base, self.fp8_fast, self.int8_base, self.int8_fast)
+
+    @property
+    def modulation_on_host(self) -> bool:
+        """Whether the modulation weights, an eighth of the model that is read once per step, stay there."""
+        return self.has_one_byte_weights or self.blocks_to_swap > 0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextEncoderConfig:
@@ -164,6 +174,10 @@ class GenerateConfig:
     from_file: Path | None = None
     interactive: bool = False
     latent_path: Path | None = None
+    dry_run: bool = False
+    """Check and plan, then end."""
+    vram_budget: float | None = None
+    """GiB of device memory that sampling may need."""
     device: str | None = None
     dit: DitConfig
     text: TextEncoderConfig
@@ -188,6 +202,18 @@ class GenerateConfig:
         elif len(given) != 1:
             what = f"got {' and '.join(given)}" if given else "none was given"
             problems.append(f"exactly one of {', '.join(sources)} is wanted: {what}")
+        if self.dry_run or self.vram_budget is not None:
+            option = "--dry_run" if self.dry_run else "--vram_budget"
+            others = {
+                "--interactive": self.interactive,
+                "--latent_path": self.latent_path is not None,
+                "--save_merged_model": self.lora.save_merged_model is not None,
+            }
+            problems += [
+                f"{option} plans for --prompt or --from_file; it does not go with {name}"
+                for name, is_used in others.items()
+                if is_used
+            ]
         if self.output.output is None and self.lora.save_merged_model is None:
             problems.append("--output is missing: a .mp4, a .png or a folder")
         if self.dit.use_pinned_memory_for_block_swap and not self.dit.blocks_to_swap:

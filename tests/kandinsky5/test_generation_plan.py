@@ -1,0 +1,130 @@
+"""A generation is planned request by request, without loading or writing anything."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kandinsky5.cli.generate import parse_generate
+from kandinsky5.conditioning import VelocityModel
+from kandinsky5.configs.generate import GenerateConfig
+from kandinsky5.generation_models import ModelLoader
+from kandinsky5.generation_plan import GenerationPlanner, added_words, fit_budget
+from kandinsky5.memory_budget import GIB, with_reserve
+from kandinsky5.memory_rehearsal import Batch, make_inputs
+from kandinsky5.tasks import PRO_PARAMS
+from kandinsky5.video_requests import VideoRequest
+from modules.errors import ConfigError
+from modules.live_bytes import LiveBytes
+from tests.kandinsky5.generation_kit import Generate, refused
+from tests.sparse_models import write_sparse_dit, write_sparse_vae
+
+CPU = torch.device("cpu")
+
+
+def request(width: int, height: int, num_frames: int) -> VideoRequest:
+    return VideoRequest(
+        prompt="a cat",
+        negative_prompt="",
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        steps=2,
+        guidance=5.0,
+        scheduler_scale=5.0,
+        seed=0,
+    )
+
+
+def test_a_dry_run_prints_every_prompt_and_writes_nothing(
+    script: Generate, no_models: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog --f 1 --g 1\n", encoding="utf-8")
+    # Planning puts the DiT together without data; `no_models` would object to any other loading.
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelLoader, "dit", LOAD_DIT)
+        script("--from_file", prompts, "--output", tmp_path / "out", "--dry_run")
+    printed = capsys.readouterr().out
+    assert re.search(r" 1  32x48x5 +\d+ +4 ", printed)  # two steps, two passes each
+    assert re.search(r" 2  32x48x1 +\d+ +2 ", printed)
+    assert "predicted peak" in printed
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+LOAD_DIT = ModelLoader.dit
+
+
+@pytest.mark.parametrize("option", [("--dry_run",), ("--vram_budget", "8")])
+def test_only_prompts_can_be_planned(
+    script: Generate, capsys: pytest.CaptureFixture[str], option: tuple[str, ...]
+) -> None:
+    message = refused(script, 2, capsys, "--interactive", "--output", "out", *option)
+    assert f"{option[0]} plans for --prompt or --from_file" in message
+
+
+def tiny_config(models: dict[str, Path], *words: str) -> GenerateConfig:
+    paths = [str(word) for pair in models.items() for word in pair]
+    return parse_generate(["--task", "k5-tiny-t2v", *paths, "--prompt", "x", "--output", "x.mp4", *words])
+
+
+def test_planned_sampling_and_decoding_are_those_of_real_runs(models: dict[str, Path]) -> None:
+    config = tiny_config(models)
+    wanted = request(64, 96, 9)
+    plan = GenerationPlanner(config, (), CPU).plan(config.dit, wanted)
+    loader = ModelLoader(config, (), CPU, None)
+    dit, task = loader.dit().dit, config.task
+    _, frames, height, width = wanted.latent_shape
+    batch = Batch(
+        clips=1,
+        latent_frames=frames,
+        latent_height=height,
+        latent_width=width,
+        text_tokens=task.qwen_max_length,
+    )
+    with torch.no_grad(), LiveBytes() as sampling:
+        inputs = make_inputs(dit, task, batch)
+        kept = [VelocityModel(dit, task.scale_factor)(*inputs) for _ in range(2)]
+        del kept
+    assert plan.sampling.device["activations"] == pytest.approx(sampling.peak, rel=0.03)
+    assert plan.passes == 4
+    vae = loader.vae()
+    assert plan.decoding.device["VAE"] == vae.weight_bytes
+    with LiveBytes() as decoding:
+        for _ in vae.decode_windows(torch.zeros(1, 16, frames, height, width)):
+            pass
+    assert plan.decoding.device["decoding"] == pytest.approx(decoding.peak, rel=0.05)
+
+
+def test_tiles_and_magcache_show_in_the_plan(models: dict[str, Path]) -> None:
+    wanted = request(256, 256, 5)
+    ratios = ("--magcache", "--magcache_mag_ratios", "1", "1")
+    plans = []
+    for words in ((), ("--vae_spatial_tile_sample_min_size", "64"), ratios):
+        config = tiny_config(models, *words)
+        plans.append(GenerationPlanner(config, (), CPU).plan(config.dit, wanted))
+    whole, tiled, cached = plans
+    assert tiled.decoding.device["decoding"] < 0.5 * whole.decoding.device["decoding"]
+    added = cached.sampling.device["activations"] - whole.sampling.device["activations"]
+    assert added >= whole.tokens * 128 * 4  # at least one pass's residual beside the peak
+
+
+def test_the_budget_of_a_generation_quantises_before_it_swaps(tmp_path: Path) -> None:
+    dit = write_sparse_dit(tmp_path / "pro.safetensors", PRO_PARAMS)
+    vae = write_sparse_vae(tmp_path / "vae.safetensors")
+    words = ["--dit", str(dit), "--vae", str(vae), "--prompt", "x", "--output", "x.mp4"]
+    config = parse_generate([*words, "--dtype", "bfloat16"])
+    planner = GenerationPlanner(config, (), torch.device("cuda"))
+    wanted = request(512, 512, 17)
+    assert added_words(config.dit, fit_budget(planner, wanted, 48 * GIB)) == ()
+    assert added_words(config.dit, fit_budget(planner, wanted, 24 * GIB)) == ("--fp8_base",)
+    chosen = fit_budget(planner, wanted, 12 * GIB)
+    assert chosen.fp8_base
+    assert chosen.blocks_to_swap > 0
+    assert with_reserve(planner.plan(chosen, wanted).peak) <= 12 * GIB
+    with pytest.raises(ConfigError, match=r"the least it needs is \d+\.\d GiB"):
+        fit_budget(planner, wanted, GIB)
