@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -30,13 +31,16 @@ def start(action: Callable[[], object], log: Path) -> int:
     pid = os.fork()
     if pid == 0:
         _run_and_leave(action, log)
+    # Here as well as there: the group must exist when this returns. It may have ended already.
+    with suppress(PermissionError, ProcessLookupError):
+        os.setpgid(pid, pid)
     return pid
 
 
 def _run_and_leave(action: Callable[[], object], log: Path) -> NoReturn:
     code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.stdout = sys.stderr = log.open("a", encoding="utf-8")
         for handler in logging.getLogger("k5").handlers:
