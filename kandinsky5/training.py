@@ -341,7 +341,9 @@ class Trainer:
             if self._wants_probe():
                 with self.accelerator.no_sync(self.runner):
                     bare = self._objective(self.network)
-                    log.info("%s", probe(self.planner, bare, self.network, self.data, self.step))
+                    result = probe(self.planner, bare, self.network, self.data, self.step)
+                if is_main:
+                    log.info("%s", result)
             if self.samples.is_due(self.step, None) and self.step == 0:
                 self._sample(None, metrics, stop)
             for plan in plans.steps(self.step):

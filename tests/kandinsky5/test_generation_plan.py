@@ -113,6 +113,7 @@ def test_tiles_and_magcache_show_in_the_plan(models: dict[str, Path]) -> None:
     assert added >= whole.tokens * 128 * 4  # at least one pass's residual beside the peak
 
 
+@pytest.mark.slow
 def test_the_budget_of_a_generation_quantises_before_it_swaps(tmp_path: Path) -> None:
     dit = write_sparse_dit(tmp_path / "pro.safetensors", PRO_PARAMS)
     vae = write_sparse_vae(tmp_path / "vae.safetensors")

@@ -108,7 +108,9 @@ def test_a_budget_that_already_fits_adds_nothing(
         (1000, ()),
         (48, ("--gradient_checkpointing",)),
         (24, ("--fp8_base", "--gradient_checkpointing")),
-        (16, ("--fp8_base", "--gradient_checkpointing", "--blocks_to_swap")),
+        pytest.param(
+            16, ("--fp8_base", "--gradient_checkpointing", "--blocks_to_swap"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_budget_adds_the_cheapest_options_that_fit(
@@ -221,6 +223,7 @@ def test_a_probe_that_runs_out_of_memory_ends_the_run_before_the_first_step(
     assert "of 9 frames, 64 x 16 pixels" in message
 
 
+@pytest.mark.slow
 def test_the_three_options_that_help_most_are_not_yet_in_use(pro: TrainingPlanner) -> None:
     plain = helping_options(pro, SHORT)
     assert len(plain) == 3
