@@ -143,7 +143,7 @@ def memory(args, name):
     """Peak memory of one contestant, MiB, measured in a process of its own."""
     words = ["--config", args.config, "--shape", args.shape, "--text", args.text, "--dtype", args.dtype]
     words += ["--device", args.device, "--rank", args.rank, "--child", name]
-    return C.run_alone([Path(__file__), *words])
+    return C.run_alone([Path(__file__), *words], **C.EXACT_MEMORY)
 
 
 FLOOR = "matmul + attention floor"

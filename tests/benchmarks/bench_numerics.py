@@ -100,6 +100,7 @@ class TorchWithDtypes:
 def exchanged(modules, wide_float=None, **dtypes):
     """Within the block the modules' own dtypes are others, and `tensor.float()` gives `wide_float`."""
     plain_float, default = torch.Tensor.float, torch.get_default_dtype()
+    fused_ops._constants.cache_clear()
     for module in modules:
         module.torch = TorchWithDtypes(**dtypes)
     if wide_float is not None:
@@ -110,6 +111,7 @@ def exchanged(modules, wide_float=None, **dtypes):
     finally:
         torch.Tensor.float = plain_float
         torch.set_default_dtype(default)
+        fused_ops._constants.cache_clear()
         for module in modules:
             module.torch = torch
 

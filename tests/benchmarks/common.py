@@ -292,9 +292,19 @@ class AnonymousPeak(threading.Thread):
 # ---- processes ---------------------------------------------------------------------------------
 
 
-def run_alone(argv):
+EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+"""For glibc: freed tensors go back to the system at once, so that resident memory is what is in use."""
+
+
+def run_alone(argv, **environment):
     """Run a script in a process of its own; the dictionary that it hands to `tell`."""
-    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | environment,
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
         raise RuntimeError(f"{' '.join(map(str, argv))} failed:\n{done.stdout}\n{done.stderr}")

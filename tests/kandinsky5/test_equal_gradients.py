@@ -170,6 +170,21 @@ def test_leaving_out_any_one_wait_of_the_streams_is_noticed(kind: str) -> None:
         assert not equal(run(engine), expected), f"wait {forgotten} of {counting.waits}"
 
 
+def test_leaving_out_any_one_wait_of_offloaded_activations_is_noticed() -> None:
+    def run(mover: LateMover) -> list[Tensor]:
+        model = LoraModel()
+        model.dit.activation_offload = ActivationOffload(mover, min_bytes=0)
+        return model.step()
+
+    expected, counting = plain_step("fp32"), LateMover(0, early=0)
+    assert equal(run(counting), expected)
+    assert counting.waits == 1 + 5 + 6  # inputs that need gradients: the second text block, video, text
+    for forgotten in range(1, counting.waits + 1):
+        mover = LateMover(0, early=0)
+        mover.forget_wait = forgotten
+        assert not equal(run(mover), expected), f"wait {forgotten} of {counting.waits}"
+
+
 def test_the_recompute_of_a_block_leaves_out_its_last_product() -> None:
     model = LoraModel()
     calls: list[str] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,14 +15,14 @@ from modules.activation_offload import ActivationOffload
 class LateMover:
     """Copies arrive at random times: to the host at the latest before they return, back when waited for.
 
-    Until then the target is not a number throughout. The copies run in the order in which they were asked
-    for, as on a stream.
+    Until then the target is not a number throughout. Nothing arrives because something else was waited for.
     """
 
     def __init__(self, seed: int, *, early: float = 0.3) -> None:
         self._random = random.Random(seed)
         self._early = early
-        self._pending: list[tuple[Tensor, Callable[[], object]]] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        """Targets and sources of the copies that have not been made."""
         self.waits = 0
         self.forget_wait: int | None = None
         """The number of a wait to leave out."""
@@ -38,18 +37,22 @@ class LateMover:
     def wait(self, tensor: Tensor) -> None:
         self.waits += 1
         if self.waits != self.forget_wait:
-            self._run_until(tensor)
+            self._finish(tensor)
 
     def _copy(self, source: Tensor) -> Tensor:
         target = torch.full_like(source, torch.nan)
-        self._pending.append((target, lambda: target.copy_(source)))
+        self._pending.append((target, source))
         if self._random.random() < self._early:
-            self._run_until(target)
+            self._finish(target)
         return target
 
-    def _run_until(self, target: Tensor) -> None:
-        while any(pending is target for pending, _ in self._pending):
-            self._pending.pop(0)[1]()
+    def _finish(self, target: Tensor) -> None:
+        for index, (pending, source) in enumerate(self._pending):
+            if pending is target:
+                del self._pending[index]
+                self._finish(source)  # it may be on its way itself
+                target.copy_(source)
+                return
 
 
 def layers() -> list[nn.Module]:
