@@ -107,7 +107,7 @@ def test_a_budget_that_already_fits_adds_nothing(
     [
         (1000, ()),
         (48, ("--gradient_checkpointing",)),
-        (24, ("--fp8_base", "--gradient_checkpointing")),
+        pytest.param(24, ("--fp8_base", "--gradient_checkpointing"), marks=pytest.mark.slow),
         pytest.param(
             16, ("--fp8_base", "--gradient_checkpointing", "--blocks_to_swap"), marks=pytest.mark.slow
         ),
@@ -136,6 +136,7 @@ def test_the_budget_keeps_what_was_given(pro: TrainingPlanner) -> None:
     assert not any("blocks_to_swap" in words for words in choice.added)
 
 
+@pytest.mark.slow
 def test_a_budget_nothing_fits_into_is_refused_with_the_smallest_peak(pro: TrainingPlanner) -> None:
     with pytest.raises(ConfigError) as caught:
         choose(pro, SHORT, 4 * GIB)
