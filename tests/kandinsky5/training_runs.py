@@ -20,7 +20,7 @@ Clip = tuple[int, int, int, int]
 CLIPS: tuple[Clip, ...] = ((2, 4, 4, 5), (2, 4, 4, 7), (2, 4, 4, 6), (3, 2, 8, 5), (3, 2, 8, 9))
 """(latent_frames, latent_height, latent_width, text tokens) of the clips of a small dataset."""
 BLOCKS = {"num_text_blocks": 1, "num_visual_blocks": 1}
-CURVE = Path(__file__).parent.parent / "goldens/loss_curve.json"
+CURVE = Path(__file__).parent / "loss_curve.json"
 """Losses of the steps of `loss_curve`, as they were."""
 SMALLER = ("--override_dit", json.dumps(BLOCKS))
 
