@@ -14,6 +14,7 @@ from kandinsky5.layers import (
     MAX_TEXT_POSITIONS,
     MAX_VISUAL_POSITIONS,
     Attention,
+    ModulationLayer,
     OutLayer,
     RotaryAngles,
     TextBlock,
@@ -124,6 +125,10 @@ class DiffusionTransformer3D(nn.Module):
     def visual_blocks(self) -> list[VisualBlock]:
         """The visual blocks in order."""
         return [block for block in self.visual_transformer_blocks if isinstance(block, VisualBlock)]
+
+    def modulation_layers(self) -> list[ModulationLayer]:
+        """Every modulation layer in the order in which a forward pass runs them."""
+        return [module for module in self.modules() if isinstance(module, ModulationLayer)]
 
     def reset_buffers(self, device: torch.device | str) -> None:
         """Put the float32 tables, which no checkpoint holds, onto `device`."""

@@ -108,14 +108,20 @@ class ModulationLayer(nn.Module):
         super().__init__()
         self.num_params = num_params
         self.out_layer = nn.Linear(time_dim, num_params * model_dim)
+        self.given: Tensor | None = None
+        """The result for the present pass, where it was computed ahead (see `modulation_table`)."""
+
+    def params(self, activated_time: Tensor) -> Tensor:
+        """silu(time_embed) [B, E] float32 -> [B, num_params, D] float32."""
+        return self(activated_time) if self.given is None else self.given
 
     def forward(self, activated_time: Tensor) -> Tensor:
-        """silu(time_embed) [B, E] float32 -> [B, num_params, D] float32."""
+        """Compute `params`."""
         return linear_float32(activated_time, self.out_layer).unflatten(-1, (self.num_params, -1))
 
     def branches(self, activated_time: Tensor, dtype: torch.dtype) -> tuple[Modulation, ...]:
         """One modulation per branch of a block; the gates are in `dtype`."""
-        params = self(activated_time).unflatten(1, (-1, 3))  # [B, branches, shift | scale | gate, D]
+        params = self.params(activated_time).unflatten(1, (-1, 3))  # [B, branches, shift | scale | gate, D]
         shift = params[:, :, 0]
         weight = 1 + params[:, :, 1]
         gate = params[:, :, 2].to(dtype)
@@ -296,7 +302,7 @@ class OutLayer(nn.Module):
 
         Inside a patch the channel runs slowest, unlike in the input.
         """
-        shift, scale = self.modulation(activated_time).unbind(1)
+        shift, scale = self.modulation.params(activated_time).unbind(1)
         patches = self.out_layer(modulated_layer_norm(visual, 1 + scale, shift))
         f, h, w = grid
         pt, ph, pw = self.patch_size

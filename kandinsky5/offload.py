@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.layers import ModulationLayer
 from kandinsky5.tasks import DitParams
 from modules.block_swap import BlockSwap, CopyEngine, spread, travelling_tensors
 from modules.host_memory import free_memory
@@ -71,11 +70,6 @@ def host_placement(
     return place
 
 
-def modulation_layers(dit: DiffusionTransformer3D) -> list[nn.Module]:
-    """Every modulation layer in the order in which a forward pass runs them."""
-    return [module for module in dit.modules() if isinstance(module, ModulationLayer)]
-
-
 @dataclass(frozen=True, slots=True)
 class StreamedGroup:
     """Modules whose weights take turns in one ring of device buffers."""
@@ -108,7 +102,7 @@ def streamed_groups(
     if count:
         groups.append(StreamedGroup("blocks", swapped_blocks(dit, count), ring_size, False))
     if wants_modulation:
-        layers = modulation_layers(dit)
+        layers = dit.modulation_layers()
         groups.append(StreamedGroup("modulation layers", layers, MODULATION_RING, True))
     return groups
 
@@ -133,8 +127,8 @@ def stream_weights(
         ring_size: device buffers for the blocks.
         engine: how copies are made, also where nothing needs to be copied.
     """
-    modulation = modulation_layers(dit)
-    is_away = any(tensor.device != device for layer in modulation for tensor in layer.parameters())
+    modulation = dit.modulation_layers()
+    is_away = any(t.device.type != device.type for layer in modulation for t in layer.parameters())
     wants_modulation = is_away or engine is not None
     for group in streamed_groups(dit, count, wants_modulation=wants_modulation, ring_size=ring_size):
         pin = group.is_page_locked(device, force=force_pin)

@@ -6,6 +6,7 @@ Source: kandinskylab/kandinsky-5:kandinsky/generation_utils.py; the latents stay
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from kandinsky5.conditioning import FrameConditioning, TextBatch, VelocityModel
 from kandinsky5.flow_matching import VelocityFn
 from kandinsky5.magcache import MagCache
+from kandinsky5.modulation_table import ModulationTable
 
 StepCallback = Callable[[int, Tensor], None]
 """(number of finished steps, latents [B, 16, F, H, W]) -> None."""
@@ -95,6 +97,8 @@ class GuidedVelocity:
     guidance: float
     frames: FrameConditioning | None = None
     magcache: MagCache | None = None
+    modulation: ModulationTable | None = None
+    """Made for the steps and captions of this run; None computes modulation in every pass."""
 
     def __call__(self, noisy_latents: Tensor, sigma: Tensor) -> Tensor:
         """(noisy_latents [B, 16, F, H, W], sigma [B]) -> guided velocity [B, 16, F, H, W]."""
@@ -108,7 +112,8 @@ class GuidedVelocity:
 
     def _pass(self, noisy_latents: Tensor, sigma: Tensor, text: TextBatch) -> Tensor:
         residual = None if self.magcache is None else self.magcache.next_pass()
-        return self.model(noisy_latents, sigma, text, self.frames, residual)
+        with nullcontext() if self.modulation is None else self.modulation.next_pass():
+            return self.model(noisy_latents, sigma, text, self.frames, residual)
 
 
 def uses_guidance(guidance: float) -> bool:

@@ -18,6 +18,7 @@ from kandinsky5.conditioning import TextConditioning, VelocityModel, condition_f
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.image_conditions import image_pixels
 from kandinsky5.magcache import MagCache
+from kandinsky5.modulation_table import ModulationTable
 from kandinsky5.sampling import (
     GuidedVelocity,
     StepCallback,
@@ -143,14 +144,8 @@ def sample_latents(
         for one in (text.positive, text.negative)
     ]
     assert batches[0] is not None
-    velocity = GuidedVelocity(
-        VelocityModel(dit, task.scale_factor, nabla),
-        batches[0],
-        batches[1],
-        request.guidance,
-        frames,
-        magcache,
-    )
+    schedule = sigma_schedule(request.steps, request.scheduler_scale)
+    pooled = [batch.pooled_text_embed for batch in batches if batch is not None]
 
     def after_step(step: int, latents: Tensor) -> None:
         _check_finite(latents, step, request)
@@ -159,13 +154,16 @@ def sample_latents(
 
     noise = initial_noise(request.seed, request.latent_shape, device=device, generator_device=noise_device)
     with torch.no_grad():
-        latents = euler_sample(
-            velocity,
-            noise,
-            sigma_schedule(request.steps, request.scheduler_scale),
-            frames=frames,
-            on_step=after_step,
+        velocity = GuidedVelocity(
+            VelocityModel(dit, task.scale_factor, nabla),
+            batches[0],
+            batches[1],
+            request.guidance,
+            frames,
+            magcache,
+            ModulationTable(dit, schedule[:-1], pooled, device),
         )
+        latents = euler_sample(velocity, noise, schedule, frames=frames, on_step=after_step)
         return latents if frames is None else finish_image_to_video(latents, frames)
 
 

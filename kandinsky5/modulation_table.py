@@ -1,0 +1,65 @@
+"""Modulation of all passes of a sampling run, computed at once.
+
+It depends on the noise level and on the pooled caption only, and its weights are an eighth of the model: read
+once per run instead of once per pass, they cost nothing where they come from host memory. The table lies on
+the host, a row per pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kandinsky5.dit import NUM_TIMESTEPS, DiffusionTransformer3D
+
+
+class ModulationTable:
+    """What every modulation layer gives in every pass, in the order of the passes.
+
+    Args:
+        sigmas: [steps] float32, the noise level of each step.
+        pooled: [1, in_text_dim2] per pass of a step: of the caption, and of the negative one with guidance.
+        device: where the model computes.
+    """
+
+    def __init__(
+        self,
+        dit: DiffusionTransformer3D,
+        sigmas: Tensor,
+        pooled: Sequence[Tensor],
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        self._layers = dit.modulation_layers()
+        self._next = 0
+        passes = len(sigmas) * len(pooled)
+        timesteps = (NUM_TIMESTEPS * sigmas.to(device)).repeat_interleave(len(pooled))
+        captions = torch.cat(list(pooled)).to(device).repeat(len(sigmas), 1)
+        activated_time = F.silu(dit.embed_time(timesteps, captions))  # [passes, E]
+        self._widths = [layer.out_layer.out_features for layer in self._layers]
+        self._table = torch.empty(passes, sum(self._widths), pin_memory=device.type == "cuda")
+        for layer, part in zip(self._layers, self._table.split(self._widths, dim=1), strict=True):
+            part.copy_(layer(activated_time).flatten(1))
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory of the table."""
+        return self._table.numel() * self._table.element_size()
+
+    @contextmanager
+    def next_pass(self) -> Iterator[None]:
+        """Within the block the layers give what the table holds for the next pass."""
+        assert self._next < len(self._table), "the table is made for fewer passes"
+        row = self._table[self._next : self._next + 1].to(self._device, non_blocking=True)
+        self._next += 1
+        for layer, part in zip(self._layers, row.split(self._widths, dim=1), strict=True):
+            layer.given = part.unflatten(1, (layer.num_params, -1))
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.given = None
