@@ -10,6 +10,9 @@ from contextlib import contextmanager
 
 _LOG = logging.getLogger("k5")
 
+_NOISY = "bitsandbytes.backends.cpu.ops"
+"""On some CPUs it warns when imported that a faster 4-bit product could be had from the network."""
+
 
 def setup_logging() -> None:
     """Send log lines to standard error; a console that lacks a character shows its escape, never an error."""
@@ -22,6 +25,7 @@ def setup_logging() -> None:
         _LOG.addHandler(handler)
         _LOG.propagate = False
     _LOG.setLevel(logging.INFO)
+    logging.getLogger(_NOISY).setLevel(logging.ERROR)
 
 
 @contextmanager
