@@ -27,7 +27,7 @@ def hold_out(data: CachedDataset, share: float) -> tuple[CachedDataset, CachedDa
         ConfigError: one side is empty; the message gives shares that are not.
     """
     positions = sorted((hash_position(source), source) for source in {item.source for item in data.items})
-    chosen = [source for position, source in positions if position < share]
+    chosen = {source for position, source in positions if position < share}
     if not chosen or len(chosen) == len(positions):
         raise ConfigError(_empty_side([position for position, _ in positions], share))
     held = data.part(lambda item: item.source in chosen)

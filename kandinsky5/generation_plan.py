@@ -18,6 +18,7 @@ from kandinsky5.generation_models import ModelLoader, SamplingModel
 from kandinsky5.memory_budget import GIB, fewest_that_fit, too_little_memory, with_reserve
 from kandinsky5.memory_plan import Held, hold_weights
 from kandinsky5.memory_rehearsal import META, AnswerYes, Batch, sampling_activations
+from kandinsky5.modulation_table import table_bytes
 from kandinsky5.offload import max_blocks_to_swap
 from kandinsky5.roofline import NABLA_DENSITY, Work, forward_work
 from kandinsky5.sampling import uses_guidance
@@ -25,6 +26,7 @@ from kandinsky5.vae import VideoVAE, square_tiles
 from kandinsky5.vae_files import vae_without_data
 from kandinsky5.video_requests import VideoRequest
 from modules.dtypes import dtype_name
+from modules.host_memory import page_locked_size
 from modules.live_bytes import LiveBytes
 from networks.lora_files import LoadedLora
 
@@ -82,12 +84,14 @@ class GenerationPlanner:
         )
         factors = [p for network in model.networks for p in network.parameters()]
         lora = sum(p.numel() * p.element_size() for p in factors)
+        passes = request.steps * (2 if uses_guidance(request.guidance) else 1)
         held += Held(device={"LoRA": lora, "activations": self._rehearse(dit, model, batch, request)})
+        held += self._hold_modulation_table(table_bytes(model.dit, passes))
         tokens = batch.video_tokens(params.patch_size)
         return RequestPlan(
             request=request,
             tokens=tokens,
-            passes=request.steps * (2 if uses_guidance(request.guidance) else 1),
+            passes=passes,
             work=forward_work(
                 params,
                 clips=1,
@@ -98,6 +102,12 @@ class GenerationPlanner:
             sampling=held,
             decoding=self._decode(request),
         )
+
+    def _hold_modulation_table(self, size: int) -> Held:
+        what = "modulation of all passes"
+        if self.device.type == "cuda":
+            return Held(page_locked={what: page_locked_size(size)})
+        return Held(pageable={what: size})
 
     def _batch(self, request: VideoRequest) -> Batch:
         _, frames, height, width = request.latent_shape

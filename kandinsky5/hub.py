@@ -23,6 +23,8 @@ log = get_logger(__name__)
 
 # The bases of the hub's own error cover the failures of the connection, whichever HTTP library carries it.
 _HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError, OSError)
+# A large file that fails on its way is one of these in the hub's client.
+_UPLOAD_ERRORS: tuple[type[Exception], ...] = (*_HUB_ERRORS, RuntimeError, ValueError)
 _STATE_PLACE = re.compile(
     r"(?P<repo>[^/:]+/[^/:]+)/(?P<path>[^:]+)(:(?P<revision>[^:]+))?(:(?P<kind>model|dataset|space))?"
 )
@@ -40,7 +42,8 @@ class HubUploads:
         self._config = config
         self._repo_id = config.huggingface_repo_id
         self._api = HfApi(token=config.huggingface_token)
-        self._failed: list[Path] = []
+        self._missing: list[Path] = []
+        """Saved, and not on the hub yet."""
         self._waiting: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         try:
@@ -81,18 +84,20 @@ class HubUploads:
             self._waiting.put(None)
             self._thread.join()
             self._thread = None
-        again, self._failed = self._failed, []
-        for path in again:
-            if path.exists():  # the saving rules may have deleted it meanwhile
+        for path in list(self._missing):
+            if path.exists():
                 self._upload(path)
-        if self._failed:
+            else:  # the saving rules have deleted it meanwhile
+                self._missing.remove(path)
+        if self._missing:
             raise ResourceError(
-                f"{len(self._failed)} results could not be uploaded to {self._repo_id}: "
-                f"{', '.join(path.name for path in self._failed)}. They lie in {self._failed[0].parent}; "
+                f"{len(self._missing)} results could not be uploaded to {self._repo_id}: "
+                f"{', '.join(path.name for path in self._missing)}. They lie in {self._missing[0].parent}; "
                 "upload them with `hf upload`"
             )
 
     def _add(self, path: Path) -> None:
+        self._missing.append(path)
         if self._thread is None:
             self._upload(path)
         else:
@@ -115,10 +120,10 @@ class HubUploads:
                 self._api.upload_file(
                     path_or_fileobj=path, path_in_repo=place, repo_id=self._repo_id, repo_type=kind
                 )
-        except _HUB_ERRORS as error:
-            log.warning("%s was not uploaded, it is tried again at the end: %s", path.name, _reason(error))
-            self._failed.append(path)
+        except _UPLOAD_ERRORS as error:
+            log.warning("%s was not uploaded: %s", path.name, _reason(error))
         else:
+            self._missing.remove(path)
             log.info("uploaded %s to %s", place, self._repo_id)
 
 

@@ -91,7 +91,7 @@ class Metrics:
         if not self._path.is_file():
             return
         mark = json.dumps(kind)
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        for line in self._lines():
             if mark not in line:  # steps are most of the lines: only those that may be meant are parsed
                 continue
             try:
@@ -101,11 +101,15 @@ class Metrics:
             if record.get("run") == self._run and record.get("kind") == kind:
                 found.append(record)
 
+    def _lines(self) -> list[str]:
+        # A killed run may have left half a character; and other signs than LF end no line.
+        return self._path.read_text(encoding="utf-8", errors="replace").split("\n")
+
     def _drop_lines_after(self, start_step: int) -> None:
         if not self._path.is_file():
             return
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        for line in self._lines():
             try:
                 record = json.loads(line)
             except ValueError:

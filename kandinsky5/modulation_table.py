@@ -17,6 +17,15 @@ from torch import Tensor
 from kandinsky5.dit import NUM_TIMESTEPS, DiffusionTransformer3D
 
 
+def table_bytes(dit: DiffusionTransformer3D, passes: int) -> int:
+    """Host memory of a table."""
+    return passes * torch.float32.itemsize * sum(_widths(dit))
+
+
+def _widths(dit: DiffusionTransformer3D) -> list[int]:
+    return [layer.out_layer.out_features for layer in dit.modulation_layers()]
+
+
 class ModulationTable:
     """What every modulation layer gives in every pass, in the order of the passes.
 
@@ -40,15 +49,10 @@ class ModulationTable:
         timesteps = (NUM_TIMESTEPS * sigmas.to(device)).repeat_interleave(len(pooled))
         captions = torch.cat(list(pooled)).to(device).repeat(len(sigmas), 1)
         activated_time = F.silu(dit.embed_time(timesteps, captions))  # [passes, E]
-        self._widths = [layer.out_layer.out_features for layer in self._layers]
+        self._widths = _widths(dit)
         self._table = torch.empty(passes, sum(self._widths), pin_memory=device.type == "cuda")
         for layer, part in zip(self._layers, self._table.split(self._widths, dim=1), strict=True):
             part.copy_(layer(activated_time).flatten(1))
-
-    @property
-    def num_bytes(self) -> int:
-        """Host memory of the table."""
-        return self._table.numel() * self._table.element_size()
 
     @contextmanager
     def next_pass(self) -> Iterator[None]:

@@ -65,6 +65,8 @@ def compile_config(args: argparse.Namespace) -> CompileConfig | None:
     config = CompileConfig(**(accelerates or given))
     if config.compile_fullgraph and (args.fp8_base or args.fp8_scaled):
         raise ConfigError("--compile_fullgraph: layers in float8 stay outside compiled graphs; leave it out")
+    if config.compile_fullgraph and args.vram_budget is not None:
+        raise ConfigError("--compile_fullgraph: --vram_budget may add --fp8_base; leave one of them out")
     return config
 
 

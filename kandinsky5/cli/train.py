@@ -14,6 +14,7 @@ from kandinsky5.cli.compile_options import compile_config
 from kandinsky5.cli.config_file import file_values, read_toml, with_config_file
 from kandinsky5.cli.train_options import ACCEPTED, UNAVAILABLE, UNAVAILABLE_VALUES, build_parser
 from kandinsky5.cli.weight_options import dit_weight_problems
+from kandinsky5.configs.compilation import NO_BACKEND
 from kandinsky5.configs.text_encoders import qwen_quantization
 from kandinsky5.configs.train import (
     NETWORK_MODULES,
@@ -150,7 +151,8 @@ def _impossible_pairs(args: argparse.Namespace) -> list[str]:
             "--gradient_checkpointing_keep_attention needs --gradient_checkpointing",
         ),
         (
-            args.compile and args.gradient_checkpointing_keep_attention > 0,
+            (args.compile or args.dynamo_backend != NO_BACKEND)
+            and args.gradient_checkpointing_keep_attention > 0,
             "--gradient_checkpointing_keep_attention cannot see into compiled blocks: leave one of them out",
         ),
         (

@@ -15,6 +15,7 @@ from kandinsky5.generation_models import ModelLoader
 from kandinsky5.generation_plan import GenerationPlanner, added_words, fit_budget
 from kandinsky5.memory_budget import GIB, with_reserve
 from kandinsky5.memory_rehearsal import Batch, make_inputs
+from kandinsky5.modulation_table import ModulationTable
 from kandinsky5.tasks import PRO_PARAMS
 from kandinsky5.video_requests import VideoRequest
 from modules.errors import ConfigError
@@ -92,6 +93,10 @@ def test_planned_sampling_and_decoding_are_those_of_real_runs(models: dict[str, 
         del kept
     assert plan.sampling.device["activations"] == pytest.approx(sampling.peak, rel=0.03)
     assert plan.passes == 4
+    pooled = torch.zeros(1, task.dit_params.in_text_dim2)
+    with torch.no_grad():
+        table = ModulationTable(dit, torch.ones(wanted.steps), [pooled, pooled], CPU)
+    assert plan.sampling.pageable["modulation of all passes"] == table._table.nbytes
     vae = loader.vae()
     assert plan.decoding.device["VAE"] == vae.weight_bytes
     with LiveBytes() as decoding:

@@ -32,6 +32,7 @@ class Hub:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.failures = 0
+        self.error: type[Exception] = ConnectionFailed
         self.repositories: list[dict[str, Any]] = []
         self.uploads: list[str] = []
 
@@ -63,7 +64,7 @@ class _Client:
     def _take(self, call: dict[str, Any], copy: Any, source: Path) -> None:
         if self._hub.failures:
             self._hub.failures -= 1
-            raise ConnectionFailed("no route to the hub")
+            raise self._hub.error("no route to the hub")
         target = self._hub.folder / call["path_in_repo"]
         target.parent.mkdir(parents=True, exist_ok=True)
         copy(source, target)
@@ -110,20 +111,28 @@ def test_nothing_that_is_written_holds_the_token(
     assert TOKEN not in repr(HubConfig(huggingface_token=TOKEN))
 
 
+@pytest.mark.parametrize("words", [(), ("--async_upload",)])
+@pytest.mark.parametrize("error", [ConnectionFailed, RuntimeError, ValueError])
 def test_an_upload_that_fails_is_tried_again_at_the_end(
-    files: tuple[Path, Path], tmp_path: Path, remote: Hub
+    files: tuple[Path, Path], tmp_path: Path, remote: Hub, error: type[Exception], words: tuple[str, ...]
 ) -> None:
-    remote.failures = 1
-    train(*files, tmp_path / "out", *UPLOAD)
+    """The client raises RuntimeError and ValueError too, for large files."""
+    remote.failures, remote.error = 1, error
+    train(*files, tmp_path / "out", *UPLOAD, *words)
     assert sorted(remote.uploads) == ["lora.safetensors", "lora_config_lora.json"]
 
 
+@pytest.mark.parametrize("words", [(), ("--async_upload",)])
 def test_uploads_that_fail_twice_are_an_error_after_training(
-    files: tuple[Path, Path], tmp_path: Path, remote: Hub, capsys: pytest.CaptureFixture[str]
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    remote: Hub,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
 ) -> None:
     remote.failures = 100
     with pytest.raises(SystemExit) as stop:
-        train(*files, tmp_path / "out", *UPLOAD)
+        train(*files, tmp_path / "out", *UPLOAD, *words)
     assert stop.value.code == 5
     assert "2 results could not be uploaded to me/my-lora: lora.safetensors" in capsys.readouterr().err
     assert (tmp_path / "out" / "lora.safetensors").is_file()

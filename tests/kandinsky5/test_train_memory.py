@@ -85,6 +85,8 @@ def test_compiled_blocks_train_to_the_same_losses(files: tuple[Path, Path], tmp_
             ("--dynamo_backend", "inductor", "--dynamo_fullgraph", "--fp8_base"),
             "stay outside compiled graphs",
         ),
+        (("--compile", "--compile_fullgraph", "--vram_budget", "8"), "--vram_budget may add --fp8_base"),
+        (("--dynamo_backend", "eager", "--gradient_checkpointing_keep_attention", "1"), "compiled blocks"),
     ],
 )
 def test_compilers_that_cannot_act_are_refused_before_anything_loads(

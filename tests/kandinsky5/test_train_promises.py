@@ -15,6 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kandinsky5 import training
+from kandinsky5.metrics import Metrics
 from kandinsky5.training_state import read_state
 from modules.errors import ModelFileError
 from modules.tensor_files import read_header, read_tensors, write_tensors
@@ -423,3 +424,13 @@ def test_a_manifest_that_leaves_a_file_out_is_not_whole(
     (state / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     assert exit_code(dit, dataset, tmp_path, "--max_train_steps", 2, "--resume", state) == 3
     assert name in capsys.readouterr().err
+
+
+def test_a_log_that_a_kill_cut_within_a_character_is_read_and_gone_on_with(tmp_path: Path) -> None:
+    line = json.dumps({"run": "lora", "kind": "step", "step": 1, "items": ["a\u2028b"]}, ensure_ascii=False)
+    cut = '{"run": "other", "items": ["猫'.encode()[:-1]
+    (tmp_path / "metrics.jsonl").write_bytes(line.encode("utf-8") + b"\n" + cut)
+    log = Metrics(tmp_path, "lora", start_step=1)
+    assert [record["step"] for record in log.records("step")] == [1]
+    log.write("step", 2, {})
+    assert [record["step"] for record in log.records("step")] == [1, 2]
