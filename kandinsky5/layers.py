@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kandinsky5.nabla import NablaPlan, nabla_attention
 from modules.attention import AttentionBackend, KeyMask, attention
-from modules.fused_ops import gated_sum, gelu, layer_norm, modulated_layer_norm, rms_norm_rotate
+from modules.fused_ops import GELU, gated_sum, layer_norm, modulated_layer_norm, rms_norm_rotate
 from networks.lora import project
 
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
@@ -224,7 +224,7 @@ class FeedForward(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.out_layer(gelu(self.in_layer(tokens)))
+        return project(self.in_layer(tokens), (self.out_layer,), GELU)[0]
 
 
 class TextBlock(nn.Module):

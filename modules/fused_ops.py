@@ -7,8 +7,9 @@ float32 copy of a whole activation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,24 @@ def gelu(hidden: Tensor) -> Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.gelu(hidden)
     return torch.ops.aten.gelu_(hidden)
+
+
+class Activation(NamedTuple):
+    """An elementwise function that can be computed again in a backward pass instead of being kept."""
+
+    value: Callable[[Tensor], Tensor]
+    """Of x, which stays as it is."""
+    last_value: Callable[[Tensor], Tensor]
+    """The same of an x that nobody else uses; without gradients it is overwritten."""
+    gradient: Callable[[Tensor, Tensor], Tensor]
+    """The gradient of x from that of the value, whose memory it takes, and x."""
+
+
+def _gelu_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
+
+
+GELU = Activation(F.gelu, gelu, _gelu_gradient)
 
 
 def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, rotary: Tensor | None) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modules.fp8 import Fp8Linear, quantise_rows
+from modules.fused_ops import GELU, gelu
 from networks import fused_lora as fused
 from networks.fused_lora import LowRankLayer, fused_lora
 from networks.lora import LoRANetwork, inject, project
@@ -115,3 +118,64 @@ def test_the_last_frozen_product_of_a_checkpointed_part_is_computed_once() -> No
                 factor.grad = None
     assert (first.products, last.products) == (2, 1)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def activated_part(dtype: torch.dtype, *, is_fp8: bool) -> tuple[nn.Module, nn.Module, LoRANetwork]:
+    """A feed-forward branch: its first layer, its second, and adapters on both."""
+    layers = nn.ModuleDict({name: nn.Module() for name in ("in_layer", "out_layer")})
+    layers["in_layer"] = nn.Linear(16, 16, bias=False, dtype=dtype).requires_grad_(False)
+    layers["in_layer"].weight.copy_(values(16, 16, seed=3))
+    layers["out_layer"] = frozen(12, 4, dtype, is_fp8=is_fp8)
+    network = inject(layers, ["in_layer", "out_layer"], rank=4, alpha=2.0, seed=0)
+    with torch.no_grad():
+        for i, parameter in enumerate(network.parameters()):
+            parameter.copy_(values(*parameter.shape, seed=i))
+    return layers["in_layer"], layers["out_layer"], network
+
+
+def activated_output(first: nn.Module, last: nn.Module, x: Tensor, *, is_joint: bool) -> Tensor:
+    return project(first(x), [last], GELU)[0] if is_joint else last(gelu(first(x)))
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_activation_computed_again_changes_no_bit(
+    dtype: torch.dtype, is_fp8: bool, is_checkpointed: bool
+) -> None:
+    results = []
+    for is_joint in (True, False):
+        first, last, network = activated_part(dtype, is_fp8=is_fp8)
+
+        part = partial(activated_output, first, last, is_joint=is_joint)
+        x = values(2, 5, 16, seed=9, dtype=dtype).requires_grad_()
+        output = checkpoint(part, x, use_reentrant=False) if is_checkpointed else part(x)
+        output.backward(values(*output.shape, seed=20, dtype=dtype))
+        with torch.no_grad():
+            without_gradients = part(x)
+        results.append([output, without_gradients, x.grad, *(p.grad for p in network.parameters())])
+    assert torch.equal(results[0][0], results[0][1])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_of_an_activation_only_its_input_is_kept() -> None:
+    first, last, _ = activated_part(torch.float32, is_fp8=False)
+    kept: dict[int, tuple[int, ...]] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    wide = first(values(100, 16).requires_grad_())
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = project(wide, [last], GELU)[0]
+    assert wide.untyped_storage().data_ptr() in kept
+    assert [shape for shape in kept.values() if shape[0] == 100] == [(100, 16), (100, 4)]
+    assert output.requires_grad
+
+
+def test_layers_that_cannot_be_fused_get_the_value_of_the_activation() -> None:
+    plain = frozen(8, 0, torch.float32, is_fp8=False)
+    x = values(3, 16)
+    expected = plain(gelu(x))
+    assert torch.equal(project(x, [plain], GELU)[0], expected)
