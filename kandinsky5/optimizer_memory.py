@@ -13,11 +13,18 @@ from torch import Tensor, nn
 
 from kandinsky5.configs.train import OptimizerConfig
 from modules.live_bytes import LiveBytes
+from modules.logs import get_logger
 from modules.optimizers import build_optimizer, moments_on_device, optimizer_class, set_averaging
+
+log = get_logger(__name__)
 
 _BLOCK = 256
 _SMALLEST_QUANTISED = 4096
 """bitsandbytes keeps states in 8 bits, blocks of 256 with a float32 scale each; small ones in float32."""
+_CUDA_ONLY = ("fused", "capturable", "differentiable")
+"""Ways of computing a step, some of which a CPU refuses; none changes what is kept."""
+_REFUSALS = (RuntimeError, AssertionError, ValueError, TypeError)
+"""What optimizers raise whose step runs on other devices only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,8 @@ def optimizer_memory(
 
     One parameter of every distinct shape is made on the CPU and stepped once; the others are like it.
     Optimizers of bitsandbytes need their own device: they are taken to hold one byte per number and state,
-    two states (Lion: one), as their documentation says.
+    two states (Lion: one), as their documentation says. Others that refuse a step on the CPU are taken to
+    hold two float32 states, which a warning says.
 
     Args:
         device: on CUDA torch's optimizers work on all parameters at once, which takes scratch space.
@@ -47,29 +55,53 @@ def optimizer_memory(
     found = optimizer_class(config.optimizer_type)
     if found.__module__.startswith("bitsandbytes"):
         return _bitsandbytes_memory(found.__name__, shapes)
-    arguments = dict(config.optimizer_args)
-    is_foreach = device.type == "cuda" and "foreach" in inspect.signature(found.__init__).parameters
+    given = config.optimizer_args
+    is_foreach = "foreach" in inspect.signature(found.__init__).parameters and _is_foreach(given, device)
+    arguments = {name: value for name, value in given.items() if name not in _CUDA_ONLY}
     if is_foreach:
-        arguments.setdefault("foreach", True)
+        arguments["foreach"] = True
     kept, made = Counter[str](), Counter[str]()
     for shape, count in shapes.items():
-        state, scratch = _step_once(config, arguments, shape)
+        optimizer = _with_gradient(config, arguments, shape)
+        try:
+            state, scratch = _step_twice(optimizer)
+        except _REFUSALS as error:
+            log.warning(
+                "the memory of %s is assumed, two float32 states: it does not step on the CPU (%s)",
+                config.optimizer_type,
+                error,
+            )
+            return OptimizerMemory(
+                8 * sum(torch.Size(shape).numel() * n for shape, n in shapes.items()), 0, 0
+            )
         kept["all"] += state * count
         made["all"] += scratch * count
         made["one"] = max(made["one"], scratch)
     return OptimizerMemory(kept["all"], 0, made["all" if is_foreach else "one"])
 
 
-def _step_once(
+def _is_foreach(given: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether a step works on all parameters at once: as told, else on CUDA, without another way."""
+    if given.get("foreach") is not None:
+        return bool(given["foreach"])
+    return device.type == "cuda" and given.get("fused") is None and not given.get("differentiable")
+
+
+def _with_gradient(
     config: OptimizerConfig, arguments: Mapping[str, Any], shape: tuple[int, ...]
-) -> tuple[int, int]:
-    """(bytes of state, peak of what a step with states makes) for one parameter."""
+) -> torch.optim.Optimizer:
+    """The optimizer of one parameter, which has a gradient."""
     parameter = nn.Parameter(torch.zeros(shape))
+    parameter.grad = torch.zeros(shape)
     optimizer = build_optimizer(
         config.optimizer_type, [{"params": [parameter]}], config.learning_rate, arguments
     )
     set_averaging(optimizer, training=True)
-    parameter.grad = torch.zeros(shape)
+    return optimizer
+
+
+def _step_twice(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """(bytes of state, peak of what a step with states makes)."""
     optimizer.step()  # makes the state
     with LiveBytes() as counted:
         optimizer.step()
