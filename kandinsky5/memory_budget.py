@@ -155,13 +155,8 @@ def _with_transfers(
                 )
             )
     plans = [(planner.plan(model, batch), model) for model in found]
-    fitting = [(_moved_bytes(plan), model) for plan, model in plans if with_reserve(plan.peak) <= budget]
+    fitting = [(plan.held.moved_bytes, model) for plan, model in plans if with_reserve(plan.peak) <= budget]
     if fitting:
         yield min(fitting, key=lambda pair: pair[0])[1]
         return
     yield min(plans, key=lambda pair: pair[0].peak)[1]
-
-
-def _moved_bytes(plan: MemoryPlan) -> int:
-    """Host memory that a step reads or writes over the bus."""
-    return plan.held.host_bytes

@@ -33,13 +33,15 @@ from networks.lora import LoRANetwork
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Held:
-    """Bytes by the name of the part, in three kinds of memory."""
+    """Bytes by the name of the part, in three kinds of memory, and what of them travels."""
 
     device: Mapping[str, int] = field(default_factory=dict)
     pageable: Mapping[str, int] = field(default_factory=dict)
     """Host memory."""
     page_locked: Mapping[str, int] = field(default_factory=dict)
     """Host memory that the device reads by itself; as the host's allocator rounds it."""
+    moved: Mapping[str, int] = field(default_factory=dict)
+    """What crosses the bus; in a step with gradient checkpointing, weights and activations do so twice."""
 
     @property
     def device_bytes(self) -> int:
@@ -49,11 +51,16 @@ class Held:
     def host_bytes(self) -> int:
         return sum(self.pageable.values()) + sum(self.page_locked.values())
 
+    @property
+    def moved_bytes(self) -> int:
+        return sum(self.moved.values())
+
     def __add__(self, other: Held) -> Held:
         return Held(
             device={**self.device, **other.device},
             pageable={**self.pageable, **other.pageable},
             page_locked={**self.page_locked, **other.page_locked},
+            moved={**self.moved, **other.moved},
         )
 
 
@@ -109,9 +116,11 @@ def _hold_group(group: StreamedGroup, device: torch.device, *, force_pin: bool) 
     sizes = packed_sizes(group.modules, group.travels)
     largest = max(sizes)
     buffers = {f"buffers of {group.what}": largest * min(group.ring_size, len(sizes))}
+    moved = {group.what: sum(sizes)}
     if group.is_page_locked(device, force=force_pin):
-        return Held(device=buffers, page_locked={group.what: sum(map(page_locked_size, sizes))})
-    held = Held(device=buffers, pageable={group.what: sum(sizes)})
+        locked = {group.what: sum(map(page_locked_size, sizes))}
+        return Held(device=buffers, page_locked=locked, moved=moved)
+    held = Held(device=buffers, pageable=moved, moved=moved)
     if device.type != "cuda":
         return held
     staging = STAGING_BUFFERS * page_locked_size(largest)
@@ -176,6 +185,7 @@ class TrainingPlanner:
         self.dtype = dtype
         self._num_processes = num_processes
         self._assembled: dict[tuple[bool, ...], _Assembled] = {}
+        self._optimizer: OptimizerMemory | None = None
         self._activations: dict[tuple[object, ...], Activations] = {}
 
     def plan(self, model: ModelConfig, batch: Batch) -> MemoryPlan:
@@ -197,6 +207,7 @@ class TrainingPlanner:
             is_locked = self.device.type == "cuda"
             away = {"activations": activations.host}
             held += Held(page_locked=away) if is_locked else Held(pageable=away)
+            held += Held(moved={"activations": activations.moved})
         return MemoryPlan(
             batch=batch,
             held=held,
@@ -223,8 +234,10 @@ class TrainingPlanner:
             )
             # Dropout would draw masks; they are as small as the LoRA's inner activations.
             network.train(False)
-            optimizer = optimizer_memory(self.config.optimizer, network.parameter_groups(1.0), self.device)
-            self._assembled[key] = _Assembled(dit, network, optimizer)
+            if self._optimizer is None:  # the same for every form of the frozen weights
+                groups = network.parameter_groups(1.0)
+                self._optimizer = optimizer_memory(self.config.optimizer, groups, self.device)
+            self._assembled[key] = _Assembled(dit, network, self._optimizer)
         return self._assembled[key]
 
     def _hold_lora(self, parts: _Assembled) -> Held:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,8 @@ class Activations:
     """Bytes at the peak."""
     host: int = 0
     """Bytes of block inputs that wait in page-locked host memory."""
+    moved: int = 0
+    """The same without what an allocator adds: what travels there and back."""
 
 
 class AnswerYes(TorchDispatchMode):
@@ -84,9 +86,13 @@ class HostLedger:
     def __init__(self, rounded: Callable[[int], int] = int) -> None:
         self._rounded = rounded
         self.bytes = 0
+        """As the host's allocator rounds them."""
+        self.moved = 0
+        """Of the tensors alone."""
 
     def to_host(self, tensor: Tensor) -> Tensor:
-        self.bytes += self._rounded(tensor.numel() * tensor.element_size())
+        self.moved += tensor.nbytes
+        self.bytes += self._rounded(tensor.nbytes)
         return torch.empty(1, dtype=tensor.dtype, device=META).expand(tensor.shape)
 
     def to_device(self, host: Tensor, device: torch.device) -> Tensor:
@@ -124,7 +130,7 @@ def step_activations(
             if offload_min_bytes is not None:
                 dit.activation_offload = ActivationOffload(ledger, min_bytes=offload_min_bytes)
             peak = peak_of_step(velocity(dit), network, task, batch)
-        return Activations(peak, ledger.bytes)
+        return Activations(peak, ledger.bytes, ledger.moved)
 
     if depth <= 3:
         return run(depth, kept)
@@ -136,7 +142,7 @@ def step_activations(
     if not kept:
         return plain
     one_kept = run(3, 1)
-    return Activations(plain.device + kept * (one_kept.device - three.device), plain.host)
+    return replace(plain, device=plain.device + kept * (one_kept.device - three.device))
 
 
 def sampling_activations(
@@ -165,7 +171,9 @@ def sampling_activations(
 
 def _extended(two: Activations, three: Activations, steps: int) -> Activations:
     return Activations(
-        two.device + steps * (three.device - two.device), two.host + steps * (three.host - two.host)
+        two.device + steps * (three.device - two.device),
+        two.host + steps * (three.host - two.host),
+        two.moved + steps * (three.moved - two.moved),
     )
 
 

@@ -16,12 +16,13 @@ import kandinsky5.training as training
 from dataset.cached_dataset import CachedBatch, CachedDataset
 from kandinsky5 import memory_probe
 from kandinsky5.cli.train import parse_train
-from kandinsky5.configs.train import TrainConfig
+from kandinsky5.configs.train import ModelConfig, TrainConfig
 from kandinsky5.memory_advice import helping_options
 from kandinsky5.memory_budget import GIB, choose, with_reserve
-from kandinsky5.memory_plan import Batch, TrainingPlanner
+from kandinsky5.memory_plan import Batch, Held, MemoryPlan, TrainingPlanner
 from kandinsky5.objective import Draws, Objective
 from kandinsky5.offload import max_blocks_to_swap
+from kandinsky5.roofline import Work
 from kandinsky5.tasks import PRO_PARAMS
 from modules.errors import ConfigError
 from networks.lora import LoRANetwork
@@ -134,6 +135,23 @@ def test_the_budget_keeps_what_was_given(pro: TrainingPlanner) -> None:
     choice = choose(planner, SHORT, 24 * GIB)
     assert choice.model.blocks_to_swap == 40
     assert not any("blocks_to_swap" in words for words in choice.added)
+
+
+def test_of_two_ways_to_fit_the_budget_takes_the_one_that_moves_less(pro: TrainingPlanner) -> None:
+    """Whatever host memory each takes: it is rounded, and an optimizer may lie there too."""
+
+    class Planned(TrainingPlanner):
+        def plan(self, model: ModelConfig, batch: Batch) -> MemoryPlan:
+            swaps, offloads = model.blocks_to_swap, model.gradient_checkpointing_cpu_offload
+            held = Held(
+                device={"all": GIB if swaps or offloads else 99 * GIB},
+                page_locked={"blocks": 8 * GIB if swaps else 0, "activations": 6 * GIB if offloads else 0},
+                moved={"blocks": 4 * GIB if swaps else 0, "activations": 5 * GIB if offloads else 0},
+            )
+            return MemoryPlan(batch=batch, held=held, work=Work(linear=0, other=0), video_tokens=1)
+
+    choice = choose(Planned(pro.config, pro.device, pro.dtype), SHORT, 24 * GIB)
+    assert choice.added == ("--fp8_base", "--gradient_checkpointing", "--blocks_to_swap 1")
 
 
 @pytest.mark.slow

@@ -187,6 +187,35 @@ def test_offloaded_block_inputs_are_planned_in_host_memory(
     assert saved >= (BLOCKS - 4) * tokens
 
 
+def test_what_travels_is_counted_without_the_roundings_of_host_memory(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_setup, "OFFLOADED_BYTES", 1024)
+    changed = with_model(
+        config,
+        blocks_to_swap=3,
+        gradient_checkpointing=True,
+        gradient_checkpointing_cpu_offload=True,
+        use_pinned_memory_for_block_swap=True,
+    )
+    clips = replace(BATCHES[1], clips=3)
+    on_cuda, on_cpu = (
+        TrainingPlanner(changed, device, torch.bfloat16).plan(changed.model, clips).held
+        for device in (torch.device("cuda"), CPU)
+    )
+    dit = train_setup.load_model(changed.model, CPU, torch.bfloat16)
+    stream_weights(dit, 3, CPU, engine=DirectCopies())
+    blocks, modulation = dit.weight_streams
+    activations = on_cpu.pageable["activations"]
+    assert on_cuda.moved == {
+        "blocks": blocks.host_bytes,
+        "modulation layers": modulation.host_bytes,
+        "activations": activations,
+    }
+    assert on_cuda.page_locked["activations"] > activations > 0
+    assert on_cuda.moved_bytes == sum(on_cuda.moved.values()) < on_cuda.host_bytes
+
+
 def test_nabla_is_planned_without_computing_its_blocks(config: TrainConfig) -> None:
     task = TASKS["k5-tiny-nabla"]
     changed = with_model(config, task=task, nabla=task.nabla, gradient_checkpointing=True)
