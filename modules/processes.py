@@ -24,6 +24,9 @@ _WORDS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = datetime.timedelta(days=7)
 """One process may have much more to do than another, and none of them is stuck."""
 
+_CRASHED = UserError.exit_code
+"""Of a process that ends with a traceback."""
+
 
 @dataclass(frozen=True, slots=True)
 class Processes:
@@ -54,20 +57,18 @@ class Processes:
         """Run an action in all processes; when one fails all end, with the exit code of the failure.
 
         Raises:
-            UserError: here. SystemExit: elsewhere, where the reason was said.
+            Exception: here, whatever the action raised; other errors than a UserError have code 1.
+            SystemExit: elsewhere, where the reason was said.
         """
-        result: T | None = None
-        failure: UserError | None = None
         try:
             result = action()
-        except UserError as error:
-            failure = error
-        codes = self.gather(0 if failure is None else failure.exit_code)
-        if failure is not None:
-            raise failure
+        except Exception as error:  # of any kind: the others wait for this answer
+            self.gather(error.exit_code if isinstance(error, UserError) else _CRASHED)
+            raise
+        codes = self.gather(0)
         if any(codes):
             raise SystemExit(max(codes))
-        return result  # type: ignore[return-value]
+        return result
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 
@@ -41,6 +42,31 @@ def test_processes_that_cannot_find_each_other_are_told_how_to_start(monkeypatch
 
 def fail() -> None:
     raise DataError("a bad file")
+
+
+def crash() -> None:
+    raise KeyError("a mistake in the program")
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "expected"), [(fail, 3, DataError), (crash, 1, KeyError), (lambda: None, 0, None)]
+)
+def test_the_others_are_told_of_every_error(
+    action: Callable[[], None],
+    code: int,
+    expected: type[Exception] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[int] = []
+
+    def others_are_well(values: list[int], own: int) -> None:
+        told.append(own)
+        values[:] = [own, 0]
+
+    monkeypatch.setattr(processes.dist, "all_gather_object", others_are_well)
+    with nullcontext() if expected is None else pytest.raises(expected):
+        Processes(0, 2).together(action)
+    assert told == [code]
 
 
 @pytest.mark.parametrize(("action", "expected"), [(fail, DataError), (lambda: None, SystemExit)])
