@@ -7,6 +7,7 @@ What fails later costs curves, never the run: `Metrics` catches the errors that 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -164,6 +165,13 @@ class TensorBoardTracker:
         self._writer.close()
 
 
+def _without_keys(text: str, *keys: str | None) -> str:
+    """Words of the client, which may repeat what it was given, whole or as pydantic shortens it."""
+    for key in filter(None, keys):
+        text = text.replace(str(key), "***")
+    return re.sub(r"input_value=.*?, input_type=", "input_value=***, input_type=", text, flags=re.DOTALL)
+
+
 class WandbTracker:
     """A run of wandb, which a resumed training continues under its id.
 
@@ -191,8 +199,7 @@ class WandbTracker:
                 **arguments,
             )
         except self.errors as error:
-            # The client's words may repeat what it was given.
-            reason = str(error).replace(config.wandb_api_key or "\0", "***")
+            reason = _without_keys(str(error), config.wandb_api_key, settings.get("api_key"))
             raise ResourceError(
                 f"--log_with wandb: the run cannot be started: {reason}\n"
                 "Log in with `wandb login` or --wandb_api_key, or keep the run on this machine with "

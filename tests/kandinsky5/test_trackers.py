@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,8 @@ from kandinsky5.sample_files import SampleNames, animate, write_sample
 from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train, write_dataset, write_dit
 
 KEY = "canary0123456789canary0123456789canary00"
+SETTINGS = ("api_key", "base_url", "console", "disable_git", "save_code", "x_disable_meta")
+"""Names that `wandb.Settings` of version 0.31.0 has, read there; it refuses all others with a ValueError."""
 
 
 class FakeError(Exception):
@@ -64,6 +67,13 @@ class FakeWandb(ModuleType):
         self.refuses = False
 
     def Settings(self, **settings: Any) -> dict[str, Any]:
+        unknown = sorted(set(settings) - set(SETTINGS))
+        if unknown:
+            # In pydantic's words, which shorten long values in the middle.
+            raise ValueError(
+                f"1 validation error for Settings\n{unknown[0]}\n  Extra inputs are not permitted "
+                f"[type=extra_forbidden, input_value='{KEY[:23]}...{KEY[-23:]}', input_type=str]"
+            )
         return settings
 
     def Video(
@@ -247,7 +257,18 @@ def test_a_missing_package_ends_with_code_5_and_the_command_that_installs_it(
     assert not (tmp_path / "out").exists()
 
 
+def key_as_option(_folder: Path) -> tuple[Any, ...]:
+    return ("--wandb_api_key", KEY)
+
+
+def key_in_settings(folder: Path) -> tuple[Any, ...]:
+    (folder / "t.toml").write_text(f'[wandb.settings]\napi_key = "{KEY}"\n', encoding="utf-8")
+    return ("--log_tracker_config", folder / "t.toml")
+
+
+@pytest.mark.parametrize("key_words", [key_as_option, key_in_settings])
 def test_a_run_that_wandb_refuses_is_said_before_a_model_is_loaded_and_without_the_key(
+    key_words: Callable[[Path], tuple[Any, ...]],
     dit: Path,
     dataset: Path,
     tmp_path: Path,
@@ -257,12 +278,23 @@ def test_a_run_that_wandb_refuses_is_said_before_a_model_is_loaded_and_without_t
 ) -> None:
     wandb.refuses = True
     monkeypatch.setattr(training, "Trainer", None)
-    words = ("--log_with", "wandb", "--wandb_api_key", KEY)
-    code, message = refused(capsys, dit, dataset, tmp_path, *words)
+    words = ("--log_with", "wandb", *key_words(tmp_path))
+    code, message = refused(capsys, dit, dataset, tmp_path / "out", *words)
     assert code == 5
     assert 'mode = "offline"' in message
     assert "***" in message
     assert KEY not in message
+
+
+def test_a_setting_that_wandb_does_not_know_is_said_without_its_value(
+    dit: Path, dataset: Path, tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.toml").write_text(f'[wandb.settings]\napikey = "{KEY}"\n', encoding="utf-8")
+    words = ("--log_with", "wandb", "--log_tracker_config", tmp_path / "t.toml")
+    code, message = refused(capsys, dit, dataset, tmp_path / "out", *words)
+    assert code == 5
+    assert "apikey\n  Extra inputs are not permitted [type=extra_forbidden, input_value=***" in message
+    assert KEY[:10] not in message
 
 
 @pytest.mark.parametrize(
