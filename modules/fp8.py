@@ -14,24 +14,10 @@ from modules.errors import ResourceError
 from modules.quantised_linear import (
     QuantisedLinear,
     WeightOnlyProduct,
-    dequantise,
-    normalise_scale,
     quantise_with,
     round_up_to_bfloat16,
     row_scales,
 )
-
-__all__ = [
-    "FP8_DTYPE",
-    "FP8_DTYPES",
-    "FP8_MAX",
-    "Fp8Linear",
-    "check_fp8_matmul",
-    "dequantise",
-    "normalise_scale",
-    "quantise_like",
-    "quantise_rows",
-]
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -71,8 +70,3 @@ class LiveBytes(TorchDispatchMode):
 
 def _storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def without_data(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, strides and dtype on the meta device."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
