@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -244,7 +245,7 @@ def print_summary(stages: Sequence[Stage], metrics: Path, seconds: float) -> Non
 def run(*command: object) -> None:
     """Run a command in the project's folder, showing it first."""
     words = [str(word) for word in command]
-    print("  $", " ".join(words), flush=True)
+    print("  $", shlex.join(words), flush=True)
     subprocess.run(words, cwd=ROOT, check=True)
 
 

@@ -123,6 +123,8 @@ class Output:
             self._delete_expired(unit, number)
         if is_stopping and not (saving.save_state and ("step", step) in due):
             self.save_all("step", step, run, schedule)
+        if is_stopping and not is_end:
+            log.info("stopping after step %d as asked; --resume auto goes on from there", step)
 
     def delete_expired(self, step: int, epoch: int | None) -> None:
         """Delete once more what the saves after this step had to: a kill may have come in between."""

@@ -188,6 +188,12 @@ def _check_prior(config: TrainConfig, datasets: DatasetConfig) -> None:
             "with is_prior only the datasets marked so have the term" if is_on else "add --prior_loss_weight"
         )
         log.info("dataset %s: prior_caption has no effect: %s", ", ".join(map(str, with_caption)), why)
+    if is_on:
+        held = [f"dataset {index}: its own captions" for index in marked] or [
+            f"dataset {d.index}: {d.prior_caption or 'the empty caption'!r}" for d in datasets.datasets
+        ]
+        weight = config.loss.prior_loss_weight
+        log.info("--prior_loss_weight %g holds the LoRA to the base model on %s", weight, "; ".join(held))
 
 
 def open_validation(config: TrainConfig, data: CachedDataset) -> tuple[CachedDataset, CachedDataset | None]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from modules.errors import ConfigError, UserError
 from modules.logs import setup_logging
@@ -26,6 +28,18 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--traceback", action="store_true", help="show the Python traceback of errors in the input too"
         )
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the words, with the nearest options where there are any, and end."""
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in message.split():
+            name = word.partition("=")[0].rstrip(":,")
+            nearest = difflib.get_close_matches(name, known, n=1) if name.startswith("--") else []
+            if nearest and name not in known:
+                message += f"; did you mean {nearest[0]}?"
+        code = ConfigError.exit_code
+        print(f"error: {message}\n{self.prog} --help lists the options\nexit code {code}", file=sys.stderr)
+        raise SystemExit(code)
 
 
 @contextmanager

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 # Windows has no SIGHUP.
 _SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := vars(signal).get(name))]
+
+_STDERR = 2
+_ANSWER = b"\nasked to stop: the step is finished and saved first; asked again, the process ends at once\n"
+"""Written without Python's streams, which may be in use when the signal comes."""
 
 
 class StopRequest:
@@ -36,6 +40,8 @@ class StopRequest:
         if self.exit_code:
             raise SystemExit(128 + number)
         self.exit_code = 128 + number
+        with suppress(OSError):  # no console, or one that has gone
+            os.write(_STDERR, _ANSWER)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ __all__ = [
     "Parser",
     "existing_file",
     "float_between",
+    "local_name",
     "non_negative_int",
     "positive_int",
     "user_errors",
@@ -50,6 +51,11 @@ def float_between(low: float, high: float) -> Callable[[str], float]:
         return value
 
     return number
+
+
+def local_name(path: Path) -> str:
+    """A path in words that nobody takes for a model id of the hub, which `weights/text_encoder` could be."""
+    return str(path) if path.is_absolute() else f"./{path.as_posix()}"
 
 
 def existing_file(path: Path, flag: str) -> str | None:

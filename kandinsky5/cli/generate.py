@@ -14,6 +14,7 @@ from kandinsky5.cli.common import (
     Parser,
     existing_file,
     float_between,
+    local_name,
     non_negative_int,
     positive_int,
 )
@@ -99,8 +100,8 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
         models=ModelPaths(
             dit=args.dit or task.dit_path,
             vae=args.vae or task.vae_path,
-            text_encoder_qwen=args.text_encoder_qwen or str(task.text_encoder_qwen_path),
-            text_encoder_clip=args.text_encoder_clip or str(task.text_encoder_clip_path),
+            text_encoder_qwen=args.text_encoder_qwen or local_name(task.text_encoder_qwen_path),
+            text_encoder_clip=args.text_encoder_clip or local_name(task.text_encoder_clip_path),
         ),
         spec=_spec(args),
         from_file=args.from_file,

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from kandinsky5.cli.common import local_name
 from kandinsky5.cli.compile_options import compile_config
 from kandinsky5.cli.config_file import file_values, read_toml, with_config_file
 from kandinsky5.cli.train_options import ACCEPTED, UNAVAILABLE, UNAVAILABLE_VALUES, build_parser
@@ -317,8 +318,8 @@ def _samples(args: argparse.Namespace) -> SampleConfig:
         SampleConfig,
         args,
         vae=Path(args.vae or task.vae_path),
-        text_encoder_qwen=args.text_encoder_qwen or str(task.text_encoder_qwen_path),
-        text_encoder_clip=args.text_encoder_clip or str(task.text_encoder_clip_path),
+        text_encoder_qwen=args.text_encoder_qwen or local_name(task.text_encoder_qwen_path),
+        text_encoder_clip=args.text_encoder_clip or local_name(task.text_encoder_clip_path),
         quantization=qwen_quantization(fp8_llm=args.fp8_llm, quantized_qwen=args.quantized_qwen),
     )
 

@@ -114,6 +114,17 @@ def test_wrong_words_and_abbreviations_end_with_code_2(words: list[str]) -> None
     assert caught.value.code == 2
 
 
+def test_a_mistyped_option_gets_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_train([*BASE, "--netwrok_dim", "4"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: unrecognized arguments: --netwrok_dim 4; did you mean --network_dim?",
+        "kandinsky5_train_network.py --help lists the options",
+        "exit code 2",
+    ]
+
+
 def test_options_without_effect_are_said_in_the_log() -> None:
     notes = "\n".join(parse("--split_attn", "--vae", "x", "--nabla_wT", "3").notes)
     for part in ("--split_attn has no effect", "--vae: only used for samples", "--nabla_wT without effect"):
