@@ -218,9 +218,7 @@ class ModelLoader:
             loras=active if is_merged else (),
             use_mmap=not self.config.dit.disable_numpy_memmap,
             check_finite=not self.config.dit.no_weight_check,
-            placement=None
-            if self.device.type == "meta"
-            else host_placement(
+            placement=host_placement(
                 self.config.task.dit_params,
                 self.device,
                 blocks_to_swap=self.config.dit.blocks_to_swap,

@@ -57,6 +57,8 @@ def host_placement(
     Modulation is an eighth of the model and is read once per step, so with `modulation_on_host` its weights
     come to the device one layer at a time (`stream_weights`).
     """
+    if device.type == "meta":  # weights without data lie nowhere
+        return lambda _: device
     with torch.device("meta"):
         skeleton = DiffusionTransformer3D(**params.as_kwargs())
     swapped = set(swapped_blocks(skeleton, blocks_to_swap))

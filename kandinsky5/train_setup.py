@@ -255,9 +255,7 @@ def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
         loras=loras,
         use_mmap=not model.disable_numpy_memmap,
         check_finite=not model.no_weight_check,
-        placement=None
-        if device.type == "meta"
-        else host_placement(
+        placement=host_placement(
             params,
             device,
             blocks_to_swap=model.blocks_to_swap,

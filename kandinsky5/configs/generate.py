@@ -8,6 +8,7 @@ from typing import Literal
 
 from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.configs.text_encoders import Quantization
+from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.prompts import PromptSpec
 from kandinsky5.tasks import NablaParams, Task
 from modules.errors import ConfigError
@@ -40,22 +41,12 @@ class MagCacheConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DitConfig:
+class DitConfig(WeightsConfig):
     """How the DiT is held and run."""
 
     dtype: str | None = None
     """A dtype word; None: bfloat16 on CUDA, float32 on the CPU."""
-    fp8_base: bool = False
-    fp8_fast: bool = False
-    """Multiply in float8 too; acts with fp8_base."""
-    int8_base: bool = False
-    int8_fast: bool = False
-    """Multiply in int8 too; acts with int8_base."""
-    blocks_to_swap: int = 0
-    use_pinned_memory_for_block_swap: bool = False
     offload_dit_during_sampling: bool = False
-    disable_numpy_memmap: bool = False
-    no_weight_check: bool = False
     nabla: NablaParams | None = None
     """Block-sparse attention; None is full attention."""
     attention: AttentionName = "sdpa"
@@ -64,21 +55,6 @@ class DitConfig:
     cpu_noise: bool = False
     compile: CompileConfig | None = None
     """None runs the blocks as they are."""
-
-    @property
-    def has_one_byte_weights(self) -> bool:
-        """Whether the blocks' attention and feed-forward weights are held in float8 or int8."""
-        return self.fp8_base or self.int8_base
-
-    @property
-    def storage_form(self) -> tuple[bool, ...]:
-        """What decides how the frozen weights are stored and multiplied, whatever their place."""
-        return (self.fp8_base, self.fp8_fast, self.int8_base, self.int8_fast)
-
-    @property
-    def modulation_on_host(self) -> bool:
-        """Whether the modulation weights, an eighth of the model that is read once per step, stay there."""
-        return self.has_one_byte_weights or self.blocks_to_swap > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

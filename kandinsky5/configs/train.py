@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.configs.text_encoders import Quantization
+from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.tasks import DitParams, NablaParams, Task
 from modules.errors import ConfigError
 
@@ -63,7 +64,7 @@ class TimestepConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
+class ModelConfig(WeightsConfig):
     """The frozen model and how it computes."""
 
     task: Task
@@ -78,24 +79,14 @@ class ModelConfig:
     dit_dtype: str | None = None
     """A dtype word; wins over mixed_precision."""
     attention: Literal["sdpa", "flash_attn", "flash3", "xformers"] = "sdpa"
-    fp8_base: bool = False
-    fp8_fast: bool = False
-    """Multiply in float8 too; acts with fp8_base."""
-    int8_base: bool = False
-    int8_fast: bool = False
-    """Multiply in int8 too; acts with int8_base."""
     gradient_checkpointing: bool = False
     gradient_checkpointing_keep_attention: int = 0
     """Visual blocks whose attention outputs are kept instead of computed again."""
     gradient_checkpointing_cpu_offload: bool = False
-    blocks_to_swap: int = 0
-    use_pinned_memory_for_block_swap: bool = False
     block_swap_ring_size: int = 2
     """Device buffers that the swapped blocks take turns in."""
     base_weights: tuple[Path, ...] = ()
     base_weights_multiplier: tuple[float, ...] = ()
-    disable_numpy_memmap: bool = False
-    no_weight_check: bool = False
     lora_allow_partial: bool = False
     compile: CompileConfig | None = None
     """None runs the blocks as they are."""
@@ -103,21 +94,6 @@ class ModelConfig:
     cuda_cudnn_benchmark: bool = False
     vae: str | None = None
     """Given for samples; its name goes into the metadata."""
-
-    @property
-    def has_one_byte_weights(self) -> bool:
-        """Whether the blocks' attention and feed-forward weights are held in float8 or int8."""
-        return self.fp8_base or self.int8_base
-
-    @property
-    def storage_form(self) -> tuple[bool, ...]:
-        """What decides how the frozen weights are stored and multiplied, whatever their place."""
-        return (self.fp8_base, self.fp8_fast, self.int8_base, self.int8_fast)
-
-    @property
-    def modulation_on_host(self) -> bool:
-        """Whether the modulation weights, an eighth of the model that is read once per step, stay there."""
-        return self.has_one_byte_weights or self.blocks_to_swap > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
