@@ -15,7 +15,7 @@ from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.generate import DitConfig, GenerateConfig
 from kandinsky5.devices import compute_dtype, vae_dtype
 from kandinsky5.generation_models import ModelLoader, SamplingModel
-from kandinsky5.memory_budget import GIB, fewest_that_fit, too_little_memory, with_reserve
+from kandinsky5.memory_budget import GIB, added_options, fewest_that_fit, too_little_memory, with_reserve
 from kandinsky5.memory_plan import Held, hold_weights
 from kandinsky5.memory_rehearsal import META, AnswerYes, Batch, sampling_activations
 from kandinsky5.modulation_table import table_bytes
@@ -83,7 +83,7 @@ class GenerationPlanner:
             force_pin=dit.use_pinned_memory_for_block_swap,
         )
         factors = [p for network in model.networks for p in network.parameters()]
-        lora = sum(p.numel() * p.element_size() for p in factors)
+        lora = sum(p.nbytes for p in factors)
         passes = request.steps * (2 if uses_guidance(request.guidance) else 1)
         held += Held(device={"LoRA": lora, "activations": self._rehearse(dit, model, batch, request)})
         held += self._hold_modulation_table(table_bytes(model.dit, passes))
@@ -200,17 +200,9 @@ def fit_budget(planner: GenerationPlanner, request: VideoRequest, budget: int) -
         budget,
         size,
         planner.plan(smallest, request).peak,
-        added_words(given, smallest),
+        added_options(given, smallest),
         "What helps: fewer --frames, a smaller --width and --height.",
     )
-
-
-def added_words(given: DitConfig, chosen: DitConfig) -> tuple[str, ...]:
-    """What `chosen` has and `given` has not, in the words of the command line."""
-    words = ["--fp8_base"] if chosen.fp8_base and not given.fp8_base else []
-    if chosen.blocks_to_swap != given.blocks_to_swap:
-        words.append(f"--blocks_to_swap {chosen.blocks_to_swap}")
-    return tuple(words)
 
 
 def largest_request(requests: Sequence[VideoRequest]) -> VideoRequest:
@@ -221,7 +213,7 @@ def largest_request(requests: Sequence[VideoRequest]) -> VideoRequest:
 def budget_remark(planner: GenerationPlanner, dit: DitConfig, request: VideoRequest, budget: int) -> str:
     """What `--vram_budget` chose, for the log."""
     plan = planner.plan(dit, request)
-    words = " ".join(added_words(planner.config.dit, dit)) or "nothing to add"
+    words = " ".join(added_options(planner.config.dit, dit)) or "nothing to add"
     line = (
         f"--vram_budget {budget / GIB:g}: {words} (largest: {request.width}x{request.height}, "
         f"{request.num_frames} frames: {plan.peak / GIB:.2f} GiB planned, "

@@ -21,12 +21,21 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from kandinsky5.configs.train import ModelConfig
+from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.memory_plan import MemoryPlan, TrainingPlanner
 from kandinsky5.memory_rehearsal import Batch
 from kandinsky5.offload import max_blocks_to_swap
 from modules.errors import ConfigError
 
 Options = TypeVar("Options")
+
+CHOSEN_OPTIONS = (
+    "fp8_base",
+    "gradient_checkpointing",
+    "gradient_checkpointing_cpu_offload",
+    "blocks_to_swap",
+)
+"""What is chosen among; generation knows the first and the last."""
 
 GIB = 2**30
 CONTEXT_BYTES = GIB // 2
@@ -95,15 +104,13 @@ def fewest_that_fit(
     return with_swapped(low)
 
 
-def added_options(given: ModelConfig, chosen: ModelConfig) -> tuple[str, ...]:
-    """What `chosen` has and `given` has not, in the words of the command line."""
-    words = [
-        f"--{name}"
-        for name in ("fp8_base", "gradient_checkpointing", "gradient_checkpointing_cpu_offload")
-        if getattr(chosen, name) and not getattr(given, name)
-    ]
-    if chosen.blocks_to_swap != given.blocks_to_swap:
-        words.append(f"--blocks_to_swap {chosen.blocks_to_swap}")
+def added_options(given: WeightsConfig, chosen: WeightsConfig) -> tuple[str, ...]:
+    """What `chosen` has and `given`, of the same command, has not, in the words of the command line."""
+    words = []
+    for name in CHOSEN_OPTIONS:
+        value = getattr(chosen, name, None)
+        if value != getattr(given, name, None):
+            words.append(f"--{name}" if value is True else f"--{name} {value}")
     return tuple(words)
 
 

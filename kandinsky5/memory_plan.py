@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from dataset.cached_dataset import BatchPlan, CachedDataset
 from kandinsky5 import train_setup
@@ -107,7 +106,7 @@ def hold_weights(
     resident: Counter[str] = Counter()
     for name, tensor in (*dit.named_parameters(), *dit.named_buffers()):
         if id(tensor) not in streamed:
-            resident["modulation" if "modulation" in name else "weights"] += _size(tensor)
+            resident["modulation" if "modulation" in name else "weights"] += tensor.nbytes
     return Held(device=dict(resident)) + held
 
 
@@ -125,10 +124,6 @@ def _hold_group(group: StreamedGroup, device: torch.device, *, force_pin: bool) 
         return held
     staging = STAGING_BUFFERS * page_locked_size(largest)
     return held + Held(page_locked={f"staging of {group.what}": staging})
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def batches_of(data: CachedDataset, text_tokens: int) -> list[Batch]:
@@ -241,7 +236,7 @@ class TrainingPlanner:
         return self._assembled[key]
 
     def _hold_lora(self, parts: _Assembled) -> Held:
-        lora = sum(_size(parameter) for parameter in parts.network.parameters())
+        lora = sum(parameter.nbytes for parameter in parts.network.parameters())
         device = {"LoRA": lora, "gradients": lora, "optimizer": parts.optimizer.on_device}
         if self.config.network.ema_decay is not None:
             device["average of the LoRA"] = lora

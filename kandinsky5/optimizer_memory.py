@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kandinsky5.configs.train import OptimizerConfig
 from modules.live_bytes import LiveBytes
@@ -106,7 +106,7 @@ def _step_twice(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     with LiveBytes() as counted:
         optimizer.step()
     # Step counters lie on the host.
-    state = sum(_size(tensor) for tensor in moments_on_device(optimizer) if tensor.ndim > 0)
+    state = sum(tensor.nbytes for tensor in moments_on_device(optimizer) if tensor.ndim > 0)
     return state, counted.peak
 
 
@@ -119,7 +119,3 @@ def _bitsandbytes_memory(name: str, shapes: Counter[tuple[int, ...]]) -> Optimiz
         one = elements + 4 * -(-elements // _BLOCK) if is_narrow else 4 * elements
         total += count * states * one
     return OptimizerMemory(0, total, 0) if name.startswith("Paged") else OptimizerMemory(total, 0, 0)
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

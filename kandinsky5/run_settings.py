@@ -7,11 +7,11 @@ import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from kandinsky5.configs.generate import DitConfig, GenerateConfig
 from kandinsky5.sampling_pipeline import full_prompt
 from kandinsky5.video_requests import VideoRequest, full_multipliers
+from modules.files import last_part
 
 SCRIPT = "kandinsky5_generate_video.py"
 
@@ -37,8 +37,8 @@ def settings_metadata(
         "guidance": f"{request.guidance:g}",
         "scheduler_scale": f"{request.scheduler_scale:g}",
         "seed": str(request.seed),
-        "dit": _name(config.models.dit),
-        "vae": _name(config.models.vae),
+        "dit": last_part(config.models.dit),
+        "vae": last_part(config.models.vae),
         "dtype": _weight_words(config.dit) + dtype,
     }
     if config.dit.nabla is not None:
@@ -52,13 +52,13 @@ def settings_metadata(
     if config.dit.cpu_noise:
         settings["cpu_noise"] = "true"
     if request.image is not None:
-        settings["image"] = _name(request.image)
+        settings["image"] = last_part(request.image)
     if request.image_last is not None:
-        settings["image_last"] = _name(request.image_last)
+        settings["image_last"] = last_part(request.image_last)
     if config.lora.lora_weight:
         multipliers = used_multipliers(config, request)
         pairs = zip(config.lora.lora_weight, multipliers, strict=True)
-        settings["lora"] = ", ".join(f"{_name(path)} x {multiplier:g}" for path, multiplier in pairs)
+        settings["lora"] = ", ".join(f"{last_part(path)} x {multiplier:g}" for path, multiplier in pairs)
     return settings
 
 
@@ -163,8 +163,3 @@ def _other_words(config: GenerateConfig) -> list[str]:
 
 def _flags(given: Mapping[str, bool]) -> list[str]:
     return [flag for flag, is_given in given.items() if is_given]
-
-
-def _name(path: Path) -> str:
-    """The last part of a path, in either system's spelling."""
-    return str(path).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky5.configs.train import TrainConfig
-from modules.files import write_text
+from modules.files import last_part, write_text
 
 _HEAD = """\
 # The options of a run, defaults included; --config_file takes this file back.
@@ -35,7 +35,7 @@ def shareable_options(config: TrainConfig) -> dict[str, Any]:
 
 def _share(value: Any) -> Any:
     if isinstance(value, Path):
-        return str(value).replace("\\", "/").rstrip("/").rpartition("/")[2]
+        return last_part(value)
     return [_share(item) for item in value] if isinstance(value, list) else value
 
 

@@ -10,15 +10,13 @@ from accelerate import Accelerator
 from dataset.cached_dataset import CachedDataset
 from kandinsky5 import train_setup
 from kandinsky5.configs.train import TrainConfig
-from kandinsky5.memory_budget import GIB, choose
+from kandinsky5.memory_budget import CHOSEN_OPTIONS, GIB, choose
 from kandinsky5.memory_plan import TrainingPlanner, batches_of
 from kandinsky5.memory_report import budget_report, training_report
 from kandinsky5.roofline import card_of
 from modules.logs import get_logger
 
 log = get_logger(__name__)
-
-_CHOSEN = ("fp8_base", "gradient_checkpointing", "gradient_checkpointing_cpu_offload", "blocks_to_swap")
 
 
 def planner_for(config: TrainConfig, accelerator: Accelerator) -> TrainingPlanner:
@@ -41,7 +39,7 @@ def fit_budget(config: TrainConfig, data: CachedDataset, accelerator: Accelerato
     choice = choose(planner, batches_of(data, planner.text_tokens)[0], budget)
     if accelerator.is_main_process:
         log.info("%s", budget_report(choice, budget))
-    chosen = {name: getattr(choice.model, name) for name in _CHOSEN}
+    chosen = {name: getattr(choice.model, name) for name in CHOSEN_OPTIONS}
     return replace(config, model=choice.model, options={**config.options, **chosen})
 
 

@@ -71,7 +71,7 @@ class VideoVAE:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+        return sum(p.nbytes for p in self._model.parameters())
 
     def to(self, device: torch.device | str) -> VideoVAE:
         """Move the weights; returns itself."""

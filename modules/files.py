@@ -39,6 +39,11 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def last_part(path: Path) -> str:
+    """The name of a file or folder, in either system's spelling of paths on either system."""
+    return str(path).replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text with LF line ends as one whole file."""
     with atomic_writer(path) as stream:

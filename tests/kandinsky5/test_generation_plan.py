@@ -12,8 +12,8 @@ from kandinsky5.cli.generate import parse_generate
 from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.generation_models import ModelLoader
-from kandinsky5.generation_plan import GenerationPlanner, added_words, fit_budget
-from kandinsky5.memory_budget import GIB, with_reserve
+from kandinsky5.generation_plan import GenerationPlanner, fit_budget
+from kandinsky5.memory_budget import GIB, added_options, with_reserve
 from kandinsky5.memory_rehearsal import Batch, make_inputs
 from kandinsky5.modulation_table import ModulationTable
 from kandinsky5.tasks import PRO_PARAMS
@@ -126,8 +126,8 @@ def test_the_budget_of_a_generation_quantises_before_it_swaps(tmp_path: Path) ->
     config = parse_generate([*words, "--dtype", "bfloat16"])
     planner = GenerationPlanner(config, (), torch.device("cuda"))
     wanted = request(512, 512, 17)
-    assert added_words(config.dit, fit_budget(planner, wanted, 48 * GIB)) == ()
-    assert added_words(config.dit, fit_budget(planner, wanted, 24 * GIB)) == ("--fp8_base",)
+    assert added_options(config.dit, fit_budget(planner, wanted, 48 * GIB)) == ()
+    assert added_options(config.dit, fit_budget(planner, wanted, 24 * GIB)) == ("--fp8_base",)
     chosen = fit_budget(planner, wanted, 12 * GIB)
     assert chosen.fp8_base
     assert chosen.blocks_to_swap > 0
