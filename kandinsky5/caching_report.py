@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from dataset.cache_index import CacheKind, index_path
 from dataset.config import AnyDatasetConfig
 from dataset.sources import SkippedItem
 from kandinsky5.configs.caching import CacheRunConfig
-from modules.errors import DataError, ResourceError
+from modules import files
+from modules.errors import DataError
 from modules.files import remove_strays
 from modules.locks import folder_lock
 from modules.logs import format_table, get_logger
@@ -79,20 +80,11 @@ def combine(outcomes: Sequence[Outcome], processes: Processes) -> None:
         outcome.skipped = [*known, *sorted(found, key=str)]
 
 
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Around writing into `folder`: the system's refusal in words.
-
-    Raises:
-        ResourceError: no space, no permission, and the like; no cut file is left.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(
-            f"{folder} cannot be written: {error.strerror or error}. Free some space or check the folder, "
-            "then run the same command with --skip_existing; the files written so far are whole"
-        ) from error
+def disk_errors(folder: Path) -> AbstractContextManager[None]:
+    """Around writing into `folder`: a disk that refuses is a ResourceError with what to do."""
+    return files.disk_errors(
+        folder, "run the same command with --skip_existing; the files written so far are whole"
+    )
 
 
 def check_strict(outcomes: Sequence[Outcome], run: CacheRunConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from torch import Tensor
 from kandinsky5.configs.generate import OutputConfig
 from kandinsky5.video_files import check_video_encoder, write_frames, write_png, write_video
 from modules.errors import ConfigError, ModelFileError, ResourceError
+from modules.files import check_folder_unwritten
 from modules.logs import get_logger
 from modules.tensor_files import read_tensors, write_tensors
 
@@ -74,7 +74,7 @@ class OutputNames:
             self.folder = path.parent
             self._stem = path.name.removesuffix(path.suffix) if self._suffix else path.name
         if is_dry:
-            check_folder_unwritten(self.folder)
+            check_folder_unwritten(self.folder, "the output folder")
         else:
             check_folder(self.folder)
         if self._suffix != ".png" and config.output_type in {"video", "both"}:
@@ -136,18 +136,6 @@ def check_folder(folder: Path) -> None:
         raise ResourceError(
             f"cannot write to the output folder {folder}: {error.strerror or error}"
         ) from error
-
-
-def check_folder_unwritten(folder: Path) -> None:
-    """Refuse a folder that could not be made or written, as far as it shows without writing.
-
-    Raises:
-        ResourceError: see `check_folder`.
-    """
-    absolute = folder.absolute()
-    nearest = next(path for path in (absolute, *absolute.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ResourceError(f"cannot write to the output folder {folder}: see {nearest}")
 
 
 def check_free_space(folder: Path, need: int) -> None:

@@ -18,7 +18,7 @@ from kandinsky5.tasks import TASKS, Task
 from kandinsky5.trackers import check_trackers
 from modules.attention import check_attention_backend
 from modules.errors import ConfigError, ModelFileError, ResourceError
-from modules.files import atomic_writer
+from modules.files import atomic_writer, check_folder_unwritten
 from modules.logs import get_logger
 from modules.lr_schedules import SCHEDULE_NAMES, ScheduleSettings, multiplier
 from modules.optimizers import check_optimizer, is_schedule_free, takes_relative_steps
@@ -133,14 +133,8 @@ def check_output_unwritten(saving: SavingConfig, *, is_resuming: bool) -> None:
     check_output(saving, is_resuming=is_resuming)
     folders = {"--output_dir": saving.output_dir, "--output_dir_fallback": saving.output_dir_fallback}
     for option, folder in folders.items():
-        if folder is None:
-            continue
-        absolute = folder.absolute()
-        nearest = next(path for path in (absolute, *absolute.parents) if path.exists())
-        if not nearest.is_dir():
-            raise ResourceError(f"{option} {folder}: {nearest} is a file; name a folder")
-        if not os.access(nearest, os.W_OK):
-            raise ResourceError(f"{option} {folder}: cannot be written")
+        if folder is not None:
+            check_folder_unwritten(folder, option)
 
 
 def prepare_output(saving: SavingConfig, *, is_resuming: bool) -> None:

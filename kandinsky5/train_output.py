@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from kandinsky5.saving import OutputNames, Unit, average_path, delete_result, ef
 from kandinsky5.trackers import Tracker
 from kandinsky5.train_setup import has_schedule_state
 from kandinsky5.training_state import RunState, write_state
+from modules import files
 from modules.dtypes import dtype_from_word
 from modules.errors import DivergedError, ResourceError
 from modules.files import write_text
@@ -335,17 +336,6 @@ class Output:
             )
 
 
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Around the writing of a result: a disk that refuses is an error with what to do.
-
-    Raises:
-        ResourceError: instead of OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(
-            f"{path} cannot be written: {error.strerror}. Free some space or check the folder, then continue "
-            "with --resume auto; earlier files are as they were."
-        ) from error
+def disk_errors(path: Path) -> AbstractContextManager[None]:
+    """Around the writing of a result: a disk that refuses is a ResourceError with what to do."""
+    return files.disk_errors(path, "continue with --resume auto; earlier files are as they were")

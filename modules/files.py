@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from modules.errors import ResourceError
+
 _STRAY_PREFIX = ".k5tmp-"
 # Source: winbase.h; PROCESS_QUERY_LIMITED_INFORMATION, STILL_ACTIVE, ERROR_ACCESS_DENIED.
 _WINDOWS_QUERY, _WINDOWS_STILL_ACTIVE, _WINDOWS_ACCESS_DENIED = 0x1000, 259, 5
@@ -37,6 +39,40 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def disk_errors(path: Path, then: str) -> Iterator[None]:
+    """Around writing into `path`: the system's refusal in words.
+
+    Args:
+        then: what to do once there is space again, as the end of a sentence.
+    Raises:
+        ResourceError: instead of OSError: no space, no permission, and the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"{path} cannot be written: {error.strerror or error}. Free some space or check the folder, "
+            f"then {then}."
+        ) from error
+
+
+def check_folder_unwritten(folder: Path, what: str) -> None:
+    """Refuse a folder that could not be made or written, as far as it shows without writing.
+
+    Args:
+        what: the option or the words that name the folder in the message.
+    Raises:
+        ResourceError: the folder, or the one it would be made in, is a file or not for this user to write.
+    """
+    absolute = folder.absolute()
+    nearest = next(path for path in (absolute, *absolute.parents) if path.exists())
+    if not nearest.is_dir():
+        raise ResourceError(f"{what} {folder}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK):
+        raise ResourceError(f"{what} {folder}: {nearest} cannot be written")
 
 
 def last_part(path: Path) -> str:
