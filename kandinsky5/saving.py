@@ -38,6 +38,11 @@ class OutputNames:
         return self.output_dir / f"{self.output_name}-state"
 
     @property
+    def lock(self) -> Path:
+        """Held while a run of this name goes."""
+        return self.output_dir / f"{self.output_name}.lock"
+
+    @property
     def control(self) -> Path:
         """A text file the user may write a word into while the run goes."""
         return self.output_dir / f"{self.output_name}.control"

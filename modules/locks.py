@@ -36,12 +36,33 @@ def folder_lock(folder: Path) -> Iterator[None]:
             while not _try_lock(stream):
                 time.sleep(_POLL_SECONDS)
         try:
-            stream.truncate(0)
-            stream.write(f" {os.getpid()}".encode())  # the first byte is the one Windows locks
-            stream.flush()
+            _write_owner(stream)
             yield
         finally:
             _unlock(stream)
+
+
+@contextmanager
+def sole_user(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path` while the block runs, and remove it then; its folder must exist.
+
+    Processes that this one forks do not hold it, so that it ends with this process alone.
+
+    Raises:
+        ResourceError: another process holds it; `what` says what it does.
+    """
+    with path.open("a+b") as stream:
+        if not _try_own_lock(stream):
+            raise ResourceError(f"{what} by process {_read_owner(stream)}: end it first, or wait for its end")
+        _write_owner(stream)
+        yield
+    path.unlink(missing_ok=True)  # after an error it stays, which locks nothing
+
+
+def _write_owner(stream: BinaryIO) -> None:
+    stream.truncate(0)
+    stream.write(f" {os.getpid()}".encode())  # the first byte is the one Windows locks
+    stream.flush()
 
 
 def _read_owner(stream: BinaryIO) -> str:
@@ -60,6 +81,8 @@ if os.name == "nt":
             return False
         return True
 
+    _try_own_lock = _try_lock
+
     def _unlock(stream: BinaryIO) -> None:
         stream.seek(0)
         msvcrt.locking(stream.fileno(), msvcrt.LK_UNLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
@@ -71,6 +94,14 @@ else:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            return False
+        return True
+
+    def _try_own_lock(stream: BinaryIO) -> bool:
+        # This kind of lock belongs to the process: a fork, such as one that reads caches, does not keep it.
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             return False
         return True
 
