@@ -20,11 +20,10 @@ from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.train import ModelConfig, TrainConfig
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.memory_rehearsal import META, Activations, AnswerYes, Batch, step_activations
-from kandinsky5.offload import StreamedGroup, streamed_groups
+from kandinsky5.offload import StreamedGroup, choose_page_locking, streamed_groups
 from kandinsky5.optimizer_memory import OptimizerMemory, optimizer_memory
 from kandinsky5.roofline import NABLA_DENSITY, Work, training_work
 from kandinsky5.tasks import DitParams
-from modules.block_swap import packed_sizes
 from modules.host_memory import page_locked_size
 from modules.staged_copies import STAGING_BUFFERS
 from networks.lora import LoRANetwork
@@ -100,9 +99,9 @@ def hold_weights(
     )
     streamed: set[int] = set()
     held = Held()
-    for group in groups:
+    for group, is_locked in zip(groups, choose_page_locking(groups, device, force=force_pin), strict=True):
         streamed.update(id(tensor) for tensor in group.tensors())
-        held += _hold_group(group, device, force_pin=force_pin)
+        held += _hold_group(group, device, is_page_locked=is_locked)
     resident: Counter[str] = Counter()
     for name, tensor in (*dit.named_parameters(), *dit.named_buffers()):
         if id(tensor) not in streamed:
@@ -110,13 +109,13 @@ def hold_weights(
     return Held(device=dict(resident)) + held
 
 
-def _hold_group(group: StreamedGroup, device: torch.device, *, force_pin: bool) -> Held:
+def _hold_group(group: StreamedGroup, device: torch.device, *, is_page_locked: bool) -> Held:
     """Host copies and buffers of weights that stream."""
-    sizes = packed_sizes(group.modules, group.travels)
+    sizes = group.packed_sizes()
     largest = max(sizes)
     buffers = {f"buffers of {group.what}": largest * min(group.ring_size, len(sizes))}
     moved = {group.what: sum(sizes)}
-    if group.is_page_locked(device, force=force_pin):
+    if is_page_locked:
         locked = {group.what: sum(map(page_locked_size, sizes))}
         return Held(device=buffers, page_locked=locked, moved=moved)
     held = Held(device=buffers, pageable=moved, moved=moved)

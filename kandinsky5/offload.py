@@ -11,8 +11,8 @@ from torch import nn
 
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.tasks import DitParams
-from modules.block_swap import BlockSwap, CopyEngine, spread, travelling_tensors
-from modules.host_memory import free_memory
+from modules.block_swap import BlockSwap, CopyEngine, packed_sizes, spread, travelling_tensors
+from modules.host_memory import available_memory, page_locked_size
 from modules.logs import get_logger
 
 log = get_logger(__name__)
@@ -90,10 +90,9 @@ class StreamedGroup:
         for module in self.modules:
             yield from travelling_tensors(module, self.travels)
 
-    def is_page_locked(self, device: torch.device, *, force: bool) -> bool:
-        """Whether the host copies are: for CUDA, where they take under half of the free memory."""
-        size = sum(t.numel() * t.element_size() for module in self.modules for t in module.parameters())
-        return device.type == "cuda" and (force or size < free_memory() / 2)
+    def packed_sizes(self) -> list[int]:
+        """Bytes of the host copy of each module."""
+        return packed_sizes(self.modules, self.travels)
 
 
 def streamed_groups(
@@ -109,6 +108,18 @@ def streamed_groups(
     return groups
 
 
+def choose_page_locking(groups: Sequence[StreamedGroup], device: torch.device, *, force: bool) -> list[bool]:
+    """Whether the host copies of each group are page-locked: for CUDA, in half of the available memory."""
+    left = available_memory() // 2
+    chosen = []
+    for group in groups:
+        size = sum(map(page_locked_size, group.packed_sizes()))
+        is_locked = device.type == "cuda" and (force or size < left)
+        left -= size if is_locked else 0
+        chosen.append(is_locked)
+    return chosen
+
+
 def stream_weights(
     dit: DiffusionTransformer3D,
     count: int,
@@ -122,7 +133,7 @@ def stream_weights(
 
     Modulation does not travel with the blocks: it runs before them and once per step, so it has a ring of its
     own. LoRA parameters stay on the device. The host copies are page-locked when the device reads them faster
-    so and they take less than half of the free memory, or when `force_pin` says so; pageable copies pass
+    so and they take less than half of the available memory, or when `force_pin` says so; pageable copies pass
     through two page-locked buffers.
 
     Args:
@@ -132,8 +143,8 @@ def stream_weights(
     modulation = dit.modulation_layers()
     is_away = any(t.device.type != device.type for layer in modulation for t in layer.parameters())
     wants_modulation = is_away or engine is not None
-    for group in streamed_groups(dit, count, wants_modulation=wants_modulation, ring_size=ring_size):
-        pin = group.is_page_locked(device, force=force_pin)
+    groups = streamed_groups(dit, count, wants_modulation=wants_modulation, ring_size=ring_size)
+    for group, pin in zip(groups, choose_page_locking(groups, device, force=force_pin), strict=True):
         stream = BlockSwap(
             group.modules,
             device,

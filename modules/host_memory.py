@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from pathlib import Path
 
 
-def free_memory() -> int:
-    """Bytes of free memory where the system tells them (Linux), else 0."""
-    return _pages("SC_AVPHYS_PAGES")
+def available_memory() -> int:
+    """Bytes that programs can have, cached files included, where the system tells (Linux), else 0."""
+    return _kernel_count("MemAvailable")
 
 
 def total_memory() -> int:
     """Bytes of memory where the system tells them (Linux), else 0."""
-    return _pages("SC_PHYS_PAGES")
+    return _kernel_count("MemTotal")
 
 
-def _pages(name: str) -> int:
+def _kernel_count(name: str) -> int:
+    """A line of /proc/meminfo in bytes; see proc(5)."""
     if sys.platform != "linux":
         return 0
-    return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def page_locked_size(size: int) -> int:

@@ -34,7 +34,7 @@ CARDS, HOST, SYSTEM = (12, 16, 24), 32, 4
 
 def main() -> None:
     """Print the table."""
-    offload.free_memory = lambda: 0  # so that nothing is page-locked of its own accord
+    offload.available_memory = lambda: 0  # so that nothing is page-locked of its own accord
     print("| modulation in the file | rank | swapped | device, GiB | with reserve | host, GiB | fits with "
           f"{HOST} GiB of host memory |\n|---|---|---|---|---|---|---|")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -81,7 +81,7 @@ def test_weights_ring_and_host_copies_are_planned_to_the_byte(
 def test_streamed_modulation_is_planned_to_the_byte(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offload, "free_memory", lambda: 0)
+    monkeypatch.setattr(offload, "available_memory", lambda: 0)
     model = replace(config.model, fp8_base=True, blocks_to_swap=2)
     held = hold(model, torch.device("cuda"))
     dit = train_setup.load_model(model, CPU, torch.bfloat16)

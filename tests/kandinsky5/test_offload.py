@@ -6,9 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kandinsky5.offload import max_blocks_to_swap, split_blocks_to_swap, stream_weights
+from kandinsky5 import offload
+from kandinsky5.offload import (
+    choose_page_locking,
+    max_blocks_to_swap,
+    split_blocks_to_swap,
+    stream_weights,
+    streamed_groups,
+)
 from kandinsky5.tasks import LITE_PARAMS, PRO_PARAMS, TINY_PARAMS, DitParams
 from modules.activation_offload import ActivationOffload, DirectMover
+from modules.host_memory import page_locked_size
 from tests.flops import count_flops
 from tests.kandinsky5.lora_steps import LoraModel
 from tests.modules.test_block_swap import LateCopies
@@ -75,3 +83,20 @@ def test_every_block_input_leaves_and_returns_once() -> None:
     model.dit.activation_offload = ActivationOffload(mover, min_bytes=2 * 16 * 128 * 4)
     model.step()  # the text is smaller; the first block's input needs no gradient
     assert mover.left == mover.returned == 5
+
+
+def test_page_locked_copies_of_all_groups_share_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    dit = tiny_dit(num_visual_blocks=6)
+    groups = streamed_groups(dit, 4, wants_modulation=True, ring_size=2)
+    sizes = [sum(map(page_locked_size, group.packed_sizes())) for group in groups]
+    cuda = torch.device("cuda")
+    for available, wanted in (
+        (2 * sum(sizes) + 2, [True, True]),
+        (2 * sum(sizes), [True, False]),
+        (2 * sizes[0], [False, sizes[1] < sizes[0]]),
+        (0, [False, False]),
+    ):
+        monkeypatch.setattr(offload, "available_memory", lambda found=available: found)
+        assert choose_page_locking(groups, cuda, force=False) == wanted
+        assert choose_page_locking(groups, cuda, force=True) == [True, True]
+        assert choose_page_locking(groups, torch.device("cpu"), force=True) == [False, False]
