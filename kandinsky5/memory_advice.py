@@ -41,6 +41,15 @@ def out_of_memory_message(
     return "\n".join(lines)
 
 
+def out_of_memory_while_loading(error: torch.OutOfMemoryError) -> str:
+    """The message of a training whose model did not fit."""
+    return (
+        f"out of device memory while the model was loaded: {str(error).splitlines()[0]}\n"
+        "What helps: --fp8_base, or --blocks_to_swap N with --gradient_checkpointing. --vram_budget GB "
+        "chooses for you, and --dry_run shows what is needed."
+    )
+
+
 def helping_options(planner: TrainingPlanner, batch: Batch) -> list[tuple[str, int]]:
     """Options that are not in use and what each takes off the peak of a step, in bytes; the largest three."""
     given = planner.config.model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kandinsky5.trackers import check_trackers
 from modules.attention import check_attention_backend
 from modules.errors import ConfigError, ModelFileError, ResourceError
 from modules.files import atomic_writer, check_folder_unwritten
+from modules.locks import sole_user
 from modules.logs import get_logger
 from modules.lr_schedules import SCHEDULE_NAMES, ScheduleSettings, multiplier
 from modules.optimizers import check_optimizer, is_schedule_free, takes_relative_steps
@@ -137,18 +139,21 @@ def check_output_unwritten(saving: SavingConfig, *, is_resuming: bool) -> None:
             check_folder_unwritten(folder, option)
 
 
-def prepare_output(saving: SavingConfig, *, is_resuming: bool) -> None:
+def prepare_output(saving: SavingConfig, held: ExitStack, *, is_resuming: bool) -> None:
     """Make the output folder, prove that it can be written, and deal with results of the same name.
 
+    Args:
+        held: takes the lock on the output name.
     Raises:
         ConfigError: there are results, and neither `--overwrite` nor `--resume` says what to do with them.
-        ResourceError: the folder cannot be made or written.
+        ResourceError: the folder cannot be made or written, or another run of this name goes on.
     """
     names = OutputNames(saving.output_dir, saving.output_name)
     existing = check_output(saving, is_resuming=is_resuming)
     _prove_writable("--output_dir", saving.output_dir)
     if saving.output_dir_fallback is not None:
         _prove_writable("--output_dir_fallback", saving.output_dir_fallback)
+    held.enter_context(sole_user(names.lock, f"{names.final_lora} is being made"))
     if existing and not is_resuming:
         log.info(
             "--overwrite: removing %d results of earlier runs named %s", len(existing), saving.output_name

@@ -32,6 +32,7 @@ _NOT_COMPARED = (
     *("sample_", "validat", "vae", "text_encoder_", "fp8_llm", "quantized_qwen"),
     *("offload_dit_during_sampling", "scheduler_scale"),
     *("max_data_loader_", "persistent_", "use_pinned_", "block", "gradient_checkpointing", "ddp_"),
+    "vram_budget",
     *("disable_numpy_memmap", "no_weight_check", "dataset_config", "show_timesteps", "lora_format"),
     *("keep_cache", "split_attn", "img_in_", "guidance_scale", "no_vae_load", "fp8_scaled"),
     *("no_probe", "dry_run", "async_upload", "lora_allow_partial"),

@@ -10,7 +10,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,7 @@ from kandinsky5.configs.train import TrainConfig
 from kandinsky5.devices import check_fast_products
 from kandinsky5.hub import HubUploads, fetch_state
 from kandinsky5.lora_metadata import RunFacts
-from kandinsky5.memory_advice import out_of_memory_message
+from kandinsky5.memory_advice import out_of_memory_message, out_of_memory_while_loading
 from kandinsky5.memory_plan import largest_batch
 from kandinsky5.memory_probe import probe
 from kandinsky5.metrics import Metrics
@@ -86,19 +86,30 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
     Raises:
         UserError: with the exit code of its kind; SystemExit with 128 + n after a signal.
     """
-    with exit_on_signal():
-        trainer = _prepare(config)
-    if trainer is None:
-        return
-    with graceful_stop(stop):
-        trainer.run(stop)
-        trainer.output.finish_uploads()
+    with ExitStack() as held:
+        with exit_on_signal():
+            try:
+                trainer = _prepare(config, held)
+            except torch.OutOfMemoryError as error:
+                raise ResourceError(out_of_memory_while_loading(error)) from error
+        if trainer is None:
+            return
+        with graceful_stop(stop):
+            try:
+                trainer.run(stop)
+            finally:
+                is_whole = sys.exception() is None and not stop.exit_code
+                trainer.output.finish_uploads(raises=is_whole)
     if stop.exit_code:
         raise SystemExit(stop.exit_code)
 
 
-def _prepare(config: TrainConfig) -> Trainer | None:
-    """Check everything, then load and build everything; None if the run is finished already."""
+def _prepare(config: TrainConfig, held: ExitStack) -> Trainer | None:
+    """Check everything, then load and build everything; None if the run is finished already.
+
+    Args:
+        held: takes what the run holds until its end.
+    """
     saving = config.saving
     saved = _saved_state(config)
     train_checks.check_files(config)
@@ -109,7 +120,7 @@ def _prepare(config: TrainConfig) -> Trainer | None:
     if is_dry:
         train_checks.check_output_unwritten(saving, is_resuming=is_resuming)
     elif accelerator.is_main_process:
-        train_checks.prepare_output(saving, is_resuming=is_resuming)
+        train_checks.prepare_output(saving, held, is_resuming=is_resuming)
         remove_strays(saving.output_dir)
         remove_stray_states(saving.output_dir)
         for note in config.notes:
@@ -321,7 +332,6 @@ class Trainer:
         epoch, rest = divmod(self.step, self.length.steps_per_epoch)
         if is_main:
             self.output.delete_expired(self.step, None if rest else epoch)
-        self._make_up_for_checks(metrics)
         plans = PlanSequence(self.data, self.length, self.accelerator.process_index)
         batches = batch_loader(
             self.data,
@@ -338,6 +348,8 @@ class Trainer:
             smoothing=0.05,
         )
         try:
+            if self.step < self.length.total_steps:
+                self._make_up_for_checks(metrics)
             if self._wants_probe():
                 with self.accelerator.no_sync(self.runner):
                     bare = self._objective(self.network)
@@ -499,8 +511,8 @@ class Trainer:
         if math.isfinite(loss):
             self.recent_losses.append(loss)
         average = sum(self.recent_losses) / max(1, len(self.recent_losses))
-        bar.update()
         bar.set_postfix(avr_loss=f"{average:.4f}", refresh=False)
+        bar.update()
         if metrics is None:
             return
         log_step(
@@ -520,9 +532,7 @@ class Trainer:
                 average = sum(self.recent_losses) / max(1, len(self.recent_losses))
                 metrics.write("epoch", self.step, {"epoch": epoch, "loss": average})
                 metrics.scalars(self.step, {"loss/epoch": average})
-            # Stopping is quick: the resumed run makes the check.
-            if not request and self.validation.is_due(self.step, ended_epoch, is_end=is_end):
-                self.validation.run(self.step, metrics, self.output.averaged_weights())
+            # Whatever goes wrong with a check, the work is on the disk before it.
             self.output.save_due(
                 self.step,
                 ended_epoch,
@@ -531,16 +541,20 @@ class Trainer:
                 is_end=is_end,
                 is_stopping=request != 0,
             )
+            # Stopping is quick: the resumed run makes the check. That of the end follows the final files.
+            if not (request or is_end) and self.validation.is_due(self.step, ended_epoch, is_end=False):
+                self.validation.run(self.step, metrics, self.output.averaged_weights())
         if self.accelerator.num_processes > 1:
             self.accelerator.wait_for_everyone()
         if not request and (self.is_sampling_asked or self.samples.is_due(self.step, ended_epoch)):
             self._sample(ended_epoch, metrics, stop)
 
     def _make_up_for_checks(self, metrics: Metrics | None) -> None:
-        """Make the check that the stop at this step left out."""
+        """Make the check that is due at this step and has not been made."""
         epoch, rest = divmod(self.step, self.length.steps_per_epoch)
         ended_epoch = epoch if rest == 0 else None
-        if metrics is not None and self.validation.is_missed(self.step, ended_epoch, metrics):
+        is_end = self.step == self.length.total_steps
+        if metrics is not None and self.validation.is_missed(self.step, ended_epoch, metrics, is_end=is_end):
             self.validation.run(self.step, metrics, self.output.averaged_weights())
 
     def _sample(self, epoch: int | None, metrics: Metrics | None, stop: StopRequest) -> None:
@@ -556,6 +570,7 @@ class Trainer:
     def _finish(self, metrics: Metrics | None) -> None:
         if self.accelerator.is_main_process:
             path = self.output.save_final(self._run_state(), self.schedule)
+            self._make_up_for_checks(metrics)
             log.info("done: %s", path)
         if metrics is not None:
             metrics.flush()

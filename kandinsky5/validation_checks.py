@@ -9,10 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kandinsky5.configs.train import DataConfig, TrainConfig
 from kandinsky5.metrics import Metrics
 from kandinsky5.validation import Validation
 from kandinsky5.validation_plot import write_validation_plot
+from modules.errors import ResourceError
 from modules.logs import get_logger
 
 log = get_logger(__name__)
@@ -46,9 +49,9 @@ class ValidationChecks:
         due_by_epoch = by_epoch is not None and ended_epoch is not None and ended_epoch % by_epoch == 0
         return due_by_step or due_by_epoch or is_end
 
-    def is_missed(self, step: int, ended_epoch: int | None, metrics: Metrics) -> bool:
-        """Whether a run that goes on at `step` was stopped before the check that was due there."""
-        if step == 0 or not self.is_due(step, ended_epoch, is_end=False):
+    def is_missed(self, step: int, ended_epoch: int | None, metrics: Metrics, *, is_end: bool) -> bool:
+        """Whether the check that is due after `step` has not been made."""
+        if step == 0 or not self.is_due(step, ended_epoch, is_end=is_end):
             return False
         return all(record["step"] != step for record in metrics.records(KIND))
 
@@ -63,8 +66,15 @@ class ValidationChecks:
         if not self._has_begun:
             self._validation.reuse_base(metrics.records(KIND))
             self._has_begun = True
-        with weights_in_use:
-            values = self._validation.measure()
+        try:
+            with weights_in_use:
+                values = self._validation.measure()
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"out of device memory while validating after step {step}: {str(error).splitlines()[0]}\n"
+                "What was trained is saved. Validate on smaller or shorter clips, in smaller batches, or not "
+                "at all, and go on with --resume auto."
+            ) from error
         metrics.write(KIND, step, values)
         metrics.scalars(step, _curves(values))
         parts = [f"{part['from']}-{part['to']} {_change(part):+.2%}" for part in values["timesteps"]]

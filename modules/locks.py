@@ -54,8 +54,11 @@ def sole_user(path: Path, what: str) -> Iterator[None]:
     with path.open("a+b") as stream:
         if not _try_own_lock(stream):
             raise ResourceError(f"{what} by process {_read_owner(stream)}: end it first, or wait for its end")
-        _write_owner(stream)
-        yield
+        try:
+            _write_owner(stream)
+            yield
+        finally:
+            _unlock_own(stream)
     path.unlink(missing_ok=True)  # after an error it stays, which locks nothing
 
 
@@ -87,6 +90,8 @@ if os.name == "nt":
         stream.seek(0)
         msvcrt.locking(stream.fileno(), msvcrt.LK_UNLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
 
+    _unlock_own = _unlock
+
 else:
     import fcntl
 
@@ -104,6 +109,9 @@ else:
         except (BlockingIOError, PermissionError):
             return False
         return True
+
+    def _unlock_own(stream: BinaryIO) -> None:
+        fcntl.lockf(stream, fcntl.LOCK_UN)
 
     def _unlock(stream: BinaryIO) -> None:
         fcntl.flock(stream, fcntl.LOCK_UN)

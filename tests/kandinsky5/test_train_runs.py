@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from kandinsky5 import objective
+from modules.locks import sole_user
 from modules.tensor_files import read_header, read_tensors
 from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
 
@@ -282,3 +286,26 @@ def test_training_can_start_from_a_lora(dit: Path, dataset: Path, tmp_path: Path
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-8)
     merged = ("--base_weights", first, "--base_weights_multiplier", 0.5, "--max_train_steps", 1)
     train(dit, dataset, tmp_path / "merged", *merged)
+
+
+def test_a_second_run_of_the_same_name_is_refused_while_the_first_goes(
+    dit: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pid = os.fork()
+    if pid == 0:
+        with sole_user(tmp_path / "lora.lock", "taken"):
+            (tmp_path / "held").touch()
+            time.sleep(60)
+        os._exit(0)
+    try:
+        while not (tmp_path / "held").exists():
+            time.sleep(0.01)
+        with pytest.raises(SystemExit) as stop:
+            train(dit, dataset, tmp_path, "--max_train_steps", 1)
+        assert stop.value.code == 5
+        assert f"is being made by process {pid}: end it first" in capsys.readouterr().err
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    train(dit, dataset, tmp_path, "--max_train_steps", 1)
+    assert not (tmp_path / "lora.lock").exists()

@@ -83,6 +83,36 @@ def refuse_what_windows_refuses() -> None:
     os.rename, os.replace, os.unlink, os.fsync = strict_rename, strict_replace, strict_unlink, strict_fsync
 
 
+class LockedFiles:
+    """Stands for msvcrt, which locks bytes of a file."""
+
+    LK_NBLCK, LK_UNLCK = 2, 0
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def locking(self, descriptor: int, mode: int, _count: int) -> None:
+        name = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        if mode == self.LK_UNLCK:
+            self.names.remove(name)
+        elif name in self.names:
+            raise OSError(36, "Resource deadlock avoided")
+        else:
+            self.names.add(name)
+
+
+def import_locks_as_on_windows() -> tuple[Any, LockedFiles]:
+    """The module of locks where there is msvcrt and no fcntl."""
+    locked = LockedFiles()
+    sys.modules["msvcrt"] = locked  # pyright: ignore[reportArgumentType]
+    sys.modules["fcntl"] = None  # pyright: ignore[reportArgumentType]
+    sys.modules.pop("modules.locks", None)
+    os.name = "nt"
+    locks = importlib.import_module("modules.locks")
+    os.name = "posix"
+    return locks, locked
+
+
 def import_as_on_windows() -> types.ModuleType:
     """Import the project again where SIGHUP and fcntl are missing; returns the module with `train`."""
     del signal.SIGHUP
@@ -91,6 +121,7 @@ def import_as_on_windows() -> types.ModuleType:
         if name.startswith(PROJECT) and (name in PROJECT or name.partition(".")[0] in PROJECT):
             del sys.modules[name]
     assert len(importlib.import_module("modules.interruption")._SIGNALS) == 2
+    import_locks_as_on_windows()
     return importlib.import_module(RUNS)
 
 
@@ -128,30 +159,13 @@ def test_the_rules_would_catch_an_open_file(tmp_path: Path) -> None:
 
 @needs_proc
 def test_the_lock_of_a_folder_works_with_windows_means(tmp_path: Path) -> None:
-    """With a stand-in for msvcrt, which locks bytes of a file."""
-    locked: set[str] = set()
-
-    def locking(descriptor: int, mode: int, _count: int) -> None:
-        name = str(Path(f"/proc/self/fd/{descriptor}").readlink())
-        if mode == 0:
-            locked.remove(name)
-        elif name in locked:
-            raise OSError(36, "Resource deadlock avoided")
-        else:
-            locked.add(name)
-
     def run() -> None:
-        sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2, LK_UNLCK=0)  # pyright: ignore
-        sys.modules["fcntl"] = None  # pyright: ignore[reportArgumentType]
-        del sys.modules["modules.locks"]
-        os.name = "nt"
-        locks = importlib.import_module("modules.locks")
-        os.name = "posix"
+        locks, locked = import_locks_as_on_windows()
         with locks.folder_lock(tmp_path):
-            assert len(locked) == 1
+            assert len(locked.names) == 1
             with (tmp_path / ".k5_lock").open("a+b") as stream:
                 assert not locks._try_lock(stream)
-        assert not locked
+        assert not locked.names
 
     importlib.import_module("modules.locks")
     log = tmp_path / "log.txt"

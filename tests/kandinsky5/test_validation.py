@@ -15,6 +15,7 @@ from PIL import Image
 from kandinsky5 import training
 from kandinsky5.validation import NUM_BINS, Validation, draw_levels
 from kandinsky5.validation_plot import write_validation_plot
+from modules.errors import CacheError
 from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train, write_dataset, write_dit
 
 SPLIT = ("--validation_split", 0.4)
@@ -224,3 +225,42 @@ def test_one_of_two_processes_measures_and_training_does_not_notice(
     assert [record["step"] for record in metrics(tmp_path / "many", "norms")] == [1, 2, 3, 4]
     assert checks(tmp_path / "few") == checks(tmp_path / "many")[-1:]
     assert lora_bytes(tmp_path / "few/lora.safetensors") == lora_bytes(tmp_path / "many/lora.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("no room"), "out of device memory while validating after step 3: no room"),
+        (CacheError("cache is gone"), "cache is gone"),
+    ],
+)
+def test_a_check_that_fails_costs_nothing_that_was_trained(
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    message: str,
+) -> None:
+    def fail(_self: Validation) -> None:
+        raise error
+
+    words = ("--validation_split", 0.4, "--max_train_steps", 3, "--save_state")
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "measure", fail)
+        with pytest.raises(SystemExit) as stop:
+            train(dit, dataset, tmp_path, *words)
+    assert stop.value.code in (3, 5)
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "lora.safetensors").is_file()
+    assert (tmp_path / "lora-state").is_dir()
+
+
+def test_a_run_that_is_stopped_in_its_last_step_is_measured_all_the_same(
+    dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "take_control_word", lambda names: "stop")
+    train(dit, dataset, tmp_path, "--validation_split", 0.4, "--max_train_steps", 1)
+    assert [record["step"] for record in metrics(tmp_path, "validation")] == [1]
+    assert (tmp_path / "lora.safetensors").is_file()
