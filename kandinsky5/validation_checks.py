@@ -25,12 +25,16 @@ KIND = "validation"
 
 
 def model_settings(config: TrainConfig, dtype: str) -> str:
-    """All that decides what the base model computes, as one text."""
-    dit = config.model.dit
-    size = dit.stat().st_size if dit.is_file() else None
-    return json.dumps(
-        [asdict(config.model), asdict(config.conditioning), dtype, size], default=str, sort_keys=True
-    )
+    """All that decides what the base model computes, as one text; not where or in how much memory it does."""
+    model = config.model
+    size = model.dit.stat().st_size if model.dit.is_file() else None
+    settings = [
+        *(model.task.name, model.dit.name, size, asdict(model.dit_params)),
+        *(None if model.nabla is None else asdict(model.nabla), model.storage_form, dtype),
+        *([path.name for path in model.base_weights], model.base_weights_multiplier),
+        asdict(config.conditioning),
+    ]
+    return json.dumps(settings, default=str, sort_keys=True)
 
 
 class ValidationChecks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,19 @@ def test_other_model_settings_are_another_measurement(dit: Path, dataset: Path, 
     first, second = checks(tmp_path)
     assert first["set"] != second["set"]
     assert first["base_loss"] != second["base_loss"]
+
+
+def test_another_place_and_less_memory_are_the_same_measurement(
+    dit: Path, dataset: Path, tmp_path: Path
+) -> None:
+    words = ("--validation_dataset_config", dataset)
+    train(dit, dataset, tmp_path, "--max_train_steps", 1, "--save_state", *words)
+    (tmp_path / "moved").mkdir()
+    moved = Path(shutil.copy(dit, tmp_path / "moved"))
+    saving = ("--gradient_checkpointing", "--gradient_checkpointing_cpu_offload")
+    train(moved, dataset, tmp_path, "--max_train_steps", 2, "--resume", "auto", *saving, *words)
+    first, second = checks(tmp_path)
+    assert (first["set"], first["base_loss"]) == (second["set"], second["base_loss"])
 
 
 def test_another_split_is_not_resumed(
