@@ -12,11 +12,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.cached_dataset import CachedDataset
 from kandinsky5.configs.train import OptimizerConfig, SavingConfig, TrainConfig
+from kandinsky5.hub import fetch_state
 from kandinsky5.saved_config import shareable_options
 from kandinsky5.saving import OutputNames
 from kandinsky5.train_plan import RunLength, data_order_hash
 from kandinsky5.train_setup import build_schedule
-from kandinsky5.training_state import SavedState, step_of
+from kandinsky5.training_state import SavedState, find_state, read_state, step_of
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 from modules.optimizers import describe_optimizer, takes_relative_steps
@@ -45,6 +46,17 @@ _NOT_COMPARED = (
 def library_versions() -> dict[str, str]:
     """What computes the run: other versions may round otherwise."""
     return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def resumed_state(config: TrainConfig) -> SavedState | None:
+    """What `--resume` names, read and verified."""
+    resume, hub = config.run.resume, config.hub
+    if resume is None:
+        return None
+    if hub.resume_from_huggingface:
+        return read_state(fetch_state(resume, hub.huggingface_token))
+    path = find_state(config.saving.output_dir, config.saving.output_name, resume)
+    return None if path is None else read_state(path)
 
 
 def is_finished(saving: SavingConfig, saved: SavedState, total_steps: int) -> bool:

@@ -25,7 +25,7 @@ from kandinsky5 import prior, train_checks, train_memory, train_setup
 from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.train import TrainConfig
 from kandinsky5.devices import check_fast_products
-from kandinsky5.hub import HubUploads, fetch_state
+from kandinsky5.hub import HubUploads
 from kandinsky5.lora_metadata import RunFacts
 from kandinsky5.memory_advice import out_of_memory_message, out_of_memory_while_loading
 from kandinsky5.memory_plan import largest_batch
@@ -56,10 +56,11 @@ from kandinsky5.train_resume import (
     resolve_total_steps,
     restore,
     resume_average,
+    resumed_state,
 )
 from kandinsky5.train_samples import PreparedPrompt, TrainingSamples, encode_requests, read_requests
 from kandinsky5.train_setup import RunMark
-from kandinsky5.training_state import RunState, SavedState, find_state, read_state, remove_stray_states
+from kandinsky5.training_state import RunState, SavedState, remove_stray_states
 from kandinsky5.validation import Validation
 from kandinsky5.validation_checks import ValidationChecks, model_settings
 from modules.dtypes import dtype_name
@@ -111,7 +112,7 @@ def _prepare(config: TrainConfig, held: ExitStack) -> Trainer | None:
         held: takes what the run holds until its end.
     """
     saving = config.saving
-    saved = _saved_state(config)
+    saved = resumed_state(config)
     train_checks.check_files(config)
     requests = read_requests(config)
     accelerator = train_setup.build_accelerator(config)
@@ -165,17 +166,6 @@ def _prepare(config: TrainConfig, held: ExitStack) -> Trainer | None:
         config, accelerator, datasets, data, validation_data, length, seed, saved, prompts,
         mark, trackers, uploads,
     )  # fmt: skip
-
-
-def _saved_state(config: TrainConfig) -> SavedState | None:
-    """What `--resume` names, read and verified."""
-    resume, hub = config.run.resume, config.hub
-    if resume is None:
-        return None
-    if hub.resume_from_huggingface:
-        return read_state(fetch_state(resume, hub.huggingface_token))
-    path = find_state(config.saving.output_dir, config.saving.output_name, resume)
-    return None if path is None else read_state(path)
 
 
 def _run_length(
