@@ -237,6 +237,24 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(
     assert isinstance(metrics(tmp_path / "skip", "step")[3]["loss"], float)
 
 
+def test_ten_steps_left_out_in_a_row_end_the_run(
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain = objective.draw_noise
+    monkeypatch.setattr(
+        objective,
+        "draw_noise",
+        lambda seed, step, keys, shape: plain(seed, step, keys, shape) * (float("inf") if step > 1 else 1.0),
+    )
+    assert exit_code(dit, dataset, tmp_path, "--max_train_steps", 40, "--on_nan", "skip") == 6
+    assert "training diverged at step 12" in capsys.readouterr().err
+    assert metrics(tmp_path, "step")[-1]["step"] == 11
+
+
 def test_running_out_of_memory_names_the_options_that_help(
     dit: Path,
     dataset: Path,
