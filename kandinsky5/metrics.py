@@ -23,6 +23,29 @@ log = get_logger(__name__)
 FILE_NAME = "metrics.jsonl"
 
 
+def read_records(path: Path, run: str, kind: str) -> list[dict[str, Any]]:
+    """The lines of a kind that a run wrote, oldest first; none where there is no file."""
+    if not path.is_file():
+        return []
+    mark = json.dumps(kind)
+    found = []
+    for line in _lines(path):
+        if mark not in line:  # steps are most of the lines: only those that may be meant are parsed
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # another run is writing it
+        if record.get("run") == run and record.get("kind") == kind:
+            found.append(record)
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    # A killed run may have left half a character; and other signs than LF end no line.
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")
+
+
 class Metrics:
     """Writes what happened. A log that cannot be written warns once and never stops a run.
 
@@ -88,28 +111,13 @@ class Metrics:
                 raise
 
     def _read(self, kind: str, found: list[dict[str, Any]]) -> None:
-        if not self._path.is_file():
-            return
-        mark = json.dumps(kind)
-        for line in self._lines():
-            if mark not in line:  # steps are most of the lines: only those that may be meant are parsed
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # another run is writing it
-            if record.get("run") == self._run and record.get("kind") == kind:
-                found.append(record)
-
-    def _lines(self) -> list[str]:
-        # A killed run may have left half a character; and other signs than LF end no line.
-        return self._path.read_text(encoding="utf-8", errors="replace").split("\n")
+        found += read_records(self._path, self._run, kind)
 
     def _drop_lines_after(self, start_step: int) -> None:
         if not self._path.is_file():
             return
         kept = []
-        for line in self._lines():
+        for line in _lines(self._path):
             try:
                 record = json.loads(line)
             except ValueError:

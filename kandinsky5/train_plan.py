@@ -143,12 +143,16 @@ def _start_reader(_number: int) -> None:
 def reader_problem(error: RuntimeError) -> ResourceError | None:
     """What to say if a process of `batch_loader` was killed; None for every other error.
 
-    torch raises it from a signal handler, so it may surface anywhere in the main process.
+    torch raises it from a signal handler, so it may surface anywhere in the main process, and what it
+    interrupts, such as the writing of a file, may raise an error of its own over it.
     """
-    if "DataLoader worker" not in str(error):
+    found: BaseException | None = error
+    while found is not None and "DataLoader worker" not in str(found):
+        found = found.__cause__ or found.__context__
+    if found is None:
         return None
     return ResourceError(
-        f"a process that reads caches ended unexpectedly: {error}\n"
+        f"a process that reads caches ended unexpectedly: {found}\n"
         "If memory was short, use fewer: --max_data_loader_n_workers 1. Go on with --resume auto."
     )
 

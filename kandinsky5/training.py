@@ -62,7 +62,7 @@ from kandinsky5.train_samples import PreparedPrompt, TrainingSamples, encode_req
 from kandinsky5.train_setup import RunMark
 from kandinsky5.training_state import RunState, SavedState, remove_stray_states
 from kandinsky5.validation import Validation
-from kandinsky5.validation_checks import ValidationChecks, model_settings
+from kandinsky5.validation_checks import ValidationChecks, model_settings, was_measured
 from modules.dtypes import dtype_name
 from modules.errors import DivergedError, ResourceError
 from modules.files import remove_strays
@@ -135,13 +135,14 @@ def _prepare(config: TrainConfig, held: ExitStack) -> Trainer | None:
     for measured in (data, validation_data):
         if measured is not None:
             train_checks.check_sizes(config, measured)
+    config = train_memory.fit_budget(config, data, accelerator)
     length = _run_length(config, data, accelerator.num_processes, saved)
     if saved is not None:
         check_resumed(config, saved, data, length, seed)
-        if is_finished(saving, saved, length.total_steps):
+        is_measured = validation_data is None or was_measured(saving, length.total_steps)
+        if is_finished(saving, saved, length.total_steps) and is_measured:
             log.info("%s: all %d steps are done, nothing to do", saved.folder.name, length.total_steps)
             return None
-    config = train_memory.fit_budget(config, data, accelerator)
     if accelerator.is_main_process:
         train_checks.log_datasets(datasets, data)
         log.info("%s", train_checks.describe_model(config.model))

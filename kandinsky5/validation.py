@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataset.cache_match import CachedItem
 from dataset.cached_dataset import CachedDataset
 from kandinsky5.flow_matching import draw_noise
 from kandinsky5.objective import Objective
@@ -53,6 +54,15 @@ class _Group:
         return float((chosen if self.part is None else chosen[:, self.part]).mean())
 
 
+def _digest(item: CachedItem) -> str:
+    """Names what a clip's caches hold: with another caption or encoder they are another clip."""
+    digest = hashlib.sha256()
+    for path in (item.latent_path, item.text_path):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
 class Validation:
     """Measures a dataset; the base model's numbers are taken once, or from an earlier part of the run.
 
@@ -66,8 +76,9 @@ class Validation:
         self._data, self._objective, self._network = data, objective, network
         self._plans = data.measured_batches()
         self._groups = self._make_groups()
-        keys = [key for plan in self._plans for key in plan.item_keys]
-        named = json.dumps([model_settings, NUM_BINS, keys]).encode("utf-8")
+        clips = [pair for plan in self._plans for pair in zip(plan.item_keys, plan.items, strict=True)]
+        contents = [(key, _digest(data.items[index])) for key, index in clips]
+        named = json.dumps([model_settings, NUM_BINS, contents]).encode("utf-8")
         self._identity = hashlib.sha256(named).hexdigest()[:16]
         self._base: list[float] | None = None
 

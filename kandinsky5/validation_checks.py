@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from kandinsky5.configs.train import DataConfig, TrainConfig
-from kandinsky5.metrics import Metrics
+from kandinsky5.configs.train import DataConfig, SavingConfig, TrainConfig
+from kandinsky5.metrics import FILE_NAME, Metrics, read_records
 from kandinsky5.validation import Validation
 from kandinsky5.validation_plot import write_validation_plot
 from modules.errors import ResourceError
@@ -35,6 +35,12 @@ def model_settings(config: TrainConfig, dtype: str) -> str:
         asdict(config.conditioning),
     ]
     return json.dumps(settings, default=str, sort_keys=True)
+
+
+def was_measured(saving: SavingConfig, step: int) -> bool:
+    """Whether a check after `step` is on record."""
+    records = read_records(saving.output_dir / FILE_NAME, saving.output_name, KIND)
+    return any(record["step"] == step for record in records)
 
 
 class ValidationChecks:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.errors import ResourceError
 from modules.quantised_linear import (
     QuantisedLinear,
     WeightOnlyProduct,
+    check_fast_product,
     quantise_with,
     round_up_to_bfloat16,
     row_scales,
@@ -62,18 +62,7 @@ def check_fp8_matmul(device: torch.device) -> None:
     Raises:
         ResourceError: the device is not a CUDA device of compute capability 8.9 or later.
     """
-    if device.type != "cuda":
-        raise ResourceError(
-            f"--fp8_fast needs a CUDA device with float8 units, not {device.type}. "
-            "Leave --fp8_fast out: --fp8_base alone works everywhere."
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _FAST_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        raise ResourceError(
-            f"--fp8_fast needs compute capability 8.9 (Ada, Hopper) or later; {name} has "
-            f"{capability[0]}.{capability[1]}. Leave --fp8_fast out: --fp8_base alone works everywhere."
-        )
+    check_fast_product(device, "fp8", "float8", _FAST_CAPABILITY, "Ada, Hopper")
 
 
 class _FastProduct(WeightOnlyProduct):

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules.errors import ResourceError
 from modules.quantised_linear import (
     QuantisedLinear,
     WeightOnlyProduct,
+    check_fast_product,
     finish,
     quantise_with,
     round_up_to_bfloat16,
@@ -49,18 +49,7 @@ def check_int8_matmul(device: torch.device) -> None:
     Raises:
         ResourceError: the device is not a CUDA device of compute capability 7.5 or later.
     """
-    if device.type != "cuda":
-        raise ResourceError(
-            f"--int8_fast needs a CUDA device with int8 units, not {device.type}. "
-            "Leave --int8_fast out: --int8_base alone works everywhere."
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _FAST_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        raise ResourceError(
-            f"--int8_fast needs compute capability 7.5 (Turing, Ampere) or later; {name} has "
-            f"{capability[0]}.{capability[1]}. Leave --int8_fast out: --int8_base alone works everywhere."
-        )
+    check_fast_product(device, "int8", "int8", _FAST_CAPABILITY, "Turing, Ampere")
 
 
 class _FastProduct(WeightOnlyProduct):

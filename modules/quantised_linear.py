@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from modules.errors import ResourceError
+
 _CHUNK_ELEMENTS = 2**19  # bounds the float32 scratch space of quantisation to a few MiB
 
 
@@ -81,6 +83,31 @@ def normalise_scale(scale: Tensor, out_features: int) -> Tensor:
     if values.ndim not in {1, 2} or values.shape[0] != out_features:
         raise ValueError(f"a scale of shape {list(scale.shape)} does not fit {out_features} rows")
     return values
+
+
+def check_fast_product(
+    device: torch.device, form: str, units: str, capability: tuple[int, int], cards: str
+) -> None:
+    """Refuse devices that cannot multiply in a one-byte type.
+
+    Args:
+        form: of the weights, as the options spell it.
+        cards: the families that begin with `capability`.
+    Raises:
+        ResourceError: the device is not a CUDA device of that compute capability or later.
+    """
+    way_out = f"Leave --{form}_fast out: --{form}_base alone works everywhere."
+    if device.type != "cuda":
+        raise ResourceError(
+            f"--{form}_fast needs a CUDA device with {units} units, not {device.type}. {way_out}"
+        )
+    found = torch.cuda.get_device_capability(device)
+    if found < capability:
+        wanted, has = (".".join(map(str, numbers)) for numbers in (capability, found))
+        raise ResourceError(
+            f"--{form}_fast needs compute capability {wanted} ({cards}) or later; "
+            f"{torch.cuda.get_device_name(device)} has {has}. {way_out}"
+        )
 
 
 class WeightOnlyProduct(torch.autograd.Function):

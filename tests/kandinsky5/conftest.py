@@ -1,4 +1,4 @@
-"""Fixtures of the generation tests."""
+"""Fixtures of the generation and training tests."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ from kandinsky5.text_encoders import TextEncoders, load_text_encoders
 from kandinsky5_generate_video import main
 from modules.tensor_files import write_tensors
 from tests.kandinsky5.generation_kit import LAYER, SMALL, Generate
+from tests.kandinsky5.training_runs import write_dataset, write_dit
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DiT of one block of each kind, for the tiny tasks with `SMALLER`."""
+    return write_dit(tmp_path_factory.mktemp("dit"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches of five clips of several sizes, and the dataset file for them."""
+    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -42,6 +42,8 @@ def _run_and_leave(action: Callable[[], object], log: Path) -> NoReturn:
     try:
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):  # `nohup` may have switched one off for the tests
+            signal.signal(number, signal.SIG_DFL)
         sys.stdout = sys.stderr = log.open("a", encoding="utf-8")
         for handler in logging.getLogger("k5").handlers:
             if isinstance(handler, logging.StreamHandler):

@@ -11,19 +11,9 @@ from kandinsky5 import training
 from kandinsky5.effect_report import EffectReport
 from kandinsky5.prediction_change import PredictionProbe
 from networks.lora_effect import LoraEffect
-from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
+from tests.kandinsky5.training_runs import lora_bytes, metrics, train
 
 SAVES = ("--max_train_steps", 4, "--save_every_n_steps", 2)
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dit(tmp_path_factory.mktemp("dit"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 def changes(output: Path) -> list[list[float]]:

@@ -16,9 +16,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 import kandinsky5.hub as hub
+from kandinsky5 import objective
 from kandinsky5.configs.train import HubConfig
 from modules.errors import ResourceError
-from tests.kandinsky5.training_runs import lora_bytes, train, write_dataset, write_dit
+from tests.kandinsky5.training_runs import exit_code, lora_bytes, train, write_dataset, write_dit
 
 ConnectionFailed: Any = HfHubHTTPError.__bases__[0]
 """The error of the HTTP library under the hub's client."""
@@ -169,3 +170,19 @@ def test_settings_that_cannot_act_are_refused(
         train(*files, tmp_path / "out", *words)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_uploads_that_fail_do_not_hide_why_a_run_ended(
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    remote: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    said: pytest.LogCaptureFixture,
+) -> None:
+    remote.failures = 100
+    plain = objective.draw_noise
+    monkeypatch.setattr(objective, "draw_noise", lambda *given: plain(*given) * float("inf"))
+    assert exit_code(*files, tmp_path / "out", *UPLOAD, "--async_upload") == 6
+    assert "training diverged" in capsys.readouterr().err
+    assert "results could not be uploaded to me/my-lora" in said.text

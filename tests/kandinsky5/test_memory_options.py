@@ -14,11 +14,11 @@ import torch
 
 import kandinsky5.training as training
 from dataset.cached_dataset import CachedBatch, CachedDataset
-from kandinsky5 import memory_probe
+from kandinsky5 import memory_probe, train_memory
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import ModelConfig, TrainConfig
 from kandinsky5.memory_advice import helping_options
-from kandinsky5.memory_budget import GIB, choose, with_reserve
+from kandinsky5.memory_budget import GIB, Choice, added_options, choose, with_reserve
 from kandinsky5.memory_plan import Batch, Held, MemoryPlan, TrainingPlanner
 from kandinsky5.objective import Draws, Objective
 from kandinsky5.offload import max_blocks_to_swap
@@ -103,6 +103,28 @@ def test_a_budget_that_already_fits_adds_nothing(
     train(*files, budgeted, "--max_train_steps", 1, "--vram_budget", 24, *words)
     assert "--vram_budget 24: nothing to add" in said.text
     assert lora_bytes(plain / "lora.safetensors") == lora_bytes(budgeted / "lora.safetensors")
+
+
+def test_a_resumed_run_compares_what_its_budget_chose(
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    said: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def chosen(planner: TrainingPlanner, batch: Batch, budget: int) -> Choice:
+        given = planner.config.model
+        model = replace(given, fp8_base=budget < 16 * GIB)
+        return Choice(model, planner.plan(model, batch), added_options(given, model))
+
+    monkeypatch.setattr(train_memory, "choose", chosen)
+    words = ("--save_state", "--resume", "auto", "--max_train_steps")
+    train(*files, tmp_path, *words, 1, "--vram_budget", 12)
+    train(*files, tmp_path, *words, 2, "--vram_budget", 8)
+    assert "--vram_budget 8: --fp8_base (largest" in said.text
+    assert "changes from" not in said.text  # neither the budget nor what it chose is another run's
+    train(*files, tmp_path, *words, 3, "--vram_budget", 16)
+    assert "--fp8_base changes from True to False" in said.text
+    assert "--vram_budget changes" not in said.text
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,11 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-import pytest
-
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import TrainConfig
 from kandinsky5.saved_config import shareable_options, write_config
 from kandinsky5_train_network import main
-from tests.kandinsky5.training_runs import lora_bytes, train, write_dataset, write_dit
+from tests.kandinsky5.training_runs import lora_bytes, train
 
 BASE = ("--task", "k5-tiny-t2v", "--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "name")
 
@@ -24,16 +22,6 @@ def parse(*words: object) -> TrainConfig:
     config = parse_train([str(word) for word in words])
     assert isinstance(config, TrainConfig)
     return config
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dit(tmp_path_factory.mktemp("dit"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 def test_a_run_from_the_saved_configuration_ends_in_the_same_bytes(

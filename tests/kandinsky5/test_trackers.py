@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kandinsky5 import trackers, training
 from kandinsky5.sample_files import SampleNames, animate, write_sample
-from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train, write_dataset, write_dit
+from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train
 
 KEY = "canary0123456789canary0123456789canary00"
 SETTINGS = ("api_key", "base_url", "console", "disable_git", "save_code", "x_disable_meta")
@@ -113,16 +113,6 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     module = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dit(tmp_path_factory.mktemp("dit"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int | str | None, str]:

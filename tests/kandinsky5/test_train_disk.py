@@ -17,25 +17,9 @@ from kandinsky5 import train_output, training_state
 from kandinsky5.training_state import find_state, read_state
 from tests.kandinsky5 import fault_kit
 from tests.kandinsky5.step_record import assert_same_steps, recorded
-from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
+from tests.kandinsky5.training_runs import exit_code, lora_bytes, metrics, train
 
 EVERY_STEP = ("--save_state", "--save_every_n_steps", 1)
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dit(tmp_path_factory.mktemp("dit"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
-
-
-def exit_code(*arguments: object) -> int | str | None:
-    with pytest.raises(SystemExit) as caught:
-        train(*arguments)  # pyright: ignore[reportArgumentType]
-    return caught.value.code
 
 
 def full_disk(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, *, from_call: int = 1) -> None:

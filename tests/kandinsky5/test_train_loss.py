@@ -22,7 +22,6 @@ from tests.kandinsky5.training_runs import (
     metrics,
     train,
     write_dataset,
-    write_dit,
 )
 from tests.tiny import tiny_dit
 
@@ -62,11 +61,6 @@ def write_rich_dataset(folder: Path, extra: str = "", *, batch_size: int = 2) ->
         write_mask_cache(cache / mask_cache_name(latents.name), weights, meta)
     path.write_text(path.read_text(encoding="utf-8") + extra, encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dit(tmp_path_factory.mktemp("dit"))
 
 
 @pytest.fixture(scope="module")

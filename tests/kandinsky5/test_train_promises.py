@@ -20,23 +20,14 @@ from kandinsky5.training_state import read_state
 from modules.errors import ModelFileError
 from modules.tensor_files import read_header, read_tensors, write_tensors
 from tests.kandinsky5.step_record import assert_same_steps, hash_of, recorded
-from tests.kandinsky5.training_runs import CURVE, loss_curve, metrics, train, write_dataset, write_dit
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dit(tmp_path_factory.mktemp("dit"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
-
-
-def exit_code(*arguments: object) -> int | str | None:
-    with pytest.raises(SystemExit) as caught:
-        train(*arguments)  # pyright: ignore[reportArgumentType]
-    return caught.value.code
+from tests.kandinsky5.training_runs import (
+    CURVE,
+    exit_code,
+    loss_curve,
+    metrics,
+    train,
+    write_dataset,
+)
 
 
 def on_call(

@@ -16,17 +16,7 @@ import pytest
 from kandinsky5 import train_output, training
 from kandinsky5.training_state import find_state, read_state, remove_stray_states, state_problem
 from modules.errors import DataError, ModelFileError
-from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train, write_dataset, write_dit
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dit(tmp_path_factory.mktemp("dit"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
+from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train
 
 
 def test_resuming_a_finished_run_does_nothing_and_more_steps_continue_it(

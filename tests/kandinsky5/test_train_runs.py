@@ -11,26 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kandinsky5 import objective
+from kandinsky5 import objective, train_setup
+from kandinsky5.train_plan import reader_problem
 from modules.locks import sole_user
 from modules.tensor_files import read_header, read_tensors
-from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dit(tmp_path_factory.mktemp("dit"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
-
-
-def exit_code(*arguments: object, **named: str) -> int | str | None:
-    with pytest.raises(SystemExit) as caught:
-        train(*arguments, **named)  # pyright: ignore[reportArgumentType]
-    return caught.value.code
+from tests.kandinsky5.training_runs import exit_code, lora_bytes, metrics, train, write_dataset
 
 
 def test_the_same_command_twice_gives_the_same_bytes(dit: Path, dataset: Path, tmp_path: Path) -> None:
@@ -270,6 +255,36 @@ def test_running_out_of_memory_names_the_options_that_help(
     message = capsys.readouterr().err
     assert "--gradient_checkpointing: " in message
     assert "--fp8_base: " in message
+
+
+def test_a_model_that_does_not_fit_is_told_with_what_helps(
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(train_setup, "load_model", fail)
+    assert exit_code(dit, dataset, tmp_path, "--max_train_steps", 1) == 5
+    said = capsys.readouterr().err
+    assert "while the model was loaded: no room" in said
+    assert "--vram_budget GB chooses" in said
+
+
+def test_a_killed_reader_is_recognised_under_the_error_of_what_it_interrupted() -> None:
+    try:
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        except RuntimeError:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904  what a cut write says in its place
+    except RuntimeError as error:
+        problem = reader_problem(error)
+    assert problem is not None
+    assert "worker (pid 7) is killed" in str(problem)
+    assert reader_problem(RuntimeError("unexpected pos 64 vs 0")) is None
 
 
 def test_a_control_file_stops_the_run_in_good_order(dit: Path, dataset: Path, tmp_path: Path) -> None:

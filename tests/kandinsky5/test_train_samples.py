@@ -17,19 +17,9 @@ from kandinsky5.sample_files import SampleNames, write_grid, write_sample
 from kandinsky5.text_encoders import TextEncoders
 from modules.errors import DivergedError
 from tests.kandinsky5.generation_kit import frames_of
-from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
+from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset
 
 SMALL = "--w 32 --h 32 --f 5 --s 2 --g 1"
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dit(tmp_path_factory.mktemp("dit"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from kandinsky5 import training
 from kandinsky5.training_state import read_state
 from modules.tensor_files import read_header, read_tensors
-from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
+from tests.kandinsky5.training_runs import lora_bytes, metrics, train
 
 
 class ThirdsScheduleFree(torch.optim.SGD):
@@ -27,16 +27,6 @@ class ThirdsScheduleFree(torch.optim.SGD):
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.div_(3.0)
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dit(tmp_path_factory.mktemp("dit"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 def test_every_save_reports_how_much_the_lora_changes(

@@ -17,22 +17,12 @@ import pytest
 from kandinsky5 import objective, train_output, train_setup, training
 from kandinsky5.training_state import find_state, read_state
 from tests.kandinsky5 import fault_kit
-from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train, write_dataset, write_dit
+from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")
 
 STEPS = 6
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP] if os.name != "nt" else []
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dit(tmp_path_factory.mktemp("dit"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -20,22 +20,12 @@ from kandinsky5 import train_plan
 from kandinsky5.train_plan import PlanSequence, RunLength
 from tests.kandinsky5 import fault_kit
 from tests.kandinsky5.step_record import assert_same_results
-from tests.kandinsky5.training_runs import SMALLER, lora_bytes, train, write_dataset, write_dit
+from tests.kandinsky5.training_runs import SMALLER, lora_bytes, train
 
 RUNS = "tests.kandinsky5.training_runs"
 PROJECT = ("kandinsky5", "modules", "networks", "dataset", "kandinsky5_train_network", RUNS)
 SAVING = ("--save_state", "--save_every_n_steps", 1, "--save_last_n_steps", 1, "--ema_decay", 0.8)
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux what is open")
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dit(tmp_path_factory.mktemp("dit"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 def is_open(path: Path) -> bool:

@@ -17,19 +17,10 @@ from kandinsky5 import training
 from kandinsky5.validation import NUM_BINS, Validation, draw_levels
 from kandinsky5.validation_plot import write_validation_plot
 from modules.errors import CacheError
-from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train, write_dataset, write_dit
+from modules.tensor_files import read_tensors, write_tensors
+from tests.kandinsky5.training_runs import SMALLER, exit_code, lora_bytes, metrics, train, write_dataset
 
 SPLIT = ("--validation_split", 0.4)
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dit(tmp_path_factory.mktemp("dit"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 def checks(output: Path) -> list[dict[str, Any]]:
@@ -254,6 +245,7 @@ def test_a_check_that_fails_costs_nothing_that_was_trained(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    said: pytest.LogCaptureFixture,
     error: Exception,
     message: str,
 ) -> None:
@@ -269,6 +261,47 @@ def test_a_check_that_fails_costs_nothing_that_was_trained(
     assert message in capsys.readouterr().err
     assert (tmp_path / "lora.safetensors").is_file()
     assert (tmp_path / "lora-state").is_dir()
+    train(dit, dataset, tmp_path, *words, "--resume", "auto")
+    assert [record["step"] for record in checks(tmp_path)] == [3]
+    assert "nothing to do" not in said.text
+    train(dit, dataset, tmp_path, *words, "--resume", "auto")
+    assert [record["step"] for record in checks(tmp_path)] == [3]
+    assert "nothing to do" in said.text
+
+
+def test_a_check_that_is_made_up_for_and_fails_is_told_as_one(
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_self: Validation) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    words = ("--validation_split", 0.4, "--max_train_steps", 3, "--validate_every_n_steps", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "take_control_word", lambda names: "stop")
+        train(dit, dataset, tmp_path, *words)
+    monkeypatch.setattr(Validation, "measure", fail)
+    assert exit_code(dit, dataset, tmp_path, *words, "--resume", "auto") == 5
+    assert "while validating after step 1: no room" in capsys.readouterr().err
+
+
+def test_caches_with_other_contents_are_another_measurement(dit: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data")
+    words = ("--validation_dataset_config", dataset)
+    train(dit, dataset, tmp_path / "out", "--max_train_steps", 1, "--save_state", *words)
+    for path in (tmp_path / "data" / "cache").glob("*_te.safetensors"):
+        tensors, metadata = read_tensors(path)
+        scaled = {
+            name: value * 1.5 if value.is_floating_point() else value for name, value in tensors.items()
+        }
+        write_tensors(path, scaled, metadata)
+    train(dit, dataset, tmp_path / "out", "--max_train_steps", 2, "--resume", "auto", *words)
+    first, second = checks(tmp_path / "out")
+    assert first["set"] != second["set"]
+    assert first["base_loss"] != second["base_loss"]
 
 
 def test_a_run_that_is_stopped_in_its_last_step_is_measured_all_the_same(

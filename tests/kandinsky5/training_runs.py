@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 
 from dataset.cache_files import LatentCacheMeta, TextCacheMeta, write_latent_cache, write_text_cache
@@ -95,6 +96,13 @@ def train(
     )
     main([str(word) for word in (*base, *settings, *extra)])
     return metrics(output)
+
+
+def exit_code(*arguments: Any, **named: str) -> int | str | None:
+    """What a run of `train` that ends before its end says to the shell."""
+    with pytest.raises(SystemExit) as caught:
+        train(*arguments, **named)
+    return caught.value.code
 
 
 def metrics(output: Path, kind: str | None = None) -> list[dict[str, Any]]:
