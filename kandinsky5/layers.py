@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from kandinsky5.nabla import NablaPlan, nabla_attention
 from modules.attention import AttentionBackend, KeyMask, attention
-from modules.fused_ops import GELU, gated_sum, layer_norm, modulated_layer_norm, rms_norm_rotate
+from modules.fused_ops import (
+    GELU,
+    ModulatedLayerNorm,
+    gated_sum,
+    layer_norm,
+    modulated_layer_norm,
+    rms_norm_rotate,
+)
 from networks.lora import project
 
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
@@ -33,13 +40,12 @@ def rotary_frequencies(count: int) -> Tensor:
 
 
 class Modulation(NamedTuple):
-    """How the noise level acts on one branch of a block; each [B, D]."""
+    """How the noise level acts on one branch of a block."""
 
-    shift: Tensor
-    weight: Tensor
-    """1 + scale; float32 like the shift."""
+    norm: ModulatedLayerNorm
+    """Of what enters the branch; its bias is the shift, its weight 1 + scale, float32."""
     gate: Tensor
-    """In the compute dtype."""
+    """[B, D] in the compute dtype."""
 
 
 class TimeEmbeddings(nn.Module):
@@ -125,10 +131,8 @@ class ModulationLayer(nn.Module):
         shift = params[:, :, 0]
         weight = 1 + params[:, :, 1]
         gate = params[:, :, 2].to(dtype)
-        return tuple(
-            Modulation(*parts)
-            for parts in zip(shift.unbind(1), weight.unbind(1), gate.unbind(1), strict=True)
-        )
+        norms = map(ModulatedLayerNorm, weight.unbind(1), shift.unbind(1))
+        return tuple(map(Modulation, norms, gate.unbind(1)))
 
 
 class RotaryAngles(nn.Module):
@@ -184,25 +188,28 @@ class Attention(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        source: Tensor,
+        norm: ModulatedLayerNorm,
+        source: Tensor | None = None,
         *,
         rotary: Tensor | None = None,
         keys: KeyMask | None = None,
         nabla: NablaPlan | None = None,
     ) -> Tensor:
-        """Attend from tokens [B, N, D] to source [B, L, D] (the tokens themselves in self-attention).
+        """Attend from norm(tokens), [B, N, D], to source [B, L, D].
 
         Args:
+            source: as it is; None in self-attention, to norm(tokens).
             rotary: [N, 1, d/2, 2] cosines and sines, for queries and keys; None rotates nothing.
             keys: which tokens of the source are real; None where all are.
             nabla: block-sparse attention; tokens are then in fractal order.
         Returns:
             [B, N, D].
         """
-        if source is tokens:
-            projected = project(tokens, (self.to_query, self.to_key, self.to_value))
+        if source is None:
+            projected = project(tokens, (self.to_query, self.to_key, self.to_value), norm)
         else:
-            projected = [self.to_query(tokens), *project(source, (self.to_key, self.to_value))]
+            projected = project(tokens, (self.to_query,), norm)
+            projected += project(source, (self.to_key, self.to_value))
         query, key, value = (hidden.unflatten(-1, (-1, self.head_dim)) for hidden in projected)
         query = rms_norm_rotate(query, self.query_norm.weight, RMS_NORM_EPS, rotary)
         key = rms_norm_rotate(key, self.key_norm.weight, RMS_NORM_EPS, rotary)
@@ -215,16 +222,17 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, exact GELU, Linear; no biases."""
+    """Layer norm, Linear, exact GELU, Linear; no biases."""
 
     def __init__(self, model_dim: int, ff_dim: int) -> None:
         super().__init__()
         self.in_layer = nn.Linear(model_dim, ff_dim, bias=False)
         self.out_layer = nn.Linear(ff_dim, model_dim, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return project(self.in_layer(tokens), (self.out_layer,), GELU)[0]
+    def forward(self, tokens: Tensor, norm: ModulatedLayerNorm) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        (hidden,) = project(tokens, (self.in_layer,), norm)
+        return project(hidden, (self.out_layer,), GELU)[0]
 
 
 class TextBlock(nn.Module):
@@ -245,11 +253,9 @@ class TextBlock(nn.Module):
     ) -> Tensor:
         """text [B, L, D], text_mask or None where all tokens are real -> [B, L, D]."""
         self_mod, ff_mod = modulations
-        normed = modulated_layer_norm(text, self_mod.weight, self_mod.shift)
-        attended = self.self_attention(normed, normed, rotary=rotary, keys=text_mask)
+        attended = self.self_attention(text, self_mod.norm, rotary=rotary, keys=text_mask)
         text = gated_sum(text, attended, self_mod.gate)
-        normed = modulated_layer_norm(text, ff_mod.weight, ff_mod.shift)
-        return gated_sum(text, self.feed_forward(normed), ff_mod.gate)
+        return gated_sum(text, self.feed_forward(text, ff_mod.norm), ff_mod.gate)
 
 
 class VisualBlock(nn.Module):
@@ -277,13 +283,11 @@ class VisualBlock(nn.Module):
     ) -> Tensor:
         """visual [B, N, D], text [B, L, D], text_mask or None where all tokens are real -> [B, N, D]."""
         self_mod, cross_mod, ff_mod = modulations
-        normed = modulated_layer_norm(visual, self_mod.weight, self_mod.shift)
-        attended = self.self_attention(normed, normed, rotary=rotary, nabla=nabla)
+        attended = self.self_attention(visual, self_mod.norm, rotary=rotary, nabla=nabla)
         visual = gated_sum(visual, attended, self_mod.gate)
-        normed = modulated_layer_norm(visual, cross_mod.weight, cross_mod.shift)
-        visual = gated_sum(visual, self.cross_attention(normed, text, keys=text_mask), cross_mod.gate)
-        normed = modulated_layer_norm(visual, ff_mod.weight, ff_mod.shift)
-        return gated_sum(visual, self.feed_forward(normed), ff_mod.gate)
+        attended = self.cross_attention(visual, cross_mod.norm, text, keys=text_mask)
+        visual = gated_sum(visual, attended, cross_mod.gate)
+        return gated_sum(visual, self.feed_forward(visual, ff_mod.norm), ff_mod.gate)
 
 
 class OutLayer(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +18,39 @@ from torch import Tensor
 CHUNK_ELEMENTS = 2**22
 """How much of an activation is held in float32 at a time."""
 
+LAYER_NORM_EPS = 1e-5
+"""What nn.LayerNorm's default eps is."""
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
     """LayerNorm over the last axis with float32 arithmetic; x [..., D], weight and bias [D] -> dtype of x."""
+    return F.layer_norm(x, x.shape[-1:], *_as_norm_takes(weight, bias, x), eps)
+
+
+def _as_norm_takes(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     # The CPU kernel takes float32 weights beside narrower activations; others want one dtype.
     dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-    return F.layer_norm(x, x.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
+    return weight.to(dtype), bias.to(dtype)
 
 
 def modulated_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """LayerNorm whose weight and bias differ per sample; x [B, N, D], weight and bias [B, D] -> [B, N, D]."""
-    if len(x) == 1:
-        return layer_norm(x, weight[0], bias[0])
-    return torch.stack([layer_norm(*sample) for sample in zip(x, weight, bias, strict=True)])
+    """LayerNorm whose weight and bias differ per sample.
+
+    Args:
+        x: [B, N, D], or the same rows as [B * N, D].
+        weight, bias: [B, D].
+    Returns:
+        What x is.
+    """
+    normed = [layer_norm(*sample) for sample in _samples(x, weight, bias)]
+    return normed[0] if len(normed) == 1 else torch.cat(normed)
+
+
+def _samples(x: Tensor, weight: Tensor, bias: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The rows of each sample with its weight and bias [D]."""
+    if len(weight) == 1:
+        return [(x, weight[0], bias[0])]
+    return list(zip(x.split(len(x) // len(weight)), weight, bias, strict=True))
 
 
 def gated_sum(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -48,22 +68,83 @@ def gelu(hidden: Tensor) -> Tensor:
     return torch.ops.aten.gelu_(hidden)
 
 
-class Activation(NamedTuple):
-    """An elementwise function that can be computed again in a backward pass instead of being kept."""
-
-    value: Callable[[Tensor], Tensor]
-    """Of x, which stays as it is."""
-    last_value: Callable[[Tensor], Tensor]
-    """The same of an x that nobody else uses; without gradients it is overwritten."""
-    gradient: Callable[[Tensor, Tensor], Tensor]
-    """The gradient of x from that of the value, whose memory it takes, and x."""
+Gradient = Callable[[Tensor], Tensor]
+"""Gives the gradient of an input from that of the value, and may use up the memory of the latter."""
 
 
-def _gelu_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
+class Recomputable(Protocol):
+    """A function of the rows of x whose value can be computed again instead of being kept."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether tensors of its own get gradients, of which `again` knows nothing."""
+        ...
+
+    def value(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        ...
+
+    def again(self, x: Tensor) -> tuple[Tensor, Gradient]:
+        """The value for the x of an earlier pass, which stays as it is, and the gradient; no autograd."""
+        ...
 
 
-GELU = Activation(F.gelu, gelu, _gelu_gradient)
+class Gelu:
+    """`gelu` of an activation that nobody else uses."""
+
+    @property
+    def is_trained(self) -> bool:
+        return False
+
+    def value(self, x: Tensor) -> Tensor:
+        return gelu(x)
+
+    def again(self, x: Tensor) -> tuple[Tensor, Gradient]:
+        return F.gelu(x), lambda grad: torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
+
+
+GELU = Gelu()
+
+
+class ModulatedLayerNorm(NamedTuple):
+    """`modulated_layer_norm` of an activation that may have other uses."""
+
+    weight: Tensor
+    """[B, D], like the bias. Both are held, not saved, as they come from outside the block."""
+    bias: Tensor
+
+    @property
+    def is_trained(self) -> bool:
+        return self.weight.requires_grad or self.bias.requires_grad
+
+    def value(self, x: Tensor) -> Tensor:
+        return modulated_layer_norm(x, self.weight, self.bias)
+
+    def again(self, x: Tensor) -> tuple[Tensor, Gradient]:
+        pairs = [_layer_norm_again(*sample) for sample in _samples(x, self.weight, self.bias)]
+        values, gradients = zip(*pairs, strict=True)
+        if len(gradients) == 1:
+            return values[0], gradients[0]
+
+        def gradient(grad: Tensor) -> Tensor:
+            for part, of_sample in zip(grad.split(len(grad) // len(gradients)), gradients, strict=True):
+                part.copy_(of_sample(part))
+            return grad
+
+        return torch.cat(values), gradient
+
+
+def _layer_norm_again(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Gradient]:
+    weight, bias = _as_norm_takes(weight, bias, x)
+    width = x.shape[-1:]
+    value, mean, inverse_deviation = torch.native_layer_norm(x, width, weight, bias, LAYER_NORM_EPS)
+
+    def gradient(grad: Tensor) -> Tensor:
+        return torch.ops.aten.native_layer_norm_backward(
+            grad, x, width, mean, inverse_deviation, weight, bias, [True, False, False]
+        )[0]
+
+    return value, gradient
 
 
 def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, rotary: Tensor | None) -> Tensor:

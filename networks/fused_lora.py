@@ -3,8 +3,8 @@
 Written apart, a layer and its change each return a gradient for their common input, and one more pass over
 activations adds the two; and the change needs an output of its own. Here both are accumulated by the matrix
 products themselves (`addmm`), forward and backward. Layers that share an input (query, key and value) go
-through one product with their stacked `down` factors. An activation function before the layers is part of the
-step: its input is kept, its value is computed again in the backward pass.
+through one product with their stacked `down` factors. A function before the layers (GELU, a modulated layer
+norm) is part of the step: its input is kept, its value is computed again in the backward pass.
 
 What the backward pass needs is saved before the frozen product runs. Gradient checkpointing stops its
 recompute at the last saved tensor, and so never computes the last product of a block a second time.
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from modules.fused_ops import Activation
+from modules.fused_ops import Recomputable
 
 
 class FrozenLinear(Protocol):
@@ -47,31 +47,29 @@ def can_fuse(base: nn.Module) -> bool:
     return is_known and not torch.compiler.is_compiling()
 
 
-def fused_lora(
-    x: Tensor, layers: Sequence[LowRankLayer], activation: Activation | None = None
-) -> list[Tensor]:
+def fused_lora(x: Tensor, layers: Sequence[LowRankLayer], before: Recomputable | None = None) -> list[Tensor]:
     """base(x) + scale * up @ (down @ x) of every layer, in the dtype of x.
 
     Args:
         x: [..., in].
-        activation: acts on x first; x must then have no other use, as without gradients it is overwritten.
+        before: acts on x first, and is not trained.
     Returns:
         One [..., out] per layer.
     """
     flat = x.reshape(-1, x.shape[-1])
-    activated = flat if activation is None else activation.last_value(flat.detach())
+    entering = flat if before is None else before.value(flat.detach())
     ranks = [len(layer.down) for layer in layers]
     with torch.no_grad():
         down = layers[0].down if len(layers) == 1 else torch.cat([layer.down for layer in layers])
         down = down.to(x.dtype)  # [sum of ranks, in]
         ups = [layer.up.to(x.dtype) for layer in layers]
-        hidden = activated @ down.t()  # [N, sum of ranks]
+        hidden = entering @ down.t()  # [N, sum of ranks]
     factors = [factor for layer in layers for factor in (layer.down, layer.up)]
-    marks = _Gradients.apply(layers, activation, flat, hidden, down, *ups, *factors)
+    marks = _Gradients.apply(layers, before, flat, hidden, down, *ups, *factors)
     outputs = []
     for layer, up, part, mark in zip(layers, ups, hidden.split(ranks, dim=1), marks, strict=True):
         with torch.no_grad():
-            output = layer.base(activated).addmm_(part, up.t(), alpha=layer.scale)
+            output = layer.base(entering).addmm_(part, up.t(), alpha=layer.scale)
         outputs.append(_WithGradientOf.apply(mark, output).view(*x.shape[:-1], len(up)))
     return outputs
 
@@ -100,7 +98,7 @@ class _Gradients(torch.autograd.Function):
     def forward(
         ctx: Any,
         layers: Sequence[LowRankLayer],
-        activation: Activation | None,
+        before: Recomputable | None,
         x: Tensor,
         hidden: Tensor,
         down: Tensor,
@@ -108,7 +106,7 @@ class _Gradients(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ups = rest[: len(layers)]
         ctx.save_for_backward(x, hidden, down, *ups)
-        ctx.activation = activation
+        ctx.before = before
         ctx.layers = [(layer.base, layer.scale) for layer in layers]
         ctx.ranks = [up.shape[1] for up in ups]
         ctx.factor_dtypes = [factor.dtype for factor in rest[len(layers) :]]
@@ -122,11 +120,11 @@ class _Gradients(torch.autograd.Function):
         needs_factor = ctx.needs_input_grad[5 + len(ups) :]
         hidden_grad = _hidden_gradient(ctx.layers, grads, ups)
         factor_grads: list[Tensor | None] = [None] * (2 * len(ups))
+        entered, gradient_before = (x, None) if ctx.before is None else ctx.before.again(x)
         if any(needs_factor[0::2]):
-            activated = x if ctx.activation is None else ctx.activation.value(x)
-            down_grad = (hidden_grad.t() @ activated).to(ctx.factor_dtypes[0])
-            del activated  # before the gradient of x takes as much
+            down_grad = (hidden_grad.t() @ entered).to(ctx.factor_dtypes[0])
             factor_grads[0::2] = down_grad.split(ctx.ranks)
+        del entered  # before the gradient of x takes as much
         for i, part in enumerate(hidden.split(ctx.ranks, dim=1)):
             if needs_factor[2 * i + 1]:
                 up_grad = _scaled_product(grads[i].t(), part, ctx.layers[i][1])
@@ -137,7 +135,7 @@ class _Gradients(torch.autograd.Function):
                 x_grad = _base_gradient(base, grad, x_grad)
         if x_grad is not None:
             x_grad.addmm_(hidden_grad, down)
-            x_grad = x_grad if ctx.activation is None else ctx.activation.gradient(x_grad, x)
+            x_grad = x_grad if gradient_before is None else gradient_before(x_grad)
         return None, None, x_grad, None, None, *[None] * len(ups), *factor_grads
 
 

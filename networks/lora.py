@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.fused_ops import Activation
+from modules.fused_ops import Recomputable
 from modules.seeding import derive_seed, generator_for
 from networks.factors import LayerFactors, LoraFactors
 from networks.fused_lora import LowRankLayer, can_fuse, fused_lora
@@ -218,18 +218,18 @@ class LoRALinear(nn.Module):
         return adapter.fusible(self.base, switch.multiplier, switch.step_seed)
 
 
-def project(x: Tensor, layers: Sequence[nn.Module], activation: Activation | None = None) -> list[Tensor]:
+def project(x: Tensor, layers: Sequence[nn.Module], before: Recomputable | None = None) -> list[Tensor]:
     """The outputs of several linear layers for one input, in one step where all of them carry a LoRA.
 
     Args:
-        activation: acts on x before the layers; x must then have no other use.
+        before: acts on x before the layers.
     """
     fusible = [layer.fusible() if isinstance(layer, LoRALinear) else None for layer in layers]
     together = [layer for layer in fusible if layer is not None]
-    if len(together) < len(layers):
-        activated = x if activation is None else activation.last_value(x)
-        return [layer(activated) for layer in layers]
-    return fused_lora(x, together, activation)
+    is_fused = len(together) == len(layers)
+    if before is not None and (before.is_trained or not is_fused):
+        x, before = before.value(x), None
+    return fused_lora(x, together, before) if is_fused else [layer(x) for layer in layers]
 
 
 class LoRANetwork(nn.Module):

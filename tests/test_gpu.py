@@ -16,7 +16,7 @@ from modules.activation_offload import ActivationOffload, tensor_mover
 from modules.block_sparse import block_sparse_attention
 from modules.block_swap import BlockSwap, StreamCopies
 from modules.fp8 import Fp8Linear, quantise_rows
-from modules.fused_ops import modulated_layer_norm, rms_norm_rotate
+from modules.fused_ops import ModulatedLayerNorm, modulated_layer_norm, rms_norm_rotate
 from modules.int8 import Int8Linear
 from modules.staged_copies import StagedCopies
 from networks.lora import LoRANetwork
@@ -232,3 +232,15 @@ def test_fused_pieces_round_once(cuda: torch.device) -> None:
     wide = modulated_layer_norm(tokens, scale, shift)
     narrow = modulated_layer_norm(tokens.to(cuda, torch.bfloat16), scale.to(cuda), shift.to(cuda))
     assert (narrow.cpu().float() - wide).norm() <= 1e-2 * wide.norm()
+
+
+def test_a_modulated_norm_is_computed_again_to_the_bit(cuda: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, grad = torch.randn(2, 2, 64, 128, generator=generator).to(cuda, torch.bfloat16)
+    norm = ModulatedLayerNorm(*torch.randn(2, 2, 128, generator=generator).to(cuda))
+    value = norm.value(tokens.requires_grad_())
+    value.backward(grad)
+    with torch.no_grad():
+        again, gradient = norm.again(tokens)
+        assert torch.equal(again, value)
+        assert torch.equal(gradient(grad), tokens.grad)

@@ -193,3 +193,26 @@ def test_the_recompute_of_a_block_leaves_out_its_last_product() -> None:
         layer.register_forward_hook(lambda *_, name=name: calls.append(name))
     model.step()
     assert calls == ["in_layer", "out_layer", "in_layer"]
+
+
+def test_a_block_keeps_no_value_of_a_layer_norm() -> None:
+    """Without checkpointing; of the feed-forward branch only the widest activation is kept."""
+    model = LoraModel()
+    model.dit.gradient_checkpointing = False
+    params, tokens = model.dit.dit_params, 2 * 4 * 4
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    seen: list[int] = []
+    for block in model.dit.visual_blocks()[2:4]:
+        block.register_forward_pre_hook(lambda *_: seen.append(len(kept)))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.predict()
+    sizes = [tensor.numel() for tensor in list(kept.values())[slice(*seen)]]
+    # Inputs of the three branches; queries and keys before and after their norms, value and result of
+    # self-attention; query before and after, and result of cross-attention.
+    assert sizes.count(tokens * params.model_dim) == 3 + 6 + 3
+    assert sizes.count(tokens * params.ff_dim) == 1

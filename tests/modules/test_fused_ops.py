@@ -58,6 +58,22 @@ def test_modulated_layer_norm_uses_each_samples_own_weights() -> None:
     torch.testing.assert_close(fused_ops.modulated_layer_norm(x, weight, bias), plain)
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 16), (15, 16)], ids=["samples", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_modulated_norm_can_be_computed_again_with_its_gradient(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, *shape, generator=generator).to(dtype)
+    norm = fused_ops.ModulatedLayerNorm(*torch.randn(2, 3, 16, generator=generator))
+    input_ = x.clone().requires_grad_()
+    value = norm.value(input_)
+    value.backward(grad)
+    again, gradient = norm.again(x)
+    assert torch.equal(again, value)
+    assert torch.equal(gradient(grad.clone()), input_.grad)
+
+
 class WideTensors(TorchDispatchMode):
     """Collects the sizes of float32 tensors that operators make."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modules.fp8 import Fp8Linear, quantise_rows
-from modules.fused_ops import GELU, gelu
+from modules.fused_ops import GELU, ModulatedLayerNorm, gelu
 from networks import fused_lora as fused
 from networks.fused_lora import LowRankLayer, fused_lora
 from networks.lora import LoRANetwork, inject, project
@@ -158,20 +160,96 @@ def test_an_activation_computed_again_changes_no_bit(
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_of_an_activation_only_its_input_is_kept() -> None:
-    first, last, _ = activated_part(torch.float32, is_fp8=False)
+@contextmanager
+def noted_shapes() -> Iterator[dict[int, tuple[int, ...]]]:
+    """Within the block: the shapes of what is saved for the backward pass, by the address of its memory."""
     kept: dict[int, tuple[int, ...]] = {}
 
     def note(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
         return tensor
 
-    wide = first(values(100, 16).requires_grad_())
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept
+
+
+def test_of_an_activation_only_its_input_is_kept() -> None:
+    first, last, _ = activated_part(torch.float32, is_fp8=False)
+    wide = first(values(100, 16).requires_grad_())
+    with noted_shapes() as kept:
         output = project(wide, [last], GELU)[0]
     assert wide.untyped_storage().data_ptr() in kept
     assert [shape for shape in kept.values() if shape[0] == 100] == [(100, 16), (100, 4)]
     assert output.requires_grad
+
+
+def modulated_norm(batch: int) -> ModulatedLayerNorm:
+    """A norm of its own for every sample."""
+    return ModulatedLayerNorm(1 + values(batch, 16, seed=30), values(batch, 16, seed=31))
+
+
+def normed_outputs(
+    layers: nn.ModuleDict, norm: ModulatedLayerNorm, x: Tensor, *, is_joint: bool
+) -> list[Tensor]:
+    """Projections of the normed x, and x itself, as the residual of a block is."""
+    modules = [layers[name] for name in NAMES]
+    projected = project(x, modules, norm) if is_joint else project(norm.value(x), modules)
+    return [x * 2, *projected]
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "is_fp8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
+def test_a_modulated_norm_computed_again_changes_no_bit(
+    dtype: torch.dtype, is_fp8: bool, batch: int, is_checkpointed: bool
+) -> None:
+    results = []
+    for is_joint in (True, False):
+        layers, network = model(dtype, is_fp8=is_fp8)
+        part = partial(normed_outputs, layers, modulated_norm(batch), is_joint=is_joint)
+        x = values(batch, 5, 16, seed=9, dtype=dtype).requires_grad_()
+        outputs = checkpoint(part, x, use_reentrant=False) if is_checkpointed else part(x)
+        torch.autograd.backward(outputs, [values(*o.shape, seed=20, dtype=dtype) for o in outputs])
+        with torch.no_grad():
+            without_gradients = part(x)
+        assert torch.equal(x, values(batch, 5, 16, seed=9, dtype=dtype))
+        assert all(torch.equal(a, b) for a, b in zip(outputs, without_gradients, strict=True))
+        results.append([*outputs, x.grad, *(p.grad for p in network.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_of_a_modulated_norm_only_its_input_is_kept(batch: int) -> None:
+    layers, _ = model(torch.float32)
+    x = values(batch, 50, 16).requires_grad_()
+    with noted_shapes() as kept:
+        project(x, [layers[name] for name in NAMES], modulated_norm(batch))
+    assert x.untyped_storage().data_ptr() in kept
+    assert [shape for shape in kept.values() if shape[0] == 50 * batch] == [(50 * batch, 16), (50 * batch, 9)]
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_a_norm_that_is_trained_gets_its_gradients(trained: str) -> None:
+    results = []
+    for is_joint in (True, False):
+        layers, network = model(torch.float32)
+        norm = modulated_norm(2)
+        getattr(norm, trained).requires_grad_()
+        x = values(2, 5, 16, seed=9).requires_grad_()
+        outputs = normed_outputs(layers, norm, x, is_joint=is_joint)
+        sum(output.square().sum() for output in outputs).backward()  # type: ignore[union-attr]
+        results.append([getattr(norm, trained).grad, x.grad, *(p.grad for p in network.parameters())])
+    assert results[0][0].abs().min() > 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_layers_that_cannot_be_fused_get_the_value_of_the_norm() -> None:
+    plain, norm = frozen(8, 0, torch.float32, is_fp8=False), modulated_norm(2)
+    x = values(2, 5, 16)
+    assert torch.equal(project(x, [plain], norm)[0], plain(norm.value(x)))
+    assert torch.equal(x, values(2, 5, 16))
 
 
 def test_layers_that_cannot_be_fused_get_the_value_of_the_activation() -> None:
