@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kandinsky5.dit import NUM_TIMESTEPS, BlockResidual, DiffusionTransformer3D
 from kandinsky5.tasks import NablaParams
+from modules.transfers import send
 
 ConditioningForm = Literal["inference", "channels"]
 """How the model is shown clean frames.
@@ -108,10 +109,10 @@ def pad_text(
     ]
     mask = None
     if min(lengths) != longest:
-        mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(device, non_blocking=True)
+        mask = send(torch.arange(longest) < torch.tensor(lengths)[:, None], device)
     return TextBatch(
-        torch.stack(padded).to(device, dtype, non_blocking=True),
-        torch.stack([caption.pooled_embed for caption in captions]).to(device, dtype, non_blocking=True),
+        send(torch.stack(padded), device).to(dtype),
+        send(torch.stack([caption.pooled_embed for caption in captions]), device).to(dtype),
         mask,
     )
 

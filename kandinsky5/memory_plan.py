@@ -24,8 +24,8 @@ from kandinsky5.offload import StreamedGroup, choose_page_locking, streamed_grou
 from kandinsky5.optimizer_memory import OptimizerMemory, optimizer_memory
 from kandinsky5.roofline import NABLA_DENSITY, Work, training_work
 from kandinsky5.tasks import DitParams
-from modules.host_memory import page_locked_size
-from modules.staged_copies import STAGING_BUFFERS
+from modules.host_buffer import page_locked_buffer_size
+from modules.staged_copies import STAGING_BUFFERS, staging_size
 from networks.lora import LoRANetwork
 
 
@@ -116,12 +116,12 @@ def _hold_group(group: StreamedGroup, device: torch.device, *, is_page_locked: b
     buffers = {f"buffers of {group.what}": largest * min(group.ring_size, len(sizes))}
     moved = {group.what: sum(sizes)}
     if is_page_locked:
-        locked = {group.what: sum(map(page_locked_size, sizes))}
+        locked = {group.what: sum(map(page_locked_buffer_size, sizes))}
         return Held(device=buffers, page_locked=locked, moved=moved)
     held = Held(device=buffers, pageable=moved, moved=moved)
     if device.type != "cuda":
         return held
-    staging = STAGING_BUFFERS * page_locked_size(largest)
+    staging = STAGING_BUFFERS * staging_size(largest)
     return held + Held(page_locked={f"staging of {group.what}": staging})
 
 
@@ -262,7 +262,7 @@ class TrainingPlanner:
                     short, model.task.scale_factor, model.nabla, parts.network
                 ),
                 offload_min_bytes=train_setup.OFFLOADED_BYTES if offloads else None,
-                host_rounding=page_locked_size if self.device.type == "cuda" else int,
+                host_rounding=page_locked_buffer_size if self.device.type == "cuda" else int,
             )
         return self._activations[key]
 

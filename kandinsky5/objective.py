@@ -21,6 +21,7 @@ from kandinsky5.configs.train import ConditioningConfig, LossConfig, TimestepCon
 from kandinsky5.flow_matching import add_noise, draw_noise, flow_matching_loss
 from kandinsky5.timesteps import draw_sigmas, loss_weight
 from modules.seeding import generator_for
+from modules.transfers import send
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +62,13 @@ class Objective:
         """One forward pass for the whole batch: weighted losses [B], float32 on the device."""
         weights = batch.loss_mask
         if weights is not None:
-            weights = weights.clamp_min(self.loss.mask_min_weight).to(self.device, non_blocking=True)
+            weights = send(weights.clamp_min(self.loss.mask_min_weight), self.device)
         losses = self.losses(batch, draws.noise, draws.sigma, draws.use, weights)
         return losses * self.level_weight(draws.sigma)
 
     def level_weight(self, sigma: Tensor) -> Tensor:
         """What each clip counts by its noise level, [B] on the device."""
-        return loss_weight(self.timesteps, sigma).to(self.device, non_blocking=True)
+        return send(loss_weight(self.timesteps, sigma), self.device)
 
     def losses(
         self, batch: CachedBatch, noise: Tensor, sigma: Tensor, use: Tensor, weights: Tensor | None = None
@@ -86,9 +87,9 @@ class Objective:
 
         return flow_matching_loss(
             predict_velocity,
-            batch.latents.to(self.device, non_blocking=True),
-            noise.to(self.device, non_blocking=True),
-            sigma.to(self.device, non_blocking=True),
+            send(batch.latents, self.device),
+            send(noise, self.device),
+            send(sigma, self.device),
             None if frames is None else frames.predicted_frames(),
             weights,
         )
@@ -99,8 +100,8 @@ class Objective:
         In image-to-video tasks every clip is shown its first frame; frames that do not count are zero.
         """
         frames = self.frames(batch, torch.ones(len(batch.item_keys), dtype=torch.bool))
-        noisy_latents = add_noise(batch.latents, noise, sigma).to(self.device)
-        predicted = self.model(noisy_latents, sigma.to(self.device), self.text(batch), frames).float()
+        noisy_latents = send(add_noise(batch.latents, noise, sigma), self.device)
+        predicted = self.model(noisy_latents, send(sigma, self.device), self.text(batch), frames).float()
         if frames is None:
             return predicted
         return predicted * frames.predicted_frames()[:, None, :, None, None]
@@ -120,11 +121,11 @@ class Objective:
         if not self.is_i2v or batch.latents_image is None or latent_frames < 2:
             return None
         return condition_frames(
-            batch.latents_image.to(self.device, non_blocking=True),
+            send(batch.latents_image, self.device),
             latent_frames,
             mode=self.conditioning.i2v_mode,
             form=self.conditioning.i2v_conditioning,
-            use=use.to(self.device, non_blocking=True),
+            use=send(use, self.device),
         )
 
     def _draw_conditioned(self, item_keys: Sequence[str], step: int) -> Tensor:

@@ -12,7 +12,8 @@ from torch import nn
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.tasks import DitParams
 from modules.block_swap import BlockSwap, CopyEngine, packed_sizes, spread, travelling_tensors
-from modules.host_memory import available_memory, page_locked_size
+from modules.host_buffer import page_locked_buffer_size
+from modules.host_memory import available_memory
 from modules.logs import get_logger
 
 log = get_logger(__name__)
@@ -113,7 +114,7 @@ def choose_page_locking(groups: Sequence[StreamedGroup], device: torch.device, *
     left = available_memory() // 2
     chosen = []
     for group in groups:
-        size = sum(map(page_locked_size, group.packed_sizes()))
+        size = sum(map(page_locked_buffer_size, group.packed_sizes()))
         is_locked = device.type == "cuda" and (force or size < left)
         left -= size if is_locked else 0
         chosen.append(is_locked)

@@ -19,6 +19,7 @@ from dataset.cached_dataset import CachedBatch
 from kandinsky5.conditioning import TextBatch, TextConditioning, pad_text
 from kandinsky5.flow_matching import add_noise, mean_squared_error
 from kandinsky5.objective import Draws, Objective
+from modules.transfers import send
 from networks.lora import LoRANetwork
 
 
@@ -45,9 +46,8 @@ class PriorPreservation:
         """
         objective = self.objective
         device = objective.device
-        sigma = draws.sigma.to(device, non_blocking=True)
-        latents = batch.latents.to(device, non_blocking=True)
-        noisy = add_noise(latents, draws.noise.to(device, non_blocking=True), sigma)
+        sigma = send(draws.sigma, device)
+        noisy = add_noise(send(batch.latents, device), send(draws.noise, device), sigma)
         text = self._text(batch)
         frames = objective.frames(batch, draws.use)
         # Around the wrapper for several processes: nothing is exchanged in this pass.

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from modules.host_buffer import HostBuffer, as_bytes
+
 
 class TensorMover(Protocol):
     """Copies tensors to host memory and back, beside the computation."""
 
-    def to_host(self, tensor: Tensor) -> Tensor:
-        """Begin a copy to host memory; the tensor may be released at once."""
+    def to_host(self, tensor: Tensor) -> Any:
+        """Begin a copy to host memory; the tensor may be released at once. Returns what `to_device` takes."""
         ...
 
-    def to_device(self, host: Tensor, device: torch.device) -> Tensor:
+    def to_device(self, host: Any, device: torch.device) -> Tensor:
         """Begin the copy back."""
         ...
 
@@ -41,6 +43,15 @@ class DirectMover:
         pass
 
 
+@dataclass(frozen=True, slots=True)
+class _HostCopy:
+    """A tensor in page-locked memory."""
+
+    buffer: HostBuffer
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class StreamMover:
     """Copies through page-locked memory on a side stream of a CUDA device."""
 
@@ -48,18 +59,23 @@ class StreamMover:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def to_host(self, tensor: Tensor) -> Tensor:
+    def to_host(self, tensor: Tensor) -> _HostCopy:
         # torch's allocator keeps freed page-locked memory for the next step.
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = _HostCopy(HostBuffer(tensor.nbytes, pin=True), tensor.shape, tensor.dtype)
+        flat = as_bytes(tensor)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            host.copy_(tensor.detach(), non_blocking=True)
-        tensor.record_stream(self._stream)
+            for place, piece in host.buffer.pieces():
+                piece.copy_(flat[place], non_blocking=True)
+        flat.record_stream(self._stream)
         return host
 
-    def to_device(self, host: Tensor, device: torch.device) -> Tensor:
+    def to_device(self, host: _HostCopy, device: torch.device) -> Tensor:
         with torch.cuda.stream(self._stream):
-            return host.to(device, non_blocking=True)
+            flat = torch.empty(host.buffer.size, dtype=torch.uint8, device=device)
+            for place, piece in host.buffer.pieces():
+                flat[place].copy_(piece, non_blocking=True)
+        return flat.view(host.dtype).view(host.shape)
 
     def wait(self, tensor: Tensor) -> None:
         current = torch.cuda.current_stream(self._device)
@@ -77,7 +93,7 @@ class _Offloaded:
     """One saved tensor that is away."""
 
     index: int
-    host: Tensor
+    host: Any
     device: torch.device
     returning: Tensor | None = None
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from modules.staged_copies import StagedCopies
+from modules.host_buffer import HostBuffer
+from modules.staged_copies import StagedCopies, staging_size
 
 _ALIGNMENT = 64
 """Bytes; every tensor of a packed block starts at a multiple of it."""
@@ -24,7 +25,7 @@ _ALIGNMENT = 64
 class CopyEngine(Protocol):
     """Moves packed blocks to the device, beside the computation."""
 
-    def start(self, host: Tensor, buffer: Tensor) -> Any:
+    def start(self, host: HostBuffer, buffer: Tensor) -> Any:
         """Begin copying `host` into `buffer` once all computation queued so far is done with the buffer.
 
         Returns a ticket for `wait`.
@@ -39,8 +40,8 @@ class CopyEngine(Protocol):
 class DirectCopies:
     """Copies at once, for devices that compute in the order of the program."""
 
-    def start(self, host: Tensor, buffer: Tensor) -> None:
-        buffer.copy_(host)
+    def start(self, host: HostBuffer, buffer: Tensor) -> None:
+        host.copy_to(buffer)
 
     def wait(self, ticket: Any) -> None:
         pass
@@ -53,8 +54,10 @@ class StreamCopies:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def start(self, host: Tensor, buffer: Tensor) -> torch.cuda.Event:
-        return self.start_after(self.fence(), host, buffer)
+    def start(self, host: HostBuffer, buffer: Tensor) -> torch.cuda.Event:
+        fence = self.fence()
+        copied = [self.start_after(fence, piece, buffer[place]) for place, piece in host.pieces()]
+        return copied[-1]  # one stream: the others come before it
 
     def fence(self) -> torch.cuda.Event:
         fence = torch.cuda.Event()
@@ -77,11 +80,11 @@ class StreamCopies:
 
 
 def copy_engine(device: torch.device, *, pinned: bool, size: int) -> CopyEngine:
-    """The engine that fits the device and the host memory, for copies of up to `size` bytes."""
+    """The engine that fits the device and the host memory, for blocks of up to `size` bytes."""
     if device.type != "cuda":
         return DirectCopies()
     copies = StreamCopies(device)
-    return copies if pinned else StagedCopies(copies, size, pin=True)
+    return copies if pinned else StagedCopies(copies, staging_size(size), pin=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ class _Part:
 
 
 class _PackedBlock:
-    """A block's frozen tensors in one piece of host memory."""
+    """A block's frozen tensors in one buffer of host memory."""
 
     def __init__(self, tensors: Iterable[Tensor], *, pin: bool) -> None:
         self._parts: list[_Part] = []
@@ -107,9 +110,9 @@ class _PackedBlock:
         for tensor in tensors:
             self._parts.append(_Part(tensor, size, tensor.dtype, tensor.shape))
             size += _aligned_size(tensor)
-        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        self.host = HostBuffer(size, pin=pin)
         for part in self._parts:
-            part.view_in(self.host).copy_(part.tensor.data)
+            self.host.fill(part.start, part.tensor.data)
             part.tensor.data = _nowhere(part)
 
     def tensors(self) -> Iterator[Tensor]:
@@ -128,8 +131,9 @@ class _PackedBlock:
 
     def restore(self, device: torch.device) -> None:
         """Give the block weights of its own again."""
-        for part in self._parts:
-            part.tensor.data = part.view_in(self.host).to(device, copy=True)
+        buffer = torch.empty(self.host.size, dtype=torch.uint8, device=device)
+        self.host.copy_to(buffer)
+        self.attach(buffer)
 
 
 def _nowhere(part: _Part) -> Tensor:
@@ -173,7 +177,7 @@ class BlockSwap:
             raise ValueError("a ring needs at least one buffer")
         self._device = device
         self._packed = [_PackedBlock(travelling_tensors(block, travels), pin=pin) for block in blocks]
-        largest = max(packed.host.numel() for packed in self._packed)
+        largest = max(packed.host.size for packed in self._packed)
         self._engine = engine or copy_engine(device, pinned=pin, size=largest)
         self._slots = [
             _Slot(torch.empty(largest, dtype=torch.uint8, device=device))
@@ -192,7 +196,7 @@ class BlockSwap:
     @property
     def host_bytes(self) -> int:
         """Host memory that holds the swapped weights."""
-        return sum(packed.host.numel() for packed in self._packed)
+        return sum(packed.host.size for packed in self._packed)
 
     @property
     def device_bytes(self) -> int:
@@ -245,9 +249,8 @@ class BlockSwap:
                 self._engine.wait(slot.ticket)  # fetched but never used
             self._packed[slot.position].detach()
         slot.position = position
-        slot.ticket = self._engine.start(
-            self._packed[position].host, slot.buffer[: self._packed[position].host.numel()]
-        )
+        host = self._packed[position].host
+        slot.ticket = self._engine.start(host, slot.buffer[: host.size])
 
 
 def packed_sizes(blocks: Iterable[nn.Module], travels: Callable[[str], bool]) -> list[int]:

@@ -1,7 +1,8 @@
 """Copies from pageable host memory by way of two page-locked buffers, filled by a thread of their own.
 
 A device copies beside the computation only from page-locked memory, and locking all of the weights takes
-more memory than many machines can spare. While one buffer is on its way to the device the next is filled.
+more memory than many machines can spare. While one buffer is on its way to the device the other is filled;
+what is larger than a buffer goes in parts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from modules.host_buffer import HostBuffer
+from modules.host_memory import page_locked_size
+
 STAGING_BUFFERS = 2
+_STAGING_BYTES = 2**26
+"""Large enough for the full speed of a copy, small beside a block of a large model."""
+
+
+def staging_size(largest: int) -> int:
+    """Bytes of each of the two buffers, for copies of up to `largest` bytes."""
+    return min(page_locked_size(largest), _STAGING_BYTES)
 
 
 class FencedCopies(Protocol):
@@ -48,7 +59,7 @@ class StagedCopies:
 
     Args:
         copies: how a page-locked buffer reaches the device.
-        size: bytes of the largest copy.
+        size: bytes of each buffer.
         pin: page-lock the buffers; off where there is no device to copy to.
     """
 
@@ -61,15 +72,24 @@ class StagedCopies:
         # One thread: copies are made in the order in which they were asked for.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="staged-copies")
 
-    def start(self, host: Tensor, buffer: Tensor) -> Future[Any]:
+    def start(self, host: HostBuffer, buffer: Tensor) -> Future[list[Any]]:
         """Begin copying `host` into `buffer` once all computation queued so far is done with the buffer."""
         return self._thread.submit(self._copy, self._copies.fence(), host, buffer)
 
-    def wait(self, ticket: Future[Any]) -> None:
+    def wait(self, ticket: Future[list[Any]]) -> None:
         """Let the computation queued from now on see the copy; what went wrong with it is raised here."""
-        self._copies.wait(ticket.result())
+        for part in ticket.result():
+            self._copies.wait(part)
 
-    def _copy(self, fence: Any, host: Tensor, buffer: Tensor) -> Any:
+    def _copy(self, fence: Any, host: HostBuffer, buffer: Tensor) -> list[Any]:
+        size = len(self._staging[0].buffer)
+        return [
+            self._copy_part(fence, part, target)
+            for place, piece in host.pieces()
+            for part, target in zip(piece.split(size), buffer[place].split(size), strict=True)
+        ]
+
+    def _copy_part(self, fence: Any, host: Tensor, buffer: Tensor) -> Any:
         staging = self._staging[self._turn]
         self._turn = (self._turn + 1) % len(self._staging)
         if staging.ticket is not None:

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dataset.cached_dataset import CachedBatch
 from kandinsky5.conditioning import TextBatch, VelocityModel
+from kandinsky5.configs.train import ConditioningConfig, LossConfig, TimestepConfig
 from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.objective import Objective
 from kandinsky5.offload import stream_weights
 from kandinsky5.tasks import NablaParams
 from modules.activation_offload import ActivationOffload, tensor_mover
@@ -81,6 +84,32 @@ def step(
     return [value.detach().float().cpu() for value in (velocity, *gradients)]
 
 
+def train_step(
+    dit: DiffusionTransformer3D, network: LoRANetwork, optimizer: torch.optim.Optimizer, device: torch.device
+) -> None:
+    """What a run does with a batch as it comes from the caches: images to video, captions of two lengths."""
+    latents, _, _ = inputs(torch.device("cpu"))
+    batch = CachedBatch(
+        latents=latents,
+        latents_image=latents[:, :, :2],
+        text_embeds=(torch.ones(9, 64, dtype=torch.bfloat16), torch.ones(5, 64, dtype=torch.bfloat16)),
+        pooled_embed=torch.ones(2, 32),
+        item_keys=("a", "b"),
+        contents=("video", "video"),
+        num_frames=(9, 9),
+        dataset_index=0,
+        timestep_quantiles=None,
+        loss_mask=torch.ones(2, 3, 16, 16),
+    )
+    model = VelocityModel(dit, (1.0, 2.0, 2.0), None)
+    loss = LossConfig(masked_loss=True)
+    objective = Objective(model, TimestepConfig(), ConditioningConfig(), True, 0, device, loss)
+    objective.training_losses(batch, objective.draw(batch, 0)).sum().backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def assert_near(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
@@ -148,14 +177,13 @@ def test_ways_to_keep_memory_low_change_no_number(cuda: torch.device, prepare: P
 
 @pytest.mark.parametrize("prepare", [pinned, activations_on_host], ids=lambda prepare: prepare.__name__)
 def test_a_step_never_waits_for_the_device(cuda: torch.device, prepare: Prepare) -> None:
-    dit, _network = lora_model(cuda, torch.bfloat16, fp8=True)
+    dit, network = lora_model(cuda, torch.bfloat16, fp8=True)
     prepare(dit, cuda)
-    latents, sigma, text = inputs(cuda)
-    model = VelocityModel(dit, (1.0, 2.0, 2.0), None)
-    model(latents, sigma, text).float().mean().backward()  # libraries initialise at first use
+    optimizer = torch.optim.AdamW(network.parameters())
+    train_step(dit, network, optimizer, cuda)  # libraries initialise at first use
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    model(latents, sigma, text).float().mean().backward()
+    train_step(dit, network, optimizer, cuda)
 
 
 def test_swapped_blocks_take_no_more_than_their_ring(cuda: torch.device) -> None:

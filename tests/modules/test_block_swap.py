@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modules.block_swap import BlockSwap, CopyEngine, DirectCopies, spread
+from modules.host_buffer import HostBuffer
 
 
 class LateCopies:
@@ -24,13 +25,13 @@ class LateCopies:
         self.forget_wait: int | None = None
         """The number of a wait to leave out."""
 
-    def start(self, host: Tensor, buffer: Tensor) -> Callable[[], object]:
+    def start(self, host: HostBuffer, buffer: Tensor) -> Callable[[], object]:
         self.starts += 1
         buffer.fill_(0xFF)  # not a number in every float format
         if self._random.random() < self._early:
-            buffer.copy_(host)
+            host.copy_to(buffer)
             return lambda: None
-        return lambda: buffer.copy_(host)
+        return lambda: host.copy_to(buffer)
 
     def wait(self, ticket: Callable[[], object]) -> None:
         self.waits += 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modules.host_buffer import HostBuffer
 from modules.staged_copies import StagedCopies
 from tests.modules.test_block_swap import make_blocks, sample, swap, train_step
 
@@ -53,16 +54,17 @@ class LateFencedCopies:
             ticket()
 
 
-def staged(copies: LateFencedCopies) -> StagedCopies:
-    return StagedCopies(copies, size=10_000, pin=False)
+def staged(copies: LateFencedCopies, size: int = 10_000) -> StagedCopies:
+    return StagedCopies(copies, size, pin=False)
 
 
 @pytest.mark.parametrize("ring_size", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_training_and_sampling_equal_resident_blocks(seed: int, ring_size: int) -> None:
+@pytest.mark.parametrize("size", [10_000, 100], ids=["whole", "in_parts"])
+def test_training_and_sampling_equal_resident_blocks(size: int, seed: int, ring_size: int) -> None:
     expected = [train_step(make_blocks()), sample(make_blocks())]
     blocks = make_blocks()
-    swap(blocks, staged(LateFencedCopies(seed)), ring_size)
+    swap(blocks, staged(LateFencedCopies(seed), size), ring_size)
     for kind in (0, 1, 1, 0):
         got = (train_step, sample)[kind](blocks)
         assert all(torch.equal(a, b) for a, b in zip(got, expected[kind], strict=True))
@@ -79,6 +81,6 @@ def test_filling_a_staging_buffer_before_it_has_left_is_noticed() -> None:
 
 def test_a_copy_that_fails_is_an_error_where_it_is_waited_for() -> None:
     engine = staged(LateFencedCopies(0))
-    ticket = engine.start(torch.zeros(20_000, dtype=torch.uint8), torch.zeros(20_000, dtype=torch.uint8))
-    with pytest.raises(RuntimeError):
+    ticket = engine.start(HostBuffer(200, pin=False), torch.zeros(100, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="must match the size"):
         engine.wait(ticket)
