@@ -9,23 +9,19 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from dataset.cached_dataset import CachedBatch, CachedDataset
-from dataset.config import DatasetConfig
-from kandinsky5 import prior, train_checks, train_memory, train_setup
+from kandinsky5 import prior, train_memory, train_setup
 from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.train import TrainConfig
-from kandinsky5.devices import check_fast_products
-from kandinsky5.hub import HubUploads
 from kandinsky5.lora_metadata import RunFacts
 from kandinsky5.memory_advice import out_of_memory_message, out_of_memory_while_loading
 from kandinsky5.memory_plan import largest_batch
@@ -35,37 +31,30 @@ from kandinsky5.norm_limit import NormLimit
 from kandinsky5.objective import Objective
 from kandinsky5.prediction_change import PredictionProbe
 from kandinsky5.sample_files import SampleNames
-from kandinsky5.saved_config import shareable_options, write_config
+from kandinsky5.saved_config import shareable_options
 from kandinsky5.saving import OutputNames
-from kandinsky5.trackers import Tracker, open_trackers
 from kandinsky5.train_log import item_keys, log_norms, log_samples, log_step
-from kandinsky5.train_output import Output, disk_errors, take_control_word
+from kandinsky5.train_output import Output, take_control_word
 from kandinsky5.train_plan import (
     PlanSequence,
-    RunLength,
     StepPlan,
     batch_loader,
     data_order_hash,
     reader_problem,
 )
+from kandinsky5.train_preparation import PreparedRun, prepare_run
 from kandinsky5.train_resume import (
-    check_resumed,
-    is_finished,
     library_versions,
     network_identity,
-    resolve_total_steps,
     restore,
     resume_average,
-    resumed_state,
 )
-from kandinsky5.train_samples import PreparedPrompt, TrainingSamples, encode_requests, read_requests
-from kandinsky5.train_setup import RunMark
-from kandinsky5.training_state import RunState, SavedState, remove_stray_states
+from kandinsky5.train_samples import TrainingSamples
+from kandinsky5.training_state import RunState
 from kandinsky5.validation import Validation
-from kandinsky5.validation_checks import ValidationChecks, model_settings, was_measured
+from kandinsky5.validation_checks import ValidationChecks, model_settings
 from modules.dtypes import dtype_name
 from modules.errors import DivergedError, ResourceError
-from modules.files import remove_strays
 from modules.interruption import StopRequest, exit_on_signal, graceful_stop
 from modules.logs import get_logger
 from modules.optimizers import build_optimizer, describe_optimizer, learning_rates, set_averaging
@@ -90,7 +79,8 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
     with ExitStack() as held:
         with exit_on_signal():
             try:
-                trainer = _prepare(config, held)
+                run = prepare_run(config, held)
+                trainer = None if run is None else Trainer(run)
             except torch.OutOfMemoryError as error:
                 raise ResourceError(out_of_memory_while_loading(error)) from error
         if trainer is None:
@@ -105,105 +95,13 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
         raise SystemExit(stop.exit_code)
 
 
-def _prepare(config: TrainConfig, held: ExitStack) -> Trainer | None:
-    """Check everything, then load and build everything; None if the run is finished already.
-
-    Args:
-        held: takes what the run holds until its end.
-    """
-    saving = config.saving
-    saved = resumed_state(config)
-    train_checks.check_files(config)
-    requests = read_requests(config)
-    accelerator = train_setup.build_accelerator(config)
-    check_fast_products(config.model, accelerator.device)
-    is_resuming, is_dry = config.run.resume is not None, config.run.dry_run
-    if is_dry:
-        train_checks.check_output_unwritten(saving, is_resuming=is_resuming)
-    elif accelerator.is_main_process:
-        train_checks.prepare_output(saving, held, is_resuming=is_resuming)
-        remove_strays(saving.output_dir)
-        remove_stray_states(saving.output_dir)
-        for note in config.notes:
-            log.info("%s", note)
-    wants_uploads = config.hub.huggingface_repo_id is not None and accelerator.is_main_process and not is_dry
-    uploads = HubUploads(config.hub) if wants_uploads else None
-    accelerator.wait_for_everyone()
-    seed = train_setup.shared_seed(config.run, saved.run.seed if saved else None)
-    datasets, data = train_setup.open_datasets(config, seed)
-    data, validation_data = train_setup.open_validation(config, data)
-    for measured in (data, validation_data):
-        if measured is not None:
-            train_checks.check_sizes(config, measured)
-    config = train_memory.fit_budget(config, data, accelerator)
-    length = _run_length(config, data, accelerator.num_processes, saved)
-    if saved is not None:
-        check_resumed(config, saved, data, length, seed)
-        is_measured = validation_data is None or was_measured(saving, length.total_steps)
-        if is_finished(saving, saved, length.total_steps) and is_measured:
-            log.info("%s: all %d steps are done, nothing to do", saved.folder.name, length.total_steps)
-            return None
-    if accelerator.is_main_process:
-        train_checks.log_datasets(datasets, data)
-        log.info("%s", train_checks.describe_model(config.model))
-    if is_dry:
-        if accelerator.is_main_process:
-            print(train_memory.dry_run_report(config, data, accelerator))
-        return None
-    if accelerator.is_main_process:
-        if config.tracking.log_config:
-            log.info("options: %s", shareable_options(config))
-        resolved = {"seed": seed, **train_setup.resolved_precision(config.model, accelerator.device)}
-        settings = OutputNames(saving.output_dir, saving.output_name).config
-        with disk_errors(settings):
-            write_config(settings, config, resolved)
-    mark = train_setup.mark_run(config.tracking.log_prefix, saved.run if saved else None)
-    trackers: list[Tracker] = []
-    if accelerator.is_main_process:  # before a model is loaded: a key or a connection may be missing
-        trackers = open_trackers(config, mark, start_step=saved.run.step if saved else 0)
-    own = list(enumerate(requests))[accelerator.process_index :: accelerator.num_processes]
-    prompts = encode_requests(config, own, accelerator.device)
-    return Trainer(
-        config, accelerator, datasets, data, validation_data, length, seed, saved, prompts,
-        mark, trackers, uploads,
-    )  # fmt: skip
-
-
-def _run_length(
-    config: TrainConfig, data: CachedDataset, num_processes: int, saved: SavedState | None
-) -> RunLength:
-    batches = len(data.epoch_batches(1))
-    per_step = config.run.gradient_accumulation_steps * num_processes
-    epochs = config.run.max_train_epochs
-    asked = config.run.max_train_steps if epochs is None else epochs * -(-batches // per_step)
-    return RunLength(
-        batches_per_epoch=batches,
-        gradient_accumulation_steps=config.run.gradient_accumulation_steps,
-        num_processes=num_processes,
-        total_steps=resolve_total_steps(asked, saved),
-    )
-
-
 class Trainer:
     """A run with everything it needs in memory."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        datasets: DatasetConfig,
-        data: CachedDataset,
-        validation_data: CachedDataset | None,
-        length: RunLength,
-        seed: int,
-        saved: SavedState | None,
-        prompts: Sequence[PreparedPrompt],
-        mark: RunMark,
-        trackers: Sequence[Tracker],
-        uploads: HubUploads | None,
-    ) -> None:
-        self.config, self.accelerator, self.data, self.length = config, accelerator, data, length
-        self.seed = seed
+    def __init__(self, run: PreparedRun) -> None:
+        config, accelerator, length, saved = run.config, run.accelerator, run.length, run.saved
+        self.config, self.accelerator, self.data, self.length = config, accelerator, run.data, length
+        self.seed = run.seed
         self.device = accelerator.device
         self.step = saved.run.step if saved else 0
         self.skipped_in_a_row = saved.run.skipped_steps if saved else 0
@@ -215,7 +113,7 @@ class Trainer:
         self.planner = train_memory.planner_for(config, accelerator)
         self.dit = train_setup.load_model(config.model, self.device, dtype)
         self.network: LoRANetwork = train_setup.build_network(
-            config.network, self.dit, seed, allow_partial=config.model.lora_allow_partial
+            config.network, self.dit, run.seed, allow_partial=config.model.lora_allow_partial
         )
         self.network.train()
         # Before blocks stream: their weights then lie elsewhere. Only the main process reports.
@@ -241,16 +139,16 @@ class Trainer:
             else None
         )
         self.objective = self._objective(self.runner)
-        self.validation = self._validation(validation_data, dtype)
+        self.validation = self._validation(run.validation_data, dtype)
         self.prior = prior.PriorPreservation(self.objective, self.network, config.loss.prior_loss_weight)
-        self.output = self._output(datasets, mark, dtype, norms, uploads, trackers)
+        self.output = self._output(run, dtype, norms)
         self.is_sampling_asked = False
         self.norm_limit = NormLimit(self.network, config.network.scale_weight_norms, self.device)
         self.waited: list[float] = []
         folder, name = config.saving.output_dir / "sample", config.saving.output_name
         names = SampleNames(folder, name, self.output.facts.session_id)
-        self.samples = TrainingSamples(config, prompts, self.device, names)
-        self.data_order = data_order_hash(data)
+        self.samples = TrainingSamples(config, run.prompts, self.device, names)
+        self.data_order = data_order_hash(run.data)
         self.network_identity = network_identity(self.network)
 
     def _objective(self, runner: nn.Module) -> Objective:
@@ -280,19 +178,11 @@ class Trainer:
         is_main = self.accelerator.is_main_process
         return PredictionProbe(self.data, self._objective(self.network), self.network) if is_main else None
 
-    def _output(
-        self,
-        datasets: DatasetConfig,
-        mark: RunMark,
-        dtype: torch.dtype,
-        norms: Mapping[str, float],
-        uploads: HubUploads | None,
-        trackers: Sequence[Tracker],
-    ) -> Output:
+    def _output(self, run: PreparedRun, dtype: torch.dtype, norms: Mapping[str, float]) -> Output:
         settings = train_setup.schedule_settings(self.config.optimizer, self.length.total_steps)
         facts = RunFacts(
-            session_id=mark.session_id,
-            started_at=mark.started_at,
+            session_id=run.mark.session_id,
+            started_at=run.mark.started_at,
             seed=self.seed,
             num_items=self.data.num_items,
             num_batches=self.length.batches_per_epoch,
@@ -304,16 +194,16 @@ class Trainer:
         )
         return Output(
             self.config,
-            datasets,
+            run.datasets,
             facts,
             self.network,
             self.optimizer,
-            tracker_run=mark.tracker_run,
-            trackers=trackers,
+            tracker_run=run.mark.tracker_run,
+            trackers=run.trackers,
             weight_norms=norms,
             average=self.average,
             probe=self._probe(),
-            uploads=uploads,
+            uploads=run.uploads,
         )
 
     def run(self, stop: StopRequest) -> None:
