@@ -17,6 +17,7 @@ from dataset.config import AnyDatasetConfig, DatasetConfig
 from kandinsky5.configs.train import TrainConfig
 
 MINIMUM_KEYS = (
+    "ss_output_name",
     "ss_base_model_version",
     "ss_network_module",
     "ss_network_dim",

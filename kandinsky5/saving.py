@@ -1,17 +1,19 @@
-"""Names of what a run leaves in its output folder, and which of it is deleted again."""
+"""Names of what a run leaves in its output folder, and which of it has had its time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from kandinsky5.configs.train import SavingConfig
-from kandinsky5.training_state import remove_state
-from networks.lora_scales import lora_config_path
 
 Unit = Literal["epoch", "step"]
+
+_LORA_END, _STATE_END, _AVERAGE_END = ".safetensors", "-state", "-ema.safetensors"
+_POSITION = re.compile(r"-([0-9]{6}|[1-9][0-9]{6,}|step([0-9]{8}|[1-9][0-9]{8,}))")
+"""What `OutputNames` puts behind the name of a run, and nothing like it: `-2` may end another run's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +25,19 @@ class OutputNames:
 
     def lora(self, unit: Unit, number: int) -> Path:
         """The LoRA after an epoch or step."""
-        return self.output_dir / f"{self._stem(unit, number)}.safetensors"
+        return self.output_dir / f"{self._stem(unit, number)}{_LORA_END}"
 
     def state(self, unit: Unit, number: int) -> Path:
         """The state directory after an epoch or step."""
-        return self.output_dir / f"{self._stem(unit, number)}-state"
+        return self.output_dir / f"{self._stem(unit, number)}{_STATE_END}"
 
     @property
     def final_lora(self) -> Path:
-        return self.output_dir / f"{self.output_name}.safetensors"
+        return self.output_dir / f"{self.output_name}{_LORA_END}"
 
     @property
     def final_state(self) -> Path:
-        return self.output_dir / f"{self.output_name}-state"
+        return self.output_dir / f"{self.output_name}{_STATE_END}"
 
     @property
     def lock(self) -> Path:
@@ -61,24 +63,10 @@ class OutputNames:
         middle = f"{number:06d}" if unit == "epoch" else f"step{number:08d}"
         return f"{self.output_name}-{middle}"
 
-    def existing_results(self) -> list[Path]:
-        """LoRA files and state directories that runs of this name left."""
-        return sorted(self._results())
-
-    def _results(self) -> Iterator[Path]:
-        for path in self.output_dir.iterdir() if self.output_dir.is_dir() else ():
-            # Not a glob: an output name may hold its special characters.
-            if not path.name.startswith(self.output_name):
-                continue
-            ending = path.name.removeprefix(self.output_name)
-            ending = ending.removesuffix(".safetensors") if path.is_file() else ending.removesuffix("-state")
-            if path.name.endswith((".safetensors", "-state")) and _is_position(ending):
-                yield path
-
 
 def average_path(lora: Path) -> Path:
     """Where the average of the weights (`--ema_decay`) lies beside a saved LoRA."""
-    return lora.with_name(f"{lora.stem}-ema.safetensors")
+    return lora.with_name(f"{lora.stem}{_AVERAGE_END}")
 
 
 def effect_path(lora: Path) -> Path:
@@ -86,9 +74,27 @@ def effect_path(lora: Path) -> Path:
     return lora.with_name(f"{lora.stem}_effect.txt")
 
 
-def _is_position(text: str) -> bool:
-    text = text.removesuffix("-ema")
-    return text == "" or (text.startswith("-") and text[1:].removeprefix("step").isdigit())
+def is_lora_name(name: str, output_name: str) -> bool:
+    """Whether a run of this output name may write a LoRA of that name; a run of another one may do so too."""
+    return _is_result_name(name, output_name, _LORA_END)
+
+
+def is_average_name(name: str, output_name: str) -> bool:
+    """The same of a LoRA of averaged weights."""
+    return _is_result_name(name, output_name, _AVERAGE_END)
+
+
+def is_state_name(name: str, output_name: str) -> bool:
+    """The same of a state directory."""
+    return _is_result_name(name, output_name, _STATE_END)
+
+
+def _is_result_name(name: str, output_name: str, end: str) -> bool:
+    # Not a glob: an output name may hold its special characters.
+    if not name.startswith(output_name) or not name.endswith(end) or len(name) < len(output_name) + len(end):
+        return False
+    position = name.removeprefix(output_name).removesuffix(end)
+    return position == "" or _POSITION.fullmatch(position) is not None
 
 
 def expired(saving: SavingConfig, unit: Unit, number: int, *, state: bool) -> int | None:
@@ -105,14 +111,3 @@ def expired(saving: SavingConfig, unit: Unit, number: int, *, state: bool) -> in
             last = number - keep - 1
             old = last - last % every
     return old if old is not None and old > 0 else None
-
-
-def delete_result(path: Path) -> None:
-    """Remove a LoRA with its average and what lies beside them, or a state directory; any may be missing."""
-    if path.is_dir():
-        remove_state(path)
-        return
-    for file in (path, average_path(path)):
-        file.unlink(missing_ok=True)
-        lora_config_path(file).unlink(missing_ok=True)
-        effect_path(file).unlink(missing_ok=True)

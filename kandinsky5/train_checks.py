@@ -12,9 +12,10 @@ from dataset.cached_dataset import CachedDataset
 from dataset.config import DatasetConfig
 from kandinsky5.checkpoints import check_dit_file, file_name_warning
 from kandinsky5.compilation import check_compile_backend
-from kandinsky5.configs.train import ModelConfig, OptimizerConfig, SavingConfig, TrainConfig
+from kandinsky5.configs.train import ModelConfig, OptimizerConfig, TrainConfig
 from kandinsky5.offload import max_blocks_to_swap
-from kandinsky5.saving import OutputNames, delete_result
+from kandinsky5.results import delete_result, find_results, maker
+from kandinsky5.saving import OutputNames
 from kandinsky5.tasks import TASKS, Task
 from kandinsky5.trackers import check_trackers
 from modules.attention import check_attention_backend
@@ -105,17 +106,29 @@ def check_optimizer_settings(config: OptimizerConfig) -> None:
     multiplier(ScheduleSettings(name=config.lr_scheduler, total_steps=1, arguments=config.lr_scheduler_args))
 
 
-def check_output(saving: SavingConfig, *, is_resuming: bool) -> list[Path]:
+def check_output(config: TrainConfig, *, is_resuming: bool) -> tuple[Path, ...]:
     """Results of the same name in the output folder; writes nothing.
 
     Raises:
         ConfigError: there are some, and neither `--overwrite` nor `--resume` says what to do with them; or
-            the second folder is the first.
+            files that are none of them are in the way; or the second folder is the first.
     """
+    saving = config.saving
     fallback = saving.output_dir_fallback
     if fallback is not None and fallback.resolve() == saving.output_dir.resolve():
         raise ConfigError("--output_dir_fallback is --output_dir itself; choose a folder on another disk")
-    existing = OutputNames(saving.output_dir, saving.output_name).existing_results()
+    names = OutputNames(saving.output_dir, saving.output_name)
+    found = find_results(names, with_average=config.network.ema_decay is not None)
+    if found.foreign:
+        first = found.foreign[0]
+        owner = maker(first)
+        whose = "does not say which run it is of" if owner is None else f"is of the run {owner}"
+        raise ConfigError(
+            f"--output_dir {saving.output_dir}: {first.name} {whose}, and a run named "
+            f"{saving.output_name} may want that name. Choose another --output_name or --output_dir, "
+            "or move that file away."
+        )
+    existing = found.own
     if existing and not is_resuming and not saving.overwrite:
         raise ConfigError(
             f"--output_dir {saving.output_dir} holds {len(existing)} results named {saving.output_name}, "
@@ -125,21 +138,22 @@ def check_output(saving: SavingConfig, *, is_resuming: bool) -> list[Path]:
     return existing
 
 
-def check_output_unwritten(saving: SavingConfig, *, is_resuming: bool) -> None:
+def check_output_unwritten(config: TrainConfig, *, is_resuming: bool) -> None:
     """What `prepare_output` would refuse, as far as it shows without writing anything.
 
     Raises:
         ConfigError: see `check_output`.
         ResourceError: a folder, or the one it would be made in, is no folder or cannot be written.
     """
-    check_output(saving, is_resuming=is_resuming)
+    saving = config.saving
+    check_output(config, is_resuming=is_resuming)
     folders = {"--output_dir": saving.output_dir, "--output_dir_fallback": saving.output_dir_fallback}
     for option, folder in folders.items():
         if folder is not None:
             check_folder_unwritten(folder, option)
 
 
-def prepare_output(saving: SavingConfig, held: ExitStack, *, is_resuming: bool) -> None:
+def prepare_output(config: TrainConfig, held: ExitStack, *, is_resuming: bool) -> None:
     """Make the output folder, prove that it can be written, and deal with results of the same name.
 
     Args:
@@ -148,8 +162,9 @@ def prepare_output(saving: SavingConfig, held: ExitStack, *, is_resuming: bool) 
         ConfigError: there are results, and neither `--overwrite` nor `--resume` says what to do with them.
         ResourceError: the folder cannot be made or written, or another run of this name goes on.
     """
+    saving = config.saving
     names = OutputNames(saving.output_dir, saving.output_name)
-    existing = check_output(saving, is_resuming=is_resuming)
+    existing = check_output(config, is_resuming=is_resuming)
     _prove_writable("--output_dir", saving.output_dir)
     if saving.output_dir_fallback is not None:
         _prove_writable("--output_dir_fallback", saving.output_dir_fallback)
@@ -159,7 +174,7 @@ def prepare_output(saving: SavingConfig, held: ExitStack, *, is_resuming: bool) 
             "--overwrite: removing %d results of earlier runs named %s", len(existing), saving.output_name
         )
         for path in existing:
-            delete_result(path)
+            delete_result(path, saving.output_name)
         names.validation_plot.unlink(missing_ok=True)
 
 

@@ -16,7 +16,8 @@ from kandinsky5.hub import HubUploads
 from kandinsky5.lora_metadata import RunFacts, lora_metadata
 from kandinsky5.metrics import Metrics
 from kandinsky5.prediction_change import PredictionProbe
-from kandinsky5.saving import OutputNames, Unit, average_path, delete_result, effect_path, expired
+from kandinsky5.results import delete_result
+from kandinsky5.saving import OutputNames, Unit, average_path, effect_path, expired
 from kandinsky5.trackers import Tracker
 from kandinsky5.train_setup import has_schedule_state
 from kandinsky5.training_state import RunState, write_state
@@ -239,11 +240,12 @@ class Output:
         saving = self._config.saving
         old = expired(saving, unit, number, state=False)
         old_state = expired(saving, unit, number, state=True) if saving.save_state else None
-        doomed = [] if old is None else [self.names.lora(unit, old)]
+        lora = None if old is None else self.names.lora(unit, old)
+        doomed = [] if lora is None else [lora, average_path(lora)]
         doomed += [] if old_state is None else [self.names.state(unit, old_state)]
         for path in doomed:
             try:
-                delete_result(path)
+                delete_result(path, self.names.output_name)
             except OSError as error:
                 # Such as a file that is open in another program on Windows: no reason to end a run.
                 log.warning("%s is old and cannot be deleted: %s", path, error.strerror)

@@ -64,9 +64,9 @@ def prepare_run(config: TrainConfig, held: ExitStack) -> PreparedRun | None:
     check_fast_products(config.model, accelerator.device)
     is_resuming, is_dry = config.run.resume is not None, config.run.dry_run
     if is_dry:
-        train_checks.check_output_unwritten(saving, is_resuming=is_resuming)
+        train_checks.check_output_unwritten(config, is_resuming=is_resuming)
     elif accelerator.is_main_process:
-        train_checks.prepare_output(saving, held, is_resuming=is_resuming)
+        train_checks.prepare_output(config, held, is_resuming=is_resuming)
         remove_strays(saving.output_dir)
         remove_stray_states(saving.output_dir)
         for note in config.notes:

@@ -17,7 +17,7 @@ from kandinsky5.saved_config import shareable_options
 from kandinsky5.saving import OutputNames
 from kandinsky5.train_plan import RunLength, data_order_hash
 from kandinsky5.train_setup import build_schedule
-from kandinsky5.training_state import SavedState, find_state, read_state, step_of
+from kandinsky5.training_state import SavedState, find_state, read_mark, read_state
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 from modules.optimizers import describe_optimizer, takes_relative_steps
@@ -64,7 +64,8 @@ def is_finished(saving: SavingConfig, saved: SavedState, total_steps: int) -> bo
     names = OutputNames(saving.output_dir, saving.output_name)
     wants_state = saving.save_state or saving.save_state_on_train_end
     # The final LoRA is written before the last step's state; a final state may be that of a shorter run.
-    has_state = not wants_state or step_of(names.final_state) >= total_steps
+    last = read_mark(names.final_state)
+    has_state = not wants_state or (last is not None and last.step >= total_steps)
     return saved.run.step >= total_steps and names.final_lora.is_file() and has_state
 
 

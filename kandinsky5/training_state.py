@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kandinsky5.saving import is_state_name
 from modules.errors import DataError, ModelFileError
 from modules.files import atomic_writer, process_is_running, sync_folder, write_json
 from modules.logs import get_logger
@@ -76,6 +77,14 @@ class RunState:
     def epoch(self) -> int:
         """Epochs completed."""
         return self.step // self.steps_per_epoch
+
+
+@dataclass(frozen=True, slots=True)
+class StateMark:
+    """Of which run and step a state is."""
+
+    output_name: str
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +253,7 @@ def find_state(output_dir: Path, output_name: str, resume: str) -> Path | None:
     put_back_old_states(output_dir, output_name)
     candidates = list_states(output_dir, output_name)
     broken = []
-    for folder, _ in sorted(candidates, key=lambda pair: pair[1], reverse=True):
+    for folder, _ in sorted(candidates, key=lambda pair: pair[1].step if pair[1] else -1, reverse=True):
         problem = state_problem(folder)
         if problem is None:
             return folder
@@ -255,34 +264,24 @@ def find_state(output_dir: Path, output_name: str, resume: str) -> Path | None:
     return None
 
 
-def list_states(output_dir: Path, output_name: str) -> list[tuple[Path, int]]:
-    """Every state directory of an output name with its step; -1 where the step cannot be read."""
+def list_states(output_dir: Path, output_name: str) -> list[tuple[Path, StateMark | None]]:
+    """Every state directory of an output name with what it says it is, as far as that can be read."""
     found = []
-    # Not a glob: an output name may hold its special characters.
     for folder in output_dir.iterdir() if output_dir.is_dir() else ():
-        if folder.is_dir() and _is_state_name(folder.name, output_name):
-            found.append((folder, step_of(folder)))
+        if folder.is_dir() and is_state_name(folder.name, output_name):
+            mark = read_mark(folder)
+            if mark is None or mark.output_name == output_name:
+                found.append((folder, mark))
     return found
 
 
-def _is_state_name(name: str, output_name: str) -> bool:
-    if not name.startswith(output_name) or not name.endswith("-state"):
-        return False
-    return _is_position(name.removeprefix(output_name).removesuffix("-state"))
-
-
-def _is_position(text: str) -> bool:
-    """ "" at the end of a run, "-000003" after an epoch, "-step00000040" after a step."""
-    digits = text.removeprefix("-").removeprefix("step")
-    return text == "" or (text.startswith("-") and digits.isdigit())
-
-
-def step_of(folder: Path) -> int:
-    """The step a state directory says it holds; -1 where it cannot be read."""
+def read_mark(folder: Path) -> StateMark | None:
+    """What a state directory says it is; None where that cannot be read."""
     try:
-        return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return StateMark(str(values["output_name"]), int(values["step"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return -1
+        return None
 
 
 def put_back_old_states(output_dir: Path, output_name: str) -> None:
@@ -292,7 +291,7 @@ def put_back_old_states(output_dir: Path, output_name: str) -> None:
     """
     for old in output_dir.iterdir() if output_dir.is_dir() else ():
         owner, _, name = old.name.removeprefix(_OLD_PREFIX).partition("-")
-        if not old.name.startswith(_OLD_PREFIX) or not owner or not _is_state_name(name, output_name):
+        if not old.name.startswith(_OLD_PREFIX) or not owner or not is_state_name(name, output_name):
             continue
         try:
             if not (output_dir / name).exists():

@@ -500,7 +500,11 @@ def _add_saving(parser: argparse.ArgumentParser) -> None:
 
 def _add_metadata(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("metadata of the LoRA file")
-    group.add_argument("--no_metadata", action="store_true", help="only what is needed to use the file")
+    group.add_argument(
+        "--no_metadata",
+        action="store_true",
+        help="only what is needed to use the file, and the name of the run",
+    )
     group.add_argument("--training_comment", help="free text")
     for name in ("title", "author", "description", "license", "tags"):
         group.add_argument(f"--metadata_{name}", help=f"modelspec.{name}")

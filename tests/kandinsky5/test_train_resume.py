@@ -162,7 +162,7 @@ def test_files_that_a_kill_left_beyond_their_time_go_at_the_next_start(
 ) -> None:
     words = ("--save_state", "--save_every_n_steps", 1, "--save_last_n_steps", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(train_output, "delete_result", lambda _: (_ for _ in ()).throw(KeyError("killed")))
+        patch.setattr(train_output, "delete_result", lambda *_: (_ for _ in ()).throw(KeyError("killed")))
         with pytest.raises(KeyError, match="killed"):
             train(dit, dataset, tmp_path, *words, "--max_train_steps", 4)
     assert (tmp_path / "lora-step00000001.safetensors").is_file()

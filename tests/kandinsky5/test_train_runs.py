@@ -190,6 +190,7 @@ def test_metadata_names_the_run(dit: Path, dataset: Path, tmp_path: Path) -> Non
     train(dit, dataset, tmp_path, "--max_train_steps", 1, "--overwrite", "--no_metadata")
     short = read_header(tmp_path / "lora.safetensors").metadata
     assert {key for key in short if key.startswith("ss_")} == {
+        "ss_output_name",
         "ss_base_model_version",
         "ss_network_module",
         "ss_network_dim",

@@ -1,0 +1,73 @@
+"""Whose results lie in an output folder: a run replaces and deletes only what a run of its name wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kandinsky5.saving import OutputNames, effect_path, is_average_name, is_lora_name, is_state_name
+from kandinsky5.training_state import read_mark, remove_state
+from modules.errors import ModelFileError
+from modules.logs import get_logger
+from modules.tensor_files import read_header
+from networks.lora_scales import lora_config_path
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundResults:
+    """LoRAs and states that carry names of a run."""
+
+    own: tuple[Path, ...]
+    """Written by a run of this output name, as they say themselves."""
+    foreign: tuple[Path, ...]
+    """Others, which the run might want to replace: of another run, or without a word of whose they are."""
+
+
+def find_results(names: OutputNames, *, with_average: bool) -> FoundResults:
+    """Sort what lies under the names of a run by who wrote it.
+
+    Args:
+        with_average: whether the run writes averages, so that other files of such names are in its way.
+    """
+    own, foreign = [], []
+    for path in sorted(_named_alike(names)):
+        if maker(path) == names.output_name:
+            own.append(path)
+        elif with_average or not is_average_name(path.name, names.output_name):
+            foreign.append(path)
+    return FoundResults(tuple(own), tuple(foreign))
+
+
+def _named_alike(names: OutputNames) -> Iterator[Path]:
+    for path in names.output_dir.iterdir() if names.output_dir.is_dir() else ():
+        name, run = path.name, names.output_name
+        if is_lora_name(name, run) or is_average_name(name, run) or is_state_name(name, run):
+            yield path
+
+
+def maker(path: Path) -> str | None:
+    """The output name of the run that wrote a LoRA or a state; None where it cannot be read from it."""
+    if path.is_dir():
+        mark = read_mark(path)
+        return None if mark is None else mark.output_name
+    try:
+        return read_header(path).metadata.get("ss_output_name")
+    except ModelFileError:
+        return None
+
+
+def delete_result(path: Path, output_name: str) -> None:
+    """Remove a LoRA with what lies beside it, or a state directory, if a run of this name wrote it."""
+    if not path.exists():
+        return
+    if maker(path) != output_name:
+        log.warning("%s is left alone: it does not say that a run named %s wrote it", path, output_name)
+    elif path.is_dir():
+        remove_state(path)
+    else:
+        # The LoRA last: until it is gone it tells whose the others are.
+        for file in (lora_config_path(path), effect_path(path), path):
+            file.unlink(missing_ok=True)
