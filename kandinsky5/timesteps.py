@@ -13,7 +13,10 @@ from torch import Tensor
 
 from kandinsky5.configs.train import ShowTimestepsConfig, TimestepConfig
 from modules.errors import ConfigError
+from modules.logs import get_logger
 from modules.seeding import generator_for
+
+log = get_logger(__name__)
 
 _NORMAL = NormalDist()
 _MARGIN = 1e-7
@@ -212,6 +215,8 @@ def save_bars_image(path: Path, shares: Sequence[float], weights: Sequence[float
 
 def show_timesteps(config: ShowTimestepsConfig) -> None:
     """Draw many noise levels as training would and show how often each occurs and what it weighs."""
+    for note in config.notes:
+        log.info("%s", note)
     shares, weights = histogram(config.timesteps)
     if config.show_timesteps == "console":
         print(text_bars(shares, weights))

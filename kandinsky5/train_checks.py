@@ -24,7 +24,8 @@ from modules.files import atomic_writer, check_folder_unwritten
 from modules.locks import sole_user
 from modules.logs import get_logger
 from modules.lr_schedules import SCHEDULE_NAMES, ScheduleSettings, multiplier
-from modules.optimizers import check_optimizer, is_schedule_free, takes_relative_steps
+from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
+from modules.optimizers import check_optimizer
 from networks.lora_kandinsky import parse_network_args
 
 log = get_logger(__name__)
@@ -97,12 +98,12 @@ def check_optimizer_settings(config: OptimizerConfig) -> None:
     sets_own_rate = takes_relative_steps(config.optimizer_type, config.optimizer_args)
     if config.lr_scheduler == "adafactor" and not sets_own_rate:
         raise ConfigError("--lr_scheduler adafactor needs --optimizer_type AdaFactor with relative steps")
-    if sets_own_rate or is_schedule_free(config.optimizer_type) or config.lr_scheduler_type:
-        return
-    if config.lr_scheduler not in SCHEDULE_NAMES:
+    if config.lr_scheduler not in (*SCHEDULE_NAMES, "adafactor"):
         raise ConfigError(
             f"--lr_scheduler {config.lr_scheduler}: use one of {', '.join(SCHEDULE_NAMES)}, adafactor"
         )
+    if sets_own_rate or is_schedule_free(config.optimizer_type) or config.lr_scheduler_type:
+        return
     multiplier(ScheduleSettings(name=config.lr_scheduler, total_steps=1, arguments=config.lr_scheduler_args))
 
 

@@ -14,6 +14,7 @@ from kandinsky5 import train_checks, train_memory, train_setup
 from kandinsky5.configs.train import TrainConfig
 from kandinsky5.devices import check_fast_products
 from kandinsky5.hub import HubUploads
+from kandinsky5.machine_notes import machine_notes
 from kandinsky5.saved_config import shareable_options, write_config
 from kandinsky5.saving import OutputNames
 from kandinsky5.trackers import Tracker, open_trackers
@@ -69,7 +70,9 @@ def prepare_run(config: TrainConfig, held: ExitStack) -> PreparedRun | None:
         train_checks.prepare_output(config, held, is_resuming=is_resuming)
         remove_strays(saving.output_dir)
         remove_stray_states(saving.output_dir)
-        for note in config.notes:
+    if accelerator.is_main_process:
+        idle_here = machine_notes(config, accelerator.num_processes, accelerator.device)
+        for note in (*config.notes, *idle_here):
             log.info("%s", note)
     wants_uploads = config.hub.huggingface_repo_id is not None and accelerator.is_main_process and not is_dry
     uploads = HubUploads(config.hub) if wants_uploads else None

@@ -20,7 +20,8 @@ from kandinsky5.train_setup import build_schedule
 from kandinsky5.training_state import SavedState, find_state, read_mark, read_state
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
-from modules.optimizers import describe_optimizer, takes_relative_steps
+from modules.optimizer_kinds import takes_relative_steps
+from modules.optimizers import describe_optimizer
 from networks.lora import Adapter, LoRAAdapter, LoRANetwork
 from networks.weight_average import WeightAverage
 

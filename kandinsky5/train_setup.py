@@ -38,7 +38,7 @@ from modules.dtypes import dtype_from_word
 from modules.errors import ConfigError, ResourceError
 from modules.logs import get_logger
 from modules.lr_schedules import ScheduleSettings, build_lr_schedule
-from modules.optimizers import is_schedule_free, takes_relative_steps
+from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
 from networks.lora import LoRANetwork
 from networks.lora_files import load_weights, read_lora
 from networks.lora_kandinsky import (

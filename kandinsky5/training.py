@@ -277,6 +277,8 @@ class Trainer:
         terms, sigmas = self._accumulate(plan, batches)
         norm = self._clip()
         word = take_control_word(self.output.names) if self.accelerator.is_main_process else ""
+        if word == "sample" and self.config.samples.sample_prompts is None:
+            log.info("%s: sample has no effect: add --sample_prompts", self.output.names.control.name)
         asked = stop.exit_code if stop.is_set() else _STOP_WORD_CODE if word == "stop" else 0
         (loss, prior_loss), norm_value, request = self._share(terms, norm, asked, word == "sample")
         log_norms(metrics, self.step, self.norm_limit.take(self.waited))

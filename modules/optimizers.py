@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from modules.class_names import import_class
 from modules.errors import ConfigError
+from modules.optimizer_kinds import takes_relative_steps
 
 FLAG = "--optimizer_type"
 
@@ -91,18 +92,6 @@ def check_optimizer(name: str, learning_rate: float, arguments: Mapping[str, Any
         ConfigError, ResourceError: as `build_optimizer`.
     """
     build_optimizer(name, [{"params": [nn.Parameter(torch.zeros(1))]}], learning_rate, arguments)
-
-
-def takes_relative_steps(name: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether the optimizer is an Adafactor that sets its own learning rate."""
-    if name.lower().rpartition(".")[2] != "adafactor" or name.lower().startswith("torch."):
-        return False
-    return bool(arguments.get("relative_step", True)) or bool(arguments.get("warmup_init", False))
-
-
-def is_schedule_free(name: str) -> bool:
-    """Whether the optimizer averages its weights by itself: no schedule, and eval() before they are used."""
-    return name.endswith("ScheduleFree")
 
 
 def has_averages(optimizer: torch.optim.Optimizer) -> bool:

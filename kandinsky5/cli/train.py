@@ -13,6 +13,7 @@ from typing import Any
 from kandinsky5.cli.common import local_name
 from kandinsky5.cli.compile_options import compile_config
 from kandinsky5.cli.config_file import file_values, read_toml, with_config_file
+from kandinsky5.cli.idle_options import OPTIMIZER_RULES, RUN_RULES, TIMESTEP_RULES, idle_notes
 from kandinsky5.cli.train_options import ACCEPTED, UNAVAILABLE, UNAVAILABLE_VALUES, build_parser
 from kandinsky5.cli.weight_options import dit_weight_problems
 from kandinsky5.configs.compilation import NO_BACKEND
@@ -44,13 +45,13 @@ _PLACES = ("vae",)
 _PLACES_OR_IDS = ("text_encoder_qwen", "text_encoder_clip")
 _NOT_OF_THE_RUN = ("help", "config_file", "resume", "overwrite", "traceback", "show_timesteps")
 """Options that say how this call is made, which a repeated run decides anew."""
-_NEWCOMER_DEFAULTS = {
-    "discrete_flow_shift": 1.0,
-    "timestep_sampling": "sigma",
-    "learning_rate": 2e-6,
-    "network_dim": 4,
-    "network_alpha": 1.0,
-}
+_NEWCOMER_OPTIONS = (
+    "discrete_flow_shift",
+    "timestep_sampling",
+    "learning_rate",
+    "network_dim",
+    "network_alpha",
+)
 _NEWCOMER_RECIPE = (
     "--timestep_sampling shift --discrete_flow_shift 5.0 --learning_rate 1e-4 "
     "--network_dim 32 --network_alpha 32"
@@ -68,8 +69,13 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig | ShowTimestep
     args = parser.parse_args(with_config_file(parser, words))
     if args.show_timesteps:
         image = (args.output_dir or Path()) / f"{args.output_name or 'k5'}_timesteps.png"
+        timesteps = _timesteps(args)
+        notes = idle_notes(TIMESTEP_RULES, timesteps, _given(parser, args))
         return ShowTimestepsConfig(
-            show_timesteps=args.show_timesteps, timesteps=_timesteps(args), image_path=image
+            show_timesteps=args.show_timesteps,
+            timesteps=timesteps,
+            image_path=image,
+            notes=tuple(notes.values()),
         )
     return _train_config(parser, args)
 
@@ -102,7 +108,8 @@ def _train_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     values = file_values(parser, args, places=_PLACES, places_or_ids=_PLACES_OR_IDS)
     left_out = {*_SECRETS, *_NOT_OF_THE_RUN}
     options = {name: value for name, value in values.items() if name not in left_out}
-    return TrainConfig(**parts, options=options, notes=tuple(_notes(parser, args, parts["model"])))
+    config = TrainConfig(**parts, options=options)
+    return replace(config, notes=tuple(_notes(parser, args, config)))
 
 
 def _fill(kind: type, args: argparse.Namespace, **changed: Any) -> Any:
@@ -324,52 +331,47 @@ def _samples(args: argparse.Namespace) -> SampleConfig:
     )
 
 
-def _notes(parser: argparse.ArgumentParser, args: argparse.Namespace, model: ModelConfig) -> list[str]:
-    given = vars(args)
-    notes = [
-        f"--{name} has no effect: {why}"
-        for name, why in ACCEPTED.items()
-        if given[name] != parser.get_default(name)
+def _given(parser: argparse.ArgumentParser, args: argparse.Namespace) -> set[str]:
+    """Names of the options whose values are not their defaults."""
+    return {name for name, value in vars(args).items() if value != parser.get_default(name)}
+
+
+def _notes(parser: argparse.ArgumentParser, args: argparse.Namespace, config: TrainConfig) -> list[str]:
+    """What has no effect, and what may not be what was meant."""
+    given = _given(parser, args)
+    words = given | {f"network_args {name}" for name in config.network.network_args}
+    return [
+        *(f"--{name} has no effect: {why}" for name, why in ACCEPTED.items() if name in given),
+        *idle_notes(TIMESTEP_RULES, config.timesteps, given).values(),
+        *idle_notes(OPTIMIZER_RULES, config.optimizer, words).values(),
+        *idle_notes(RUN_RULES, config, given).values(),
+        *_hints(config, given),
     ]
-    no_samples = [
-        name
-        for name in (
-            "vae",
-            "text_encoder_qwen",
-            "text_encoder_clip",
-            "vae_dtype",
-            "fp8_llm",
-            "quantized_qwen",
-            "offload_dit_during_sampling",
-        )
-        if given[name]
-    ]
-    if args.sample_prompts is None and no_samples:
-        notes.append(f"--{', --'.join(no_samples)}: only used for samples, and none are asked for")
-    if args.sample_prompts is not None and not (
-        args.sample_every_n_steps or args.sample_every_n_epochs or args.sample_at_first
-    ):
-        notes.append("--sample_prompts without --sample_every_n_*: only the control file asks for samples")
-    of_wandb = [
-        name
-        for name in ("wandb_run_name", "wandb_api_key", "log_tracker_name")
-        if given[name] != parser.get_default(name)
-    ]
-    if of_wandb and args.log_with not in ("wandb", "all"):
-        notes.append(f"--{', --'.join(of_wandb)} without effect: add --log_with wandb")
-    nabla_options = [name for name in given if name.startswith("nabla_") and given[name] is not None]
-    if model.nabla is None and nabla_options:
-        notes.append(
-            f"--{', --'.join(nabla_options)} without effect: {model.task.name} attends densely; "
-            "add --force_nabla_attention"
-        )
-    if (args.i2v_mode != "first" or args.i2v_conditioning != "inference") and not model.task.is_i2v:
-        notes.append(f"--i2v_* without effect: {model.task.name} is no image-to-video task")
-    if args.network_module.endswith((".loha", ".lokr")) and args.lora_format != "kohya":
-        notes.append("LoHa and LoKr are saved in kohya's layout, the one other programs read")
-    if all(given[name] == value for name, value in _NEWCOMER_DEFAULTS.items()):
-        notes.append(
+
+
+def _hints(config: TrainConfig, given: set[str]) -> list[str]:
+    samples, optimizer = config.samples, config.optimizer
+    checks = [
+        (
+            samples.sample_prompts is not None
+            and not (
+                samples.sample_every_n_steps or samples.sample_every_n_epochs or samples.sample_at_first
+            ),
+            "--sample_prompts without --sample_every_n_*: only the control file asks for samples",
+        ),
+        (
+            config.network.network_module.endswith((".loha", ".lokr"))
+            and config.saving.lora_format != "kohya",
+            "LoHa and LoKr are saved in kohya's layout, the one other programs read",
+        ),
+        (
+            optimizer.lr_scheduler == "warmup_stable_decay" and optimizer.lr_decay_steps == 0,
+            "--lr_scheduler warmup_stable_decay never decays without --lr_decay_steps, such as 10%",
+        ),
+        (
+            not given & set(_NEWCOMER_OPTIONS),
             "timestep shift (none), learning rate (2e-6), rank (4) and alpha (1) are all at their defaults, "
-            f"which teach very little. A tested start: {_NEWCOMER_RECIPE}"
-        )
-    return notes
+            f"which teach very little. A tested start: {_NEWCOMER_RECIPE}",
+        ),
+    ]
+    return [hint for applies, hint in checks if applies]

@@ -361,7 +361,7 @@ class TrainConfig:
     """Every option as given or defaulted, as a configuration file would hold it; files and folders are
     `Path`. No secrets, and nothing that only concerns this call."""
     notes: tuple[str, ...] = ()
-    """Log lines about options that have no effect here."""
+    """Log lines about options that have no effect here, and other advice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -372,3 +372,5 @@ class ShowTimestepsConfig:
     timesteps: TimestepConfig
     image_path: Path
     """Where the plot goes in image mode."""
+    notes: tuple[str, ...] = ()
+    """Log lines about options that have no effect here."""

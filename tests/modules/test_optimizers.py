@@ -10,13 +10,13 @@ from torch import nn
 
 from modules.errors import ConfigError, ResourceError
 from modules.keyword_args import parse_keyword_args
+from modules.optimizer_kinds import takes_relative_steps
 from modules.optimizers import (
     build_optimizer,
     check_optimizer,
     describe_optimizer,
     learning_rates,
     optimizer_class,
-    takes_relative_steps,
 )
 
 
