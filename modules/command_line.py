@@ -6,7 +6,7 @@ import argparse
 import difflib
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -42,15 +42,25 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(code)
 
 
+def _has_traceback_word(argv: Sequence[str]) -> bool:
+    return "--traceback" in argv
+
+
 @contextmanager
-def user_errors(argv: Sequence[str] | None) -> Iterator[None]:
-    """Around the body of a script's main: print a `UserError` and end with its exit code."""
+def user_errors(
+    argv: Sequence[str] | None, asks_for_traceback: Callable[[Sequence[str]], bool] = _has_traceback_word
+) -> Iterator[None]:
+    """Around the body of a script's main: print a `UserError` and end with its exit code.
+
+    Args:
+        asks_for_traceback: whether a command line wants the traceback too; by its words, if not told.
+    """
     setup_logging()
     arguments = sys.argv[1:] if argv is None else argv
     try:
         yield
     except UserError as error:
-        if "--traceback" in arguments:
+        if asks_for_traceback(arguments):
             traceback.print_exc()
         lines = "\n".join(error.problems)
         print(f"error: {lines}\nexit code {error.exit_code}", file=sys.stderr)

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,30 @@ def with_config_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> li
     Sections of the file are flattened, their names do not matter. The extension `.toml` may be left out.
 
     Raises:
-        ConfigError: the file is missing or no TOML, or has unknown options or values of the wrong kind; all
-            problems are listed.
+        ConfigError: the file is missing or no TOML, has unknown options or values of the wrong kind, or says
+            one option in two places; all problems are listed.
+    """
+    path = _named_file(argv)
+    return list(argv) if path is None else [*option_words(parser, path), *argv]
+
+
+def asks_for_traceback(argv: Sequence[str]) -> bool:
+    """Whether `--traceback` is among the words, or true in the `--config_file` they name."""
+    if "--traceback" in argv:
+        return True
+    try:
+        path = _named_file(argv)
+        options = [] if path is None else _flatten(read_toml(path, FLAG))
+    except ConfigError:  # it is what there is to tell
+        return False
+    return any(option.name == "traceback" and option.value is True for option in options)
+
+
+def _named_file(argv: Sequence[str]) -> Path | None:
+    """The file that `--config_file` names, with the extension it may leave out.
+
+    Raises:
+        ConfigError: the option has no value.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument(FLAG)
@@ -30,11 +53,9 @@ def with_config_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> li
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from error
     if name is None:
-        return list(argv)
+        return None
     path = Path(name)
-    if not path.is_file() and path.suffix != ".toml":
-        path = path.with_name(path.name + ".toml")
-    return [*option_words(parser, path), *argv]
+    return path if path.is_file() or path.suffix == ".toml" else path.with_name(path.name + ".toml")
 
 
 def option_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
@@ -43,7 +64,6 @@ def option_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     Raises:
         ConfigError: see `with_config_file`.
     """
-    values = _flatten(read_toml(path, FLAG))
     actions = {
         option.removeprefix("--"): action
         for action in parser._actions
@@ -52,20 +72,36 @@ def option_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     }
     words: list[str] = []
     problems = []
-    for key, value in values:
-        action = actions.get(key)
-        if action is None or key in ("help", "config_file"):
-            nearest = difflib.get_close_matches(key, actions, n=1)
+    seen: dict[str, tuple[_FileOption, list[str]]] = {}
+    for option in _flatten(read_toml(path, FLAG)):
+        action = actions.get(option.name)
+        if action is None or option.name in ("help", "config_file"):
+            nearest = difflib.get_close_matches(option.name, actions, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            problems.append(f"{path}: unknown option {key}{hint}")
+            problems.append(f"{path}: unknown option {option.name}{hint}")
             continue
         try:
-            words += _words(key, value, action)
+            own = _words(option.name, option.value, action, _partner(parser, action))
         except ConfigError as error:
             problems += [f"{path}: {problem}" for problem in error.problems]
+            continue
+        first, first_words = seen.setdefault(action.dest, (option, own))
+        if first is not option and (first.name == option.name or first_words != own):
+            problems.append(f"{path}: {first.where} and {option.where} give one option twice: leave one out")
+        words += own
     if problems:
         raise ConfigError(problems)
     return words
+
+
+def _partner(parser: argparse.ArgumentParser, action: argparse.Action) -> str | None:
+    """The switch that says the opposite of this one."""
+    opposites = [
+        other.option_strings[0]
+        for other in parser._actions
+        if other is not action and other.nargs == 0 and other.dest == action.dest
+    ]
+    return opposites[0] if action.nargs == 0 and opposites else None
 
 
 def read_toml(path: Path, flag: str) -> dict[str, Any]:
@@ -82,18 +118,35 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
         raise ConfigError(f"{flag} {path}: cannot be read: {error}") from error
 
 
-def _flatten(table: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    pairs = []
+@dataclass(frozen=True, slots=True)
+class _FileOption:
+    name: str
+    value: Any
+    section: str
+    """Dotted name of the table it stands in; "" outside all."""
+
+    @property
+    def where(self) -> str:
+        return f"{self.name} under [{self.section}]" if self.section else self.name
+
+
+def _flatten(table: Mapping[str, Any], section: str = "") -> list[_FileOption]:
+    options = []
     for key, value in table.items():
-        pairs += _flatten(value) if isinstance(value, dict) else [(key, value)]
-    return pairs
+        if isinstance(value, dict):
+            options += _flatten(value, f"{section}.{key}" if section else key)
+        else:
+            options.append(_FileOption(key, value, section))
+    return options
 
 
-def _words(key: str, value: Any, action: argparse.Action) -> list[str]:
+def _words(key: str, value: Any, action: argparse.Action, opposite: str | None) -> list[str]:
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ConfigError(f"{key} is a switch: expected true or false, got {value!r}")
-        return [f"--{key}"] if value else []
+        if value:
+            return [action.option_strings[0]]
+        return [] if opposite is None else [opposite]
     if isinstance(value, bool):
         raise ConfigError(f"{key} needs a value, not {str(value).lower()}")
     if isinstance(value, list):

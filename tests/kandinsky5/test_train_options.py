@@ -10,6 +10,7 @@ import pytest
 
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import ShowTimestepsConfig, TrainConfig
+from kandinsky5_train_network import main
 from modules.errors import ConfigError
 
 BASE = ["--task", "k5-tiny-t2v", "--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "name"]
@@ -180,6 +181,56 @@ def test_a_configuration_file_is_checked_like_the_command_line(tmp_path: Path) -
     ):
         assert part in text
     assert "no such file" in problems_of("--config_file", str(tmp_path / "other"))[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "add_sta"),
+    [
+        ("nabla_add_sta = false", False),
+        ("no_nabla_add_sta = false", True),
+        ("nabla_add_sta = false\nno_nabla_add_sta = true", False),
+        ("nabla_add_sta = true", True),
+    ],
+)
+def test_false_for_one_of_a_pair_of_switches_is_its_opposite(
+    text: str, add_sta: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+    words = ("--task", "k5-tiny-nabla", "--config_file", str(tmp_path / "run.toml"))
+    nabla = parse(*words).model.nabla
+    assert nabla is not None
+    assert nabla.add_sta == add_sta
+    turned = parse(*words, "--no_nabla_add_sta" if add_sta else "--nabla_add_sta").model.nabla
+    assert turned is not None
+    assert turned.add_sta != add_sta, "the command line wins"
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("[a]\nseed = 1\n[b.c]\nseed = 2", ("seed under [a]", "seed under [b.c]")),
+        ("seed = 1\n[a]\nseed = 1", ("seed and seed under [a]",)),
+        ("nabla_add_sta = true\nno_nabla_add_sta = true", ("nabla_add_sta and no_nabla_add_sta",)),
+    ],
+)
+def test_an_option_in_two_places_of_a_file_is_refused_with_both(
+    text: str, places: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+    (problem,) = problems_of(*BASE, "--config_file", str(tmp_path / "run.toml"))
+    for place in places:
+        assert place in problem
+
+
+@pytest.mark.parametrize(("text", "is_shown"), [("true", True), ("false", False)])
+def test_a_traceback_can_be_asked_for_in_the_file(
+    text: str, is_shown: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_text(f"[any]\ntraceback = {text}\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        main(["--config_file", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert ("Traceback" in capsys.readouterr().err) == is_shown
 
 
 def test_secrets_stay_out_of_the_recorded_options() -> None:
