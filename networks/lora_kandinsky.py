@@ -135,6 +135,10 @@ def _matches(patterns: Sequence[re.Pattern[str]], *names: str) -> bool:
     return any(pattern.fullmatch(name) for pattern in patterns for name in names)
 
 
+WORDS_WITHOUT_EFFECT = ("conv_dim", "conv_alpha")
+"""Words of `--network_args` that are taken although the model has no convolutions."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkArgs:
     """The settings that `--network_args` may carry, checked."""
@@ -161,9 +165,9 @@ def parse_network_args(
     problems: list[str] = []
     settings: dict[str, Any] = {}
     for name, value in values.items():
-        if name in {"conv_dim", "conv_alpha"}:
-            log.info("--network_args %s has no effect: the model has no convolutions", name)
-        elif name in checks:
+        if name in WORDS_WITHOUT_EFFECT:
+            continue
+        if name in checks:
             check, wanted = checks[name]
             if check(value):
                 settings[name] = tuple(value) if isinstance(value, list) else value

@@ -212,6 +212,11 @@ RUN_RULES: tuple[IdleRule[TrainConfig], ...] = (
         "--dim_from_weights takes ranks and alphas from --network_weights",
     ),
     IdleRule(
+        ("network_args conv_dim", "network_args conv_alpha"),
+        lambda c: True,
+        "the model has no convolutions",
+    ),
+    IdleRule(
         ("max_train_steps",),
         lambda c: c.run.max_train_epochs is not None,
         "--max_train_epochs wins",

@@ -339,11 +339,11 @@ def _given(parser: argparse.ArgumentParser, args: argparse.Namespace) -> set[str
 def _notes(parser: argparse.ArgumentParser, args: argparse.Namespace, config: TrainConfig) -> list[str]:
     """What has no effect, and what may not be what was meant."""
     given = _given(parser, args)
-    words = given | {f"network_args {name}" for name in config.network.network_args}
+    given |= {f"network_args {name}" for name in config.network.network_args}
     return [
         *(f"--{name} has no effect: {why}" for name, why in ACCEPTED.items() if name in given),
         *idle_notes(TIMESTEP_RULES, config.timesteps, given).values(),
-        *idle_notes(OPTIMIZER_RULES, config.optimizer, words).values(),
+        *idle_notes(OPTIMIZER_RULES, config.optimizer, given).values(),
         *idle_notes(RUN_RULES, config, given).values(),
         *_hints(config, given),
     ]

@@ -28,7 +28,8 @@ class Example:
     value: str
     idle: tuple[str, ...]
     """One set of words for every rule that names the option."""
-    acts: str
+    acts: str | None
+    """None where nothing does."""
 
     @property
     def words(self) -> list[str]:
@@ -82,6 +83,8 @@ EXAMPLES = [
     Example("lr_scheduler_min_lr_ratio", "0.1", (_WSD,), f"{_WSD} --lr_warmup_steps 2"),
     Example("learning_rate", "5e-3", (_ADAFACTOR,), _FIXED),
     Example("network_args", "loraplus_lr_ratio=4", (_ADAFACTOR,), _FIXED),
+    Example("network_args", "conv_dim=4", ("",), None),
+    Example("network_args", "conv_alpha=4", ("",), None),
     Example("i2v_mode", "first_last", ("",), _I2V),
     Example("i2v_conditioning", "channels", ("",), _I2V),
     Example("visual_cond_prob", "0.5", ("",), _I2V),
@@ -160,7 +163,8 @@ def test_an_option_without_effect_gets_one_line_and_one_that_acts_none(example: 
         with_it = idle_lines(parse(*beside.split(), *example.words))
         (line,) = [line for line in with_it if line not in before]
         assert line.startswith(f"--{example.option} ")
-    lines = idle_lines(parse(*example.acts.split(), *example.words))
+    acts = [] if example.acts is None else [*example.words, *example.acts.split()]
+    lines = idle_lines(parse(*acts))
     assert not [line for line in lines if line.startswith(f"--{example.option} ")]
 
 
