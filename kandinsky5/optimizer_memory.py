@@ -14,7 +14,13 @@ from torch import nn
 from kandinsky5.configs.train import OptimizerConfig
 from modules.live_bytes import LiveBytes
 from modules.logs import get_logger
-from modules.optimizers import build_optimizer, moments_on_device, optimizer_class, set_averaging
+from modules.optimizers import (
+    STEP_REFUSALS,
+    build_optimizer,
+    moments_on_device,
+    optimizer_class,
+    set_averaging,
+)
 
 log = get_logger(__name__)
 
@@ -23,8 +29,6 @@ _SMALLEST_QUANTISED = 4096
 """bitsandbytes keeps states in 8 bits, blocks of 256 with a float32 scale each; small ones in float32."""
 _CUDA_ONLY = ("fused", "capturable", "differentiable")
 """Ways of computing a step, some of which a CPU refuses; none changes what is kept."""
-_REFUSALS = (RuntimeError, AssertionError, ValueError, TypeError)
-"""What optimizers raise whose step runs on other devices only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ def optimizer_memory(
         optimizer = _with_gradient(config, arguments, shape)
         try:
             state, scratch = _step_twice(optimizer)
-        except _REFUSALS as error:
+        except STEP_REFUSALS as error:
             log.warning(
                 "the memory of %s is assumed, two float32 states: it does not step on the CPU (%s)",
                 config.optimizer_type,

@@ -23,9 +23,8 @@ from modules.errors import ConfigError, ModelFileError, ResourceError
 from modules.files import atomic_writer, check_folder_unwritten
 from modules.locks import sole_user
 from modules.logs import get_logger
-from modules.lr_schedules import SCHEDULE_NAMES, ScheduleSettings, multiplier
+from modules.lr_schedules import SCHEDULE_NAMES
 from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
-from modules.optimizers import check_optimizer
 from networks.lora_kandinsky import parse_network_args
 
 log = get_logger(__name__)
@@ -35,7 +34,7 @@ HD_POSITIONS = 14080
 
 
 def check_files(config: TrainConfig) -> None:
-    """Check the model files' headers and the settings that name classes.
+    """Check the model files' headers and the settings that need no data.
 
     Raises:
         ModelFileError, ConfigError, ResourceError: each with what to do.
@@ -53,7 +52,7 @@ def check_files(config: TrainConfig) -> None:
         raise ModelFileError([f"{path}: no such LoRA file" for path in missing])
     if config.model.vae is not None and not Path(config.model.vae).exists():
         raise ModelFileError(f"--vae {config.model.vae}: no such file or folder")
-    check_optimizer_settings(config.optimizer)
+    check_schedule_name(config.optimizer)
     if config.network.ema_decay is not None and is_schedule_free(config.optimizer.optimizer_type):
         raise ConfigError(
             f"--ema_decay: {config.optimizer.optimizer_type} saves an average of its weights already"
@@ -88,23 +87,19 @@ def check_memory_options(model: ModelConfig) -> None:
     check_compile_backend(model.compile)
 
 
-def check_optimizer_settings(config: OptimizerConfig) -> None:
-    """Build optimizer and schedule for one number.
+def check_schedule_name(config: OptimizerConfig) -> None:
+    """Check the name alone; `train_rehearsal.py` builds the schedule.
 
     Raises:
-        ConfigError, ResourceError: unknown names, refused arguments, senseless combinations.
+        ConfigError: unknown, or not for this optimizer.
     """
-    check_optimizer(config.optimizer_type, config.learning_rate, config.optimizer_args)
-    sets_own_rate = takes_relative_steps(config.optimizer_type, config.optimizer_args)
-    if config.lr_scheduler == "adafactor" and not sets_own_rate:
-        raise ConfigError("--lr_scheduler adafactor needs --optimizer_type AdaFactor with relative steps")
     if config.lr_scheduler not in (*SCHEDULE_NAMES, "adafactor"):
         raise ConfigError(
             f"--lr_scheduler {config.lr_scheduler}: use one of {', '.join(SCHEDULE_NAMES)}, adafactor"
         )
-    if sets_own_rate or is_schedule_free(config.optimizer_type) or config.lr_scheduler_type:
-        return
-    multiplier(ScheduleSettings(name=config.lr_scheduler, total_steps=1, arguments=config.lr_scheduler_args))
+    sets_own_rate = takes_relative_steps(config.optimizer_type, config.optimizer_args)
+    if config.lr_scheduler == "adafactor" and not sets_own_rate:
+        raise ConfigError("--lr_scheduler adafactor needs --optimizer_type AdaFactor with relative steps")
 
 
 def check_output(config: TrainConfig, *, is_resuming: bool) -> tuple[Path, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -20,13 +20,14 @@ from kandinsky5.saving import OutputNames
 from kandinsky5.trackers import Tracker, open_trackers
 from kandinsky5.train_output import disk_errors
 from kandinsky5.train_plan import RunLength
+from kandinsky5.train_rehearsal import rehearse
 from kandinsky5.train_resume import check_resumed, is_finished, resolve_total_steps, resumed_state
 from kandinsky5.train_samples import PreparedPrompt, encode_requests, read_requests
 from kandinsky5.train_setup import RunMark
 from kandinsky5.training_state import SavedState, remove_stray_states
 from kandinsky5.validation_checks import was_measured
 from modules.files import remove_strays
-from modules.logs import get_logger
+from modules.logs import get_logger, unsaid
 
 log = get_logger(__name__)
 
@@ -91,6 +92,9 @@ def prepare_run(config: TrainConfig, held: ExitStack) -> PreparedRun | None:
         if is_finished(saving, saved, length.total_steps) and is_measured:
             log.info("%s: all %d steps are done, nothing to do", saved.folder.name, length.total_steps)
             return None
+    is_elsewhere = is_dry and config.run.vram_budget is not None and accelerator.device.type != "cuda"
+    with nullcontext() if is_dry else unsaid():
+        rehearse(config, saved, length.total_steps, None if is_elsewhere else accelerator.device)
     if accelerator.is_main_process:
         train_checks.log_datasets(datasets, data)
         log.info("%s", train_checks.describe_model(config.model))

@@ -21,7 +21,7 @@ from kandinsky5.training_state import SavedState, find_state, read_mark, read_st
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 from modules.optimizer_kinds import takes_relative_steps
-from modules.optimizers import describe_optimizer
+from modules.optimizers import describe_optimizer, is_same_optimizer
 from networks.lora import Adapter, LoRAAdapter, LoRANetwork
 from networks.weight_average import WeightAverage
 
@@ -29,6 +29,7 @@ log = get_logger(__name__)
 
 _NOT_COMPARED = (
     *("max_train_", "learning_rate", "seed", "gradient_accumulation_steps", "ema_decay"),
+    "optimizer_",
     *("output_", "save_", "overwrite", "resume", "allow_", "strict", "on_nan", "traceback", "config_file"),
     *("log_", "logging_", "wandb_", "huggingface_", "metadata_", "no_metadata", "training_comment"),
     *("sample_", "validat", "vae", "text_encoder_", "fp8_llm", "quantized_qwen"),
@@ -216,7 +217,7 @@ def restore(
             "Give the options of the first run."
         )
     described = describe_optimizer(optimizer, config.optimizer_args)
-    if described != saved.run.optimizer:
+    if not is_same_optimizer(described, saved.run.optimizer):
         raise ConfigError(
             f"--resume {saved.folder.name}: its optimizer was {saved.run.optimizer}, "
             f"this run's is {described}"

@@ -39,13 +39,13 @@ from modules.errors import ConfigError, ResourceError
 from modules.logs import get_logger
 from modules.lr_schedules import ScheduleSettings, build_lr_schedule
 from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
+from modules.optimizers import build_optimizer
 from networks.lora import LoRANetwork
-from networks.lora_files import load_weights, read_lora
+from networks.lora_files import LoadedLora, load_weights, read_lora
 from networks.lora_kandinsky import (
     block_layer_sizes,
     create_network,
     create_network_from_weights,
-    known_layer_names,
     linear_layer_sizes,
     parse_network_args,
 )
@@ -224,25 +224,33 @@ def _cached(config: TrainConfig, datasets: DatasetConfig, seed: int, **options: 
     )
 
 
-def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer3D:
-    """The frozen model with `--base_weights` merged in; on the meta device all of it without data.
+def read_base_weights(model: ModelConfig) -> list[LoadedLora]:
+    """The LoRAs of `--base_weights`, each at its strength.
 
     Raises:
-        ModelFileError: see `load_dit`.
+        ModelFileError: see `read_lora`.
     """
     params = model.dit_params
-    sizes = block_layer_sizes(
+    layers = block_layer_sizes(
         model_dim=params.model_dim,
         ff_dim=params.ff_dim,
         time_dim=params.time_dim,
         num_text_blocks=params.num_text_blocks,
         num_visual_blocks=params.num_visual_blocks,
     )
-    layers = sizes if model.base_weights else known_layer_names()
-    loras = [
+    return [
         read_lora(path, layers, allow_partial=model.lora_allow_partial).with_multiplier(strength)
         for path, strength in zip(model.base_weights, model.base_weights_multiplier, strict=True)
     ]
+
+
+def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer3D:
+    """The frozen model with `--base_weights` merged in; on the meta device all of it without data.
+
+    Raises:
+        ModelFileError: see `load_dit` and `read_base_weights`.
+    """
+    params = model.dit_params
     dit = load_dit(
         model.dit,
         params,
@@ -252,7 +260,7 @@ def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
         fp8_fast=model.fp8_fast,
         int8=model.int8_base,
         int8_fast=model.int8_fast,
-        loras=loras,
+        loras=read_base_weights(model),
         use_mmap=not model.disable_numpy_memmap,
         check_finite=not model.no_weight_check,
         placement=host_placement(
@@ -320,6 +328,16 @@ def build_network(
     if lora is not None:
         load_weights(network, lora)
     return network
+
+
+def optimizer_for(config: OptimizerConfig, network: LoRANetwork) -> torch.optim.Optimizer:
+    """The optimizer of a network's parameters.
+
+    Raises:
+        ConfigError, ResourceError: see `build_optimizer`.
+    """
+    groups = network.parameter_groups(config.learning_rate)
+    return build_optimizer(config.optimizer_type, groups, config.learning_rate, config.optimizer_args)
 
 
 def schedule_settings(config: OptimizerConfig, total_steps: int) -> ScheduleSettings:

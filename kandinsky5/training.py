@@ -57,7 +57,7 @@ from modules.dtypes import dtype_name
 from modules.errors import DivergedError, ResourceError
 from modules.interruption import StopRequest, exit_on_signal, graceful_stop
 from modules.logs import get_logger
-from modules.optimizers import build_optimizer, describe_optimizer, learning_rates, set_averaging
+from modules.optimizers import describe_optimizer, learning_rates, set_averaging
 from networks.lora import LoRANetwork
 from networks.lora_effect import weight_norms
 
@@ -122,12 +122,7 @@ class Trainer:
         self.runner: nn.Module = accelerator.prepare(self.network)
         train_setup.finish_model(config.model, self.dit, self.device)
         optimizer_config = config.optimizer
-        self.optimizer = build_optimizer(
-            optimizer_config.optimizer_type,
-            self.network.parameter_groups(optimizer_config.learning_rate),
-            optimizer_config.learning_rate,
-            optimizer_config.optimizer_args,
-        )
+        self.optimizer = train_setup.optimizer_for(optimizer_config, self.network)
         self.optimizer_name = describe_optimizer(self.optimizer, optimizer_config.optimizer_args)
         self.schedule: LRScheduler | None = restore(
             saved, optimizer_config, self.network, self.optimizer, length.total_steps

@@ -40,6 +40,17 @@ def only_warnings(is_quiet: bool) -> Iterator[None]:
         _LOG.setLevel(before)
 
 
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Within the block nothing is logged: what is done there is done again later, and said then."""
+    before = _LOG.level
+    _LOG.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        _LOG.setLevel(before)
+
+
 def get_logger(name: str) -> logging.Logger:
     """The logger of one of our modules: `log = get_logger(__name__)`."""
     return _LOG.getChild(name)

@@ -16,6 +16,9 @@ from modules.errors import ConfigError
 Multiplier = Callable[[int], float]
 """Optimizer steps done -> factor on the base learning rate."""
 
+_REFUSALS = (TypeError, ValueError, ArithmeticError)
+"""What schedule classes raise for arguments that they do not take."""
+
 SCHEDULE_NAMES = (
     "constant",
     "constant_with_warmup",
@@ -204,5 +207,23 @@ def _custom_schedule(
         raise ConfigError(f"--lr_scheduler_type {class_name}: cannot be stepped without a validation loss")
     try:
         return found(optimizer, **arguments)
-    except (TypeError, ValueError) as error:
+    except _REFUSALS as error:
         raise ConfigError(f"--lr_scheduler_args: {class_name} refuses its arguments: {error}") from error
+
+
+def check_schedule_lasts(
+    schedule: LRScheduler, class_name: str, *, steps_done: int, total_steps: int
+) -> None:
+    """Step a schedule to the end of the run, as classes may end before it.
+
+    Raises:
+        ConfigError: it does not get there.
+    """
+    for step in range(steps_done + 1, total_steps + 1):
+        try:
+            schedule.step()
+        except _REFUSALS as error:
+            raise ConfigError(
+                f"--lr_scheduler_type {class_name}: fails at step {step} of the {total_steps} of this run: "
+                f"{error}. Give --lr_scheduler_args that last for the whole run"
+            ) from error

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modules.class_names import import_class
 from modules.errors import ConfigError
 from modules.optimizer_kinds import takes_relative_steps
 
 FLAG = "--optimizer_type"
+STEP_REFUSALS = (RuntimeError, AssertionError, ValueError, TypeError)
+"""What optimizers raise that cannot step: on such parameters, without a closure, or on this device."""
 
 _SPECIAL = {
     # Names in lower case that are not those of torch.optim. Adafactor is transformers': torch's own lacks
@@ -85,13 +88,34 @@ def build_optimizer(
         raise ConfigError(f"--optimizer_args: {found.__name__} refuses its arguments: {error}") from error
 
 
-def check_optimizer(name: str, learning_rate: float, arguments: Mapping[str, Any]) -> None:
-    """Make the optimizer for one number, so that a wrong name or argument is found before a model loads.
+def check_step(
+    name: str,
+    parameter_groups: Sequence[Mapping[str, Any]],
+    learning_rate: float,
+    arguments: Mapping[str, Any],
+) -> None:
+    """Make one step, so that an optimizer that cannot train is found before a model loads.
 
+    Args:
+        parameter_groups: of small parameters on the device of the run, like those that are to be trained.
     Raises:
-        ConfigError, ResourceError: as `build_optimizer`.
+        ConfigError, ResourceError: as `build_optimizer`, or the step fails.
     """
-    build_optimizer(name, [{"params": [nn.Parameter(torch.zeros(1))]}], learning_rate, arguments)
+    optimizer = build_optimizer(name, parameter_groups, learning_rate, arguments)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    set_averaging(optimizer, training=True)
+    try:
+        optimizer.step()
+    except torch.OutOfMemoryError:
+        raise
+    except STEP_REFUSALS as error:
+        given = "".join(f" {key}={value}" for key, value in arguments.items())
+        raise ConfigError(
+            f"{FLAG} {name}{given and ' --optimizer_args' + given}: cannot train a LoRA on "
+            f"{parameters[0].device.type} ({error}). AdamW, AdamW8bit, AdaFactor and Lion can"
+        ) from error
 
 
 def has_averages(optimizer: torch.optim.Optimizer) -> bool:
@@ -122,6 +146,17 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, arguments: Mapping[str,
     """`module.Class(name=value,...)`, as LoRA metadata names it."""
     words = ",".join(f"{key}={value}" for key, value in arguments.items())
     return f"{type(optimizer).__module__}.{type(optimizer).__name__}({words})"
+
+
+def is_same_optimizer(one: str, other: str) -> bool:
+    """Whether two names by `describe_optimizer` mean the same; the order of arguments is no difference."""
+    return _parts(one) == _parts(other)
+
+
+def _parts(described: str) -> list[str]:
+    # A comma inside a value, such as that of betas, is not followed by a name and "=".
+    name, _, arguments = described.removesuffix(")").partition("(")
+    return [name, *sorted(re.split(r",(?=[A-Za-z_]\w*=)", arguments))]
 
 
 def moments_on_device(optimizer: torch.optim.Optimizer) -> list[Tensor]:

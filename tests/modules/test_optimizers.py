@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes
 import pytest
 import torch
@@ -13,11 +15,16 @@ from modules.keyword_args import parse_keyword_args
 from modules.optimizer_kinds import takes_relative_steps
 from modules.optimizers import (
     build_optimizer,
-    check_optimizer,
+    check_step,
     describe_optimizer,
+    is_same_optimizer,
     learning_rates,
     optimizer_class,
 )
+
+
+def small_group() -> list[dict[str, Any]]:
+    return [{"params": [nn.Parameter(torch.zeros(2, 2))]}]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +61,7 @@ def test_a_class_that_is_no_optimizer_is_refused() -> None:
 @pytest.mark.parametrize("words", [["wieght_decay=0.1"], ["betas=(2.0,0.9)"], ["lr=0.1"]])
 def test_arguments_the_optimizer_refuses_are_found_without_a_model(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="optimizer_args"):
-        check_optimizer("AdamW", 1e-4, parse_keyword_args(words, "--optimizer_args"))
+        check_step("AdamW", small_group(), 1e-4, parse_keyword_args(words, "--optimizer_args"))
 
 
 def test_the_words_of_the_guide_reach_the_optimizer() -> None:
@@ -73,8 +80,16 @@ def test_adafactor_sets_its_own_rate_unless_told_otherwise() -> None:
     assert takes_relative_steps("AdaFactor", {})
     assert takes_relative_steps("AdaFactor", {"relative_step": False, "warmup_init": True})
     assert not takes_relative_steps("AdaFactor", {"relative_step": False})
-    check_optimizer("AdaFactor", 1e-4, {})
-    check_optimizer("AdaFactor", 1e-4, {"relative_step": False})
+    check_step("AdaFactor", small_group(), 1e-4, {})
+    check_step("AdaFactor", small_group(), 1e-4, {"relative_step": False})
+
+
+def test_names_of_optimizers_differ_by_more_than_the_order_of_arguments() -> None:
+    one = "torch.optim.AdamW(weight_decay=0.1,betas=(0.9, 0.95))"
+    assert is_same_optimizer(one, "torch.optim.AdamW(betas=(0.9, 0.95),weight_decay=0.1)")
+    assert is_same_optimizer("torch.optim.SGD()", "torch.optim.SGD()")
+    for other in ("torch.optim.Adam", "torch.optim.AdamW"):
+        assert not is_same_optimizer(one, f"{other}(weight_decay=0.1,betas=(0.95, 0.9))")
 
 
 def test_only_the_first_equals_sign_separates_and_all_problems_are_listed() -> None:
