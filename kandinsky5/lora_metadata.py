@@ -9,12 +9,15 @@ from __future__ import annotations
 import datetime
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dataset.config import AnyDatasetConfig, DatasetConfig
-from kandinsky5.configs.train import TrainConfig
+from kandinsky5.configs.train import NetworkConfig, OptimizerConfig, TrainConfig
+from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
+from networks.lora import LoRANetwork
 
 MINIMUM_KEYS = (
     "ss_output_name",
@@ -60,12 +63,20 @@ class RunFacts:
 
 
 def lora_metadata(
-    config: TrainConfig, datasets: DatasetConfig, facts: RunFacts, *, step: int, epoch: int
+    config: TrainConfig,
+    datasets: DatasetConfig,
+    facts: RunFacts,
+    network: LoRANetwork,
+    *,
+    step: int,
+    epoch: int,
 ) -> dict[str, str]:
     """The metadata of a file saved after `step` optimizer steps; save_lora adds the hashes of its tensors."""
     values = {
         **_run_values(facts, step=step, epoch=epoch),
         **_option_values(config),
+        **_rate_values(config.optimizer, facts),
+        **_network_values(config.network, network),
         "ss_datasets": json.dumps([_dataset_entry(dataset) for dataset in datasets.datasets]),
     }
     if config.metadata.no_metadata:
@@ -87,7 +98,6 @@ def _run_values(facts: RunFacts, *, step: int, epoch: int) -> dict[str, Any]:
         "ss_epoch": epoch,
         "ss_steps": step,
         "ss_max_train_steps": facts.total_steps,
-        "ss_lr_warmup_steps": facts.warmup_steps,
         "ss_seed": facts.seed,
         "ss_optimizer": facts.optimizer,
         "ss_mixed_precision": facts.mixed_precision,
@@ -97,7 +107,7 @@ def _run_values(facts: RunFacts, *, step: int, epoch: int) -> dict[str, Any]:
 
 
 def _option_values(config: TrainConfig) -> dict[str, Any]:
-    model, network = config.model, config.network
+    model = config.model
     timesteps = {
         f"ss_{key}": value
         for key, value in asdict(config.timesteps).items()
@@ -106,18 +116,11 @@ def _option_values(config: TrainConfig) -> dict[str, Any]:
     return {
         **timesteps,
         "ss_output_name": config.saving.output_name,
-        "ss_learning_rate": config.optimizer.learning_rate,
-        "ss_lr_scheduler": config.optimizer.lr_scheduler_type or config.optimizer.lr_scheduler,
         "ss_max_grad_norm": config.optimizer.max_grad_norm,
         "ss_gradient_checkpointing": model.gradient_checkpointing,
-        "ss_gradient_checkpointing_cpu_offload": False,
+        "ss_gradient_checkpointing_cpu_offload": model.gradient_checkpointing_cpu_offload,
         "ss_gradient_accumulation_steps": config.run.gradient_accumulation_steps,
         "ss_base_model_version": "kandinsky5",
-        "ss_network_module": network.network_module,
-        "ss_network_dim": network.network_dim,
-        "ss_network_alpha": network.network_alpha,
-        "ss_network_dropout": network.network_dropout,
-        "ss_network_args": json.dumps(dict(network.network_args)),
         "ss_training_comment": config.metadata.training_comment,
         "ss_fp8_base": model.fp8_base,
         "ss_int8_base": model.int8_base,
@@ -131,6 +134,37 @@ def _option_values(config: TrainConfig) -> dict[str, Any]:
         "ss_prior_loss_weight": config.loss.prior_loss_weight,
         "ss_attention": model.attention if model.nabla is None else "nabla",
     }
+
+
+def _rate_values(config: OptimizerConfig, facts: RunFacts) -> dict[str, Any]:
+    """Learning rate and schedule that act; None for what the optimizer goes without."""
+    rate, schedule, warmup = config.learning_rate, config.lr_scheduler, facts.warmup_steps
+    if is_schedule_free(config.optimizer_type):
+        schedule, warmup = None, 0
+    elif takes_relative_steps(config.optimizer_type, config.optimizer_args):
+        rate, schedule, warmup = None, "adafactor", 0
+    elif config.lr_scheduler_type:
+        schedule, warmup = config.lr_scheduler_type, 0
+    elif schedule == "piecewise_constant":
+        warmup = 0
+    return {"ss_learning_rate": rate, "ss_lr_scheduler": schedule, "ss_lr_warmup_steps": warmup}
+
+
+def _network_values(config: NetworkConfig, network: LoRANetwork) -> dict[str, Any]:
+    adapters = network.adapters.values()
+    return {
+        "ss_network_module": config.network_module,
+        "ss_network_dim": _common(adapter.rank for adapter in adapters),
+        "ss_network_alpha": _common(adapter.alpha for adapter in adapters),
+        "ss_network_dropout": config.network_dropout,
+        "ss_network_args": json.dumps(dict(config.network_args)),
+    }
+
+
+def _common(values: Iterable[float]) -> float | str:
+    """The value of all layers, or kohya's word for layers that differ."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else "Dynamic"
 
 
 def _dataset_entry(dataset: AnyDatasetConfig) -> dict[str, Any]:

@@ -258,7 +258,9 @@ class Output:
     def _write_lora(self, path: Path, run: RunState) -> None:
         self._check_finite(path)
         saving = self._config.saving
-        metadata = lora_metadata(self._config, self._datasets, self.facts, step=run.step, epoch=run.epoch)
+        metadata = lora_metadata(
+            self._config, self._datasets, self.facts, self._network, step=run.step, epoch=run.epoch
+        )
 
         def save(target: Path, described: Mapping[str, str]) -> None:
             with disk_errors(target):
