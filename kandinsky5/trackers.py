@@ -115,7 +115,9 @@ def open_trackers(config: TrainConfig, mark: RunMark, *, start_step: int) -> lis
     if tracking.uses_wandb:
         folder = tracking.logging_dir or saving.output_dir
         name = tracking.wandb_run_name or saving.output_name
-        trackers.append(WandbTracker(tracking, folder, name, mark.session_id, options))
+        # Its steps cannot go back, so each branch is a run of its own there.
+        run_id = f"{mark.session_id}-{mark.branch}" if mark.branch else mark.session_id
+        trackers.append(WandbTracker(tracking, folder, name, run_id, options))
     return trackers
 
 

@@ -91,6 +91,19 @@ class Output:
         self._metrics: Metrics | None = None
         self._is_final_written = False
 
+    def begin_branch(self, run: RunState, schedule: LRScheduler | None) -> None:
+        """Write where a run that has gone back starts, before all else, so that `--resume auto` follows it.
+
+        At the end of a run the final files come first, as always.
+        """
+        log.info(
+            "going back to step %d leaves later states of %s behind: from now on --resume auto goes on from "
+            "what this run saves (branch %d)",
+            run.step, run.output_name, run.branch,
+        )  # fmt: skip
+        if run.step < run.total_steps:
+            self._put_state(self.names.state("step", run.step), run, schedule)
+
     def open_metrics(self, step: int) -> Metrics:
         """The log of a run that stands at `step`; files saved from now on are reported in it."""
         self._metrics = Metrics(

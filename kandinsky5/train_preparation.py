@@ -21,7 +21,13 @@ from kandinsky5.trackers import Tracker, open_trackers
 from kandinsky5.train_output import disk_errors
 from kandinsky5.train_plan import RunLength
 from kandinsky5.train_rehearsal import rehearse
-from kandinsky5.train_resume import check_resumed, is_finished, resolve_total_steps, resumed_state
+from kandinsky5.train_resume import (
+    branch_of,
+    check_resumed,
+    is_finished,
+    resolve_total_steps,
+    resumed_state,
+)
 from kandinsky5.train_samples import PreparedPrompt, encode_requests, read_requests
 from kandinsky5.train_setup import RunMark
 from kandinsky5.training_state import SavedState, remove_stray_states
@@ -86,10 +92,12 @@ def prepare_run(config: TrainConfig, held: ExitStack) -> PreparedRun | None:
             train_checks.check_sizes(config, measured)
     config = train_memory.fit_budget(config, data, accelerator)
     length = _run_length(config, data, accelerator.num_processes, saved)
+    branch = branch_of(config, saved)
     if saved is not None:
         check_resumed(config, saved, data, length, seed)
         is_measured = validation_data is None or was_measured(saving, length.total_steps)
-        if is_finished(saving, saved, length.total_steps) and is_measured:
+        is_done = branch == saved.run.branch and is_finished(saving, saved, length.total_steps)
+        if is_done and is_measured:
             log.info("%s: all %d steps are done, nothing to do", saved.folder.name, length.total_steps)
             return None
     is_elsewhere = is_dry and config.run.vram_budget is not None and accelerator.device.type != "cuda"
@@ -109,7 +117,7 @@ def prepare_run(config: TrainConfig, held: ExitStack) -> PreparedRun | None:
         settings = OutputNames(saving.output_dir, saving.output_name).config
         with disk_errors(settings):
             write_config(settings, config, resolved)
-    mark = train_setup.mark_run(config.tracking.log_prefix, saved.run if saved else None)
+    mark = train_setup.mark_run(config.tracking.log_prefix, saved.run if saved else None, branch)
     trackers: list[Tracker] = []
     if accelerator.is_main_process:  # before a model is loaded: a key or a connection may be missing
         trackers = open_trackers(config, mark, start_step=saved.run.step if saved else 0)

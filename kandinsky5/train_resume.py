@@ -17,7 +17,7 @@ from kandinsky5.saved_config import shareable_options
 from kandinsky5.saving import OutputNames
 from kandinsky5.train_plan import RunLength, data_order_hash
 from kandinsky5.train_setup import build_schedule
-from kandinsky5.training_state import SavedState, find_state, read_mark, read_state
+from kandinsky5.training_state import SavedState, find_state, list_states, read_mark, read_state
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 from modules.optimizer_kinds import takes_relative_steps
@@ -67,8 +67,20 @@ def is_finished(saving: SavingConfig, saved: SavedState, total_steps: int) -> bo
     wants_state = saving.save_state or saving.save_state_on_train_end
     # The final LoRA is written before the last step's state; a final state may be that of a shorter run.
     last = read_mark(names.final_state)
-    has_state = not wants_state or (last is not None and last.step >= total_steps)
+    has_state = not wants_state or (last is not None and last.place >= (saved.run.branch, total_steps))
     return saved.run.step >= total_steps and names.final_lora.is_file() and has_state
+
+
+def branch_of(config: TrainConfig, saved: SavedState | None) -> int:
+    """The branch of the run: a new one if it was told to go back to a state and leaves later ones behind."""
+    if saved is None:
+        return 0
+    if config.run.resume == "auto":
+        return saved.run.branch
+    states = list_states(config.saving.output_dir, config.saving.output_name)
+    places = [mark.place for _, mark in states if mark is not None]
+    here = (saved.run.branch, saved.run.step)
+    return max(places)[0] + 1 if places and max(places) > here else saved.run.branch
 
 
 def resolve_total_steps(asked: int, saved: SavedState | None) -> int:

@@ -141,14 +141,17 @@ class RunMark:
     """Seconds since 1970."""
     tracker_run: str
     """Name of its folder of TensorBoard curves."""
+    branch: int
+    """See `RunState`."""
 
 
-def mark_run(log_prefix: str, resumed: RunState | None) -> RunMark:
-    """The mark of a resumed run, or a new one, the same on all processes."""
+def mark_run(log_prefix: str, resumed: RunState | None, branch: int) -> RunMark:
+    """The mark of a resumed run, or a new one, the same on all processes but for the branch."""
     started_at = resumed.started_at if resumed else time.time()
     stamp = time.strftime("%Y%m%d%H%M%S", time.localtime(started_at))
     session_id = shared_session(resumed.session_id if resumed else None)
-    return RunMark(session_id, started_at, (resumed.tracker_run if resumed else "") or f"{log_prefix}{stamp}")
+    tracker_run = (resumed.tracker_run if resumed else "") or f"{log_prefix}{stamp}"
+    return RunMark(session_id, started_at, tracker_run, branch)
 
 
 def open_datasets(config: TrainConfig, seed: int) -> tuple[DatasetConfig, CachedDataset]:

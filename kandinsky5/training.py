@@ -101,7 +101,8 @@ class Trainer:
     def __init__(self, run: PreparedRun) -> None:
         config, accelerator, length, saved = run.config, run.accelerator, run.length, run.saved
         self.config, self.accelerator, self.data, self.length = config, accelerator, run.data, length
-        self.seed = run.seed
+        self.seed, self.branch = run.seed, run.mark.branch
+        self.goes_back = saved is not None and self.branch != saved.run.branch
         self.device = accelerator.device
         self.step = saved.run.step if saved else 0
         self.skipped_in_a_row = saved.run.skipped_steps if saved else 0
@@ -204,6 +205,8 @@ class Trainer:
     def run(self, stop: StopRequest) -> None:
         """Train to the last step, or until asked to stop."""
         is_main = self.accelerator.is_main_process
+        if is_main and self.goes_back:
+            self.output.begin_branch(self._run_state(), self.schedule)
         metrics = self.output.open_metrics(self.step) if is_main else None
         epoch, rest = divmod(self.step, self.length.steps_per_epoch)
         if is_main:
@@ -475,4 +478,5 @@ class Trainer:
             tracker_run=self.output.tracker_run,
             options=shareable_options(self.config),
             library_versions=library_versions(),
+            branch=self.branch,
         )

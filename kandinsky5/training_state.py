@@ -72,6 +72,8 @@ class RunState:
     options: Mapping[str, Any] = field(default_factory=dict)
     """The options of the run, without folders and keys."""
     library_versions: Mapping[str, str] = field(default_factory=dict)
+    branch: int = 0
+    """Grows each time a run goes back to an earlier state and so leaves later ones behind."""
 
     @property
     def epoch(self) -> int:
@@ -81,10 +83,16 @@ class RunState:
 
 @dataclass(frozen=True, slots=True)
 class StateMark:
-    """Of which run and step a state is."""
+    """Of which run and where in it a state is."""
 
     output_name: str
+    branch: int
     step: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Larger is newer: a branch that was begun later is, whatever its step."""
+        return self.branch, self.step
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,12 +256,12 @@ def find_state(output_dir: Path, output_name: str, resume: str) -> Path | None:
     Raises:
         DataError: there are states, but not one is whole.
     """
+    put_back_old_states(output_dir, output_name)
     if resume != "auto":
         return Path(resume)
-    put_back_old_states(output_dir, output_name)
     candidates = list_states(output_dir, output_name)
     broken = []
-    for folder, _ in sorted(candidates, key=lambda pair: pair[1].step if pair[1] else -1, reverse=True):
+    for folder, _ in sorted(candidates, key=lambda c: c[1].place if c[1] else (-1, -1), reverse=True):
         problem = state_problem(folder)
         if problem is None:
             return folder
@@ -279,8 +287,8 @@ def read_mark(folder: Path) -> StateMark | None:
     """What a state directory says it is; None where that cannot be read."""
     try:
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return StateMark(str(values["output_name"]), int(values["step"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return StateMark(str(values["output_name"]), int(values.get("branch", 0)), int(values["step"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

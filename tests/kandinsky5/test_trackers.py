@@ -314,6 +314,19 @@ def test_wrong_tracker_settings_are_refused(
     assert not wandb.runs
 
 
+def test_a_run_that_went_back_is_another_run_for_wandb(
+    dit: Path, dataset: Path, tmp_path: Path, wandb: FakeWandb
+) -> None:
+    words = ("--max_train_steps", 4, "--log_with", "wandb", "--save_every_n_steps", 2, "--save_state")
+    train(dit, dataset, tmp_path, *words)
+    train(dit, dataset, tmp_path, *words, "--resume", tmp_path / "lora-step00000002-state")
+    train(dit, dataset, tmp_path, *words, "--resume", "auto", "--max_train_steps", 5)
+    first, second, third = wandb.runs
+    assert second.arguments["id"] == third.arguments["id"] == f"{first.arguments['id']}-1"
+    assert second.steps("loss/current") == [3, 4]
+    assert third.steps("loss/current") == [5]
+
+
 def test_samples_are_shown_under_their_number(tmp_path: Path, wandb: FakeWandb) -> None:
     run = FakeRun({}, 0)
     tracker = trackers.WandbTracker.__new__(trackers.WandbTracker)
