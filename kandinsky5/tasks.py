@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, replace
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,51 @@ class DitParams:
     def as_kwargs(self) -> dict[str, Any]:
         """The fields as a dict for `DiffusionTransformer3D(**...)`."""
         return asdict(self)
+
+
+def override_params(params: DitParams, changes: Mapping[str, Any]) -> DitParams:
+    """`params` with some fields replaced, for `--override_dit`.
+
+    Args:
+        changes: values as JSON has them, lists for tuples.
+    Raises:
+        ConfigError: unknown names and values of another kind, all at once; sizes that make no attention head.
+    """
+    kinds = {item.name: str(item.type) for item in fields(DitParams)}
+    unknown = sorted(set(changes) - set(kinds))
+    problems = (
+        [f"--override_dit: unknown: {', '.join(unknown)}; known: {', '.join(kinds)}"] if unknown else []
+    )
+    for name in sorted(set(changes) & set(kinds)):
+        fits, wanted = _KINDS[kinds[name]]
+        if not fits(changes[name]):
+            problems.append(f"--override_dit: {name} must be {wanted}, got {json.dumps(changes[name])}")
+    if problems:
+        raise ConfigError(problems)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    changed = replace(params, **values)
+    if changed.model_dim % sum(changed.axes_dims) or any(dim % 2 for dim in changed.axes_dims):
+        raise ConfigError(
+            f"--override_dit: axes_dims {list(changed.axes_dims)} must be even, and their sum, the width of "
+            f"an attention head, must divide model_dim {changed.model_dim}"
+        )
+    return changed
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (_is_size, "a whole number above 0"),
+    "tuple[int, int, int]": (
+        lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_size, value)),
+        "three whole numbers above 0, such as [1, 2, 2]",
+    ),
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "str | None": (lambda value: value is None or isinstance(value, str), "text or null"),
+}
+"""What JSON values the types of `DitParams` take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,7 +35,7 @@ from kandinsky5.offload import host_placement, stream_weights
 from kandinsky5.training_state import RunState
 from modules.activation_offload import ActivationOffload, tensor_mover
 from modules.dtypes import dtype_from_word
-from modules.errors import ConfigError, ResourceError
+from modules.errors import ConfigError, DataError, ResourceError
 from modules.logs import get_logger
 from modules.lr_schedules import ScheduleSettings, build_lr_schedule
 from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
@@ -172,7 +172,17 @@ def open_datasets(config: TrainConfig, seed: int) -> tuple[DatasetConfig, Cached
         use_masks=config.loss.masked_loss,
         use_prior=config.loss.prior_loss_weight > 0,
     )
+    if not _is_learning(data):
+        raise DataError(
+            f"{config.data.dataset_config}: only datasets with is_prior have items that can be used, so "
+            f"there is nothing to learn:\n{data.summary_table()}"
+        )
     return datasets, data
+
+
+def _is_learning(data: CachedDataset) -> bool:
+    """Whether some of the items have more than the prior term."""
+    return not all(data.config.datasets[item.dataset_index].is_prior for item in data.items)
 
 
 def _check_prior(config: TrainConfig, datasets: DatasetConfig) -> None:
@@ -207,11 +217,17 @@ def open_validation(config: TrainConfig, data: CachedDataset) -> tuple[CachedDat
     """
     path, share = config.data.validation_dataset_config, config.data.validation_split
     if share is not None:
-        return hold_out(data, share)
+        trained, measured = hold_out(data, share)
+        if not _is_learning(trained):
+            raise ConfigError(
+                f"--validation_split {share:g} holds out every clip that is learned and leaves those with "
+                "is_prior alone: give a smaller share, or --validation_dataset_config"
+            )
+        return trained, measured
     if path is None:
         return data, None
-    measured = load_dataset_config(path, caption_dropout_rate=0.0)
-    return data, _cached(config, measured, 0)
+    datasets = load_dataset_config(path, caption_dropout_rate=0.0)
+    return data, _cached(config, datasets, 0)
 
 
 def _cached(config: TrainConfig, datasets: DatasetConfig, seed: int, **options: Any) -> CachedDataset:

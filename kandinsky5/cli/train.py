@@ -36,7 +36,7 @@ from kandinsky5.configs.train import (
     TrackingConfig,
     TrainConfig,
 )
-from kandinsky5.tasks import DitParams, NablaParams, Task, get_task
+from kandinsky5.tasks import DitParams, NablaParams, Task, get_task, override_params
 from modules.errors import ConfigError
 from modules.keyword_args import parse_keyword_args
 
@@ -222,11 +222,9 @@ def _dit_params(task: Task, override: str | None) -> DitParams:
         changes = json.loads(override)
     except json.JSONDecodeError as error:
         raise ConfigError(f"--override_dit: no JSON object: {error}") from error
-    known = {field.name for field in fields(DitParams)}
-    if not isinstance(changes, Mapping) or not set(changes) <= known:
-        raise ConfigError(f"--override_dit: expected a JSON object with some of {', '.join(sorted(known))}")
-    sequences = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
-    return replace(task.dit_params, **sequences)
+    if not isinstance(changes, Mapping):
+        raise ConfigError(f"--override_dit: expected a JSON object, got {override}")
+    return override_params(task.dit_params, changes)
 
 
 def _nabla(task: Task, args: argparse.Namespace) -> NablaParams | None:

@@ -13,7 +13,7 @@ import torch
 from dataset.cache_files import TextCacheMeta, write_text_cache
 from dataset.cache_names import empty_text_cache_name, mask_cache_name, prior_text_cache_name, text_cache_name
 from dataset.mask_cache import MaskCacheMeta, write_mask_cache
-from kandinsky5 import training
+from kandinsky5 import train_setup, training
 from modules.tensor_files import read_header, read_tensors, write_tensors
 from tests.kandinsky5.training_runs import (
     CLIPS,
@@ -159,6 +159,26 @@ def test_a_marked_dataset_has_the_prior_term_alone_and_the_others_do_not(dit: Pa
         seen.add(is_prior)
         assert record["prior_loss"] == (record["loss"] if is_prior else 0)
     assert seen == {True, False}
+
+
+def remove(caches: Path, names: str) -> None:
+    for path in caches.glob(f"clip[{names}]_*"):
+        path.unlink()
+
+
+def test_a_run_that_would_learn_nothing_is_refused_before_a_model_loads(
+    dit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the only learned clip is held out, once there is none."""
+    monkeypatch.setattr(train_setup, "load_model", None)
+    data, output = marked(tmp_path), tmp_path / "out"
+    remove(tmp_path / "cache", "0134")
+    remove(tmp_path / "prior/cache", "2")
+    assert refusal(dit, data, output, *PRIOR, "--validation_split", 0.1) == 2
+    assert "--validation_split 0.1 holds out every clip that is learned" in capsys.readouterr().err
+    remove(tmp_path / "cache", "2")
+    assert refusal(dit, data, output, *PRIOR) == 3
+    assert "only datasets with is_prior have items that can be used" in capsys.readouterr().err
 
 
 def refusal(dit: Path, data: Path, output: Path, *words: object) -> int | str | None:
