@@ -8,7 +8,7 @@ from pathlib import Path
 from kandinsky5.metrics import Metrics
 from kandinsky5.trackers import ShownSample
 from kandinsky5.train_plan import StepPlan
-from kandinsky5.train_samples import Sample
+from kandinsky5.train_samples import KIND, Sample
 
 
 def item_keys(plan: StepPlan) -> list[str]:
@@ -67,7 +67,7 @@ def log_samples(metrics: Metrics, step: int, folder: Path, samples: Sequence[Sam
     """
     for sample in sorted(samples, key=lambda sample: sample.prompt_number):
         metrics.write(
-            "sample", step, {"prompt": sample.prompt_number, "file": f"{folder.name}/{sample.file_name}"}
+            KIND, step, {"prompt": sample.prompt_number, "file": f"{folder.name}/{sample.file_name}"}
         )
         name = f"sample_{sample.prompt_number}"
         metrics.sample(step, ShownSample(name, folder / sample.file_name, sample.animation))

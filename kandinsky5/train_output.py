@@ -1,4 +1,4 @@
-"""What a run writes: LoRA files with metadata, states, logs; and the word a user may leave for it."""
+"""What a run writes: LoRA files with metadata, states, logs."""
 
 from __future__ import annotations
 
@@ -34,29 +34,6 @@ from networks.weight_average import WeightAverage
 
 log = get_logger(__name__)
 
-CONTROL_WORDS = ("save", "sample", "stop")
-
-
-def take_control_word(names: OutputNames) -> str:
-    """The word in the run's control file, which is then deleted; "" if there is none.
-
-    Writing `save`, `sample` or `stop` into `<output_name>.control` in the output folder works on every
-    system, even where signals do not.
-    """
-    try:
-        word = names.control.read_text(encoding="utf-8").strip().lower()
-        names.control.unlink()
-    except FileNotFoundError:
-        return ""
-    except (OSError, UnicodeDecodeError) as error:
-        log.warning("%s cannot be used: %s", names.control, error)
-        return ""
-    if word not in CONTROL_WORDS:
-        log.warning("%s: %r is none of %s", names.control.name, word, ", ".join(CONTROL_WORDS))
-        return ""
-    log.info("%s: %s", names.control.name, word)
-    return word
-
 
 class Output:
     """Writes the results of one run, on its main process."""
@@ -90,6 +67,8 @@ class Output:
         self._uploads = uploads
         self._metrics: Metrics | None = None
         self._is_final_written = False
+        self._state_step: int | None = None
+        """Of the last state that was written."""
 
     def begin_branch(self, run: RunState, schedule: LRScheduler | None) -> None:
         """Write where a run that has gone back starts, before all else, so that `--resume auto` follows it.
@@ -136,10 +115,8 @@ class Output:
         for unit, number in due:
             self._save(unit, number, run, schedule, with_state=saving.save_state, is_quick=is_stopping)
             self._delete_expired(unit, number)
-        if is_stopping and not (saving.save_state and ("step", step) in due):
-            self.save_all("step", step, run, schedule)
-        if is_stopping and not is_end:
-            log.info("stopping after step %d as asked; --resume auto goes on from there", step)
+        if is_stopping:
+            self.save_stopped(run, schedule)
 
     def delete_expired(self, step: int, epoch: int | None) -> None:
         """Delete once more what the saves after this step had to: a kill may have come in between."""
@@ -159,14 +136,19 @@ class Output:
         """LoRA and state, for a run that may end here: what takes time and can wait is left out."""
         self._save(unit, number, run, schedule, with_state=True, is_quick=True)
 
-    def save_final(self, run: RunState, schedule: LRScheduler | None) -> Path:
-        """The files at the end of a run."""
+    def save_stopped(self, run: RunState, schedule: LRScheduler | None) -> None:
+        """LoRA and state of a run that is asked to stop, unless this step's state has been written."""
+        if self._state_step != run.step:
+            self.save_all("step", run.step, run, schedule)
+
+    def save_final(self, run: RunState, schedule: LRScheduler | None, *, is_stopping: bool) -> Path:
+        """The files at the end of a run; one that is asked to stop leaves out what takes time."""
         saving = self._config.saving
         with self._rescued(run, schedule):
             self._write_final_lora(run)
             if saving.save_state or saving.save_state_on_train_end:
                 self._write_state(self.names.final_state, run, schedule)
-        self._report_effects(self.names.final_lora, run.step)
+        self._report_effects(self.names.final_lora, run.step, is_quick=is_stopping)
         return self.names.final_lora
 
     def finish_uploads(self, *, raises: bool) -> None:
@@ -343,6 +325,7 @@ class Output:
                 schedule.state_dict() if keep_schedule and schedule is not None else None,
                 None if self._average is None else self._average.state_dict(),
             )
+        self._state_step = run.step
         log.info("saved %s", folder)
         if self._uploads is not None:
             self._uploads.add_state(folder)

@@ -140,7 +140,7 @@ def _start_reader(_number: int) -> None:
     ignore_signals()
 
 
-def reader_problem(error: RuntimeError) -> ResourceError | None:
+def reader_problem(error: Exception) -> ResourceError | None:
     """What to say if a process of `batch_loader` was killed; None for every other error.
 
     torch raises it from a signal handler, so it may surface anywhere in the main process, and what it

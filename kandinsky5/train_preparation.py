@@ -28,7 +28,7 @@ from kandinsky5.train_resume import (
     resolve_total_steps,
     resumed_state,
 )
-from kandinsky5.train_samples import PreparedPrompt, encode_requests, read_requests
+from kandinsky5.train_samples import PreparedPrompt, are_missing, encode_requests, read_requests
 from kandinsky5.train_setup import RunMark
 from kandinsky5.training_state import SavedState, remove_stray_states
 from kandinsky5.validation_checks import was_measured
@@ -53,6 +53,8 @@ class PreparedRun:
     """Where it goes on from."""
     prompts: Sequence[PreparedPrompt]
     """Of this process's samples, encoded."""
+    num_prompts: int
+    """Of all processes."""
     mark: RunMark
     trackers: Sequence[Tracker]
     uploads: HubUploads | None
@@ -97,7 +99,9 @@ def prepare_run(config: TrainConfig, held: ExitStack) -> PreparedRun | None:
         check_resumed(config, saved, data, length, seed)
         is_measured = validation_data is None or was_measured(saving, length.total_steps)
         is_done = branch == saved.run.branch and is_finished(saving, saved, length.total_steps)
-        if is_done and is_measured:
+        epoch, rest = divmod(length.total_steps, length.steps_per_epoch)
+        lacks_samples = are_missing(config, length.total_steps, None if rest else epoch, len(requests))
+        if is_done and is_measured and not lacks_samples:
             log.info("%s: all %d steps are done, nothing to do", saved.folder.name, length.total_steps)
             return None
     is_elsewhere = is_dry and config.run.vram_budget is not None and accelerator.device.type != "cuda"
@@ -133,6 +137,7 @@ def prepare_run(config: TrainConfig, held: ExitStack) -> PreparedRun | None:
         seed=seed,
         saved=saved,
         prompts=prompts,
+        num_prompts=len(requests),
         mark=mark,
         trackers=trackers,
         uploads=uploads,

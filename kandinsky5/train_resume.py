@@ -14,7 +14,7 @@ from dataset.cached_dataset import CachedDataset
 from kandinsky5.configs.train import OptimizerConfig, SavingConfig, TrainConfig
 from kandinsky5.hub import fetch_state
 from kandinsky5.saved_config import shareable_options
-from kandinsky5.saving import OutputNames
+from kandinsky5.saving import OutputNames, effect_path
 from kandinsky5.train_plan import RunLength, data_order_hash
 from kandinsky5.train_setup import build_schedule
 from kandinsky5.training_state import SavedState, find_state, list_states, read_mark, read_state
@@ -68,7 +68,8 @@ def is_finished(saving: SavingConfig, saved: SavedState, total_steps: int) -> bo
     # The final LoRA is written before the last step's state; a final state may be that of a shorter run.
     last = read_mark(names.final_state)
     has_state = not wants_state or (last is not None and last.place >= (saved.run.branch, total_steps))
-    return saved.run.step >= total_steps and names.final_lora.is_file() and has_state
+    has_files = names.final_lora.is_file() and effect_path(names.final_lora).is_file() and has_state
+    return saved.run.step >= total_steps and has_files
 
 
 def branch_of(config: TrainConfig, saved: SavedState | None) -> int:

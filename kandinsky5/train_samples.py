@@ -14,10 +14,11 @@ import av
 import torch
 from torch import Tensor
 
-from kandinsky5.configs.train import TrainConfig
+from kandinsky5.configs.train import SampleConfig, SavingConfig, TrainConfig
 from kandinsky5.devices import vae_dtype
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.generation_models import empty_device_cache
+from kandinsky5.metrics import FILE_NAME, read_records
 from kandinsky5.offload import resident_weights_on_host
 from kandinsky5.prompt_templates import load_prompt_templates
 from kandinsky5.prompts import PromptSpec, read_prompt_file
@@ -30,10 +31,12 @@ from kandinsky5.sampling_pipeline import (
     sample_latents,
 )
 from kandinsky5.text_encoders import check_text_encoder_paths, default_qwen_dtype, load_text_encoders
+from kandinsky5.train_plan import reader_problem
 from kandinsky5.vae import VideoVAE, check_vae_file, load_vae
 from kandinsky5.video_files import check_video_encoder
 from kandinsky5.video_requests import VideoRequest, log_size_remarks, resolve_request
 from modules.errors import ConfigError, DataError, ModelFileError, UserError
+from modules.interruption import Interrupted
 from modules.logs import get_logger
 from networks.lora import LoRANetwork
 
@@ -42,10 +45,8 @@ log = get_logger(__name__)
 DEFAULT_FRAMES = 17
 """Pixel frames of a prompt that names none."""
 _NABLA_SIZE_DIVISOR = 128
-
-
-class SamplingStopped(Exception):
-    """The run is asked to stop while a sample is being made."""
+KIND = "sample"
+"""Of the lines in metrics.jsonl."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,32 @@ class Sample:
     file_name: str
     animation: Animation | None
     """None without a tracker to show it."""
+
+
+def is_due(settings: SampleConfig, step: int, epoch: int | None) -> bool:
+    """Whether the options ask for samples after `step`, which ended `epoch` if that is given."""
+    if settings.sample_prompts is None:
+        return False
+    if step == 0:
+        return settings.sample_at_first
+    every = settings.sample_every_n_steps
+    return (every is not None and step % every == 0) or _is_due_by_epoch(settings, epoch)
+
+
+def _is_due_by_epoch(settings: SampleConfig, epoch: int | None) -> bool:
+    every = settings.sample_every_n_epochs
+    return every is not None and epoch is not None and epoch % every == 0
+
+
+def prompts_on_record(saving: SavingConfig, step: int) -> set[int]:
+    """Numbers of the prompts whose samples of `step` are made."""
+    records = read_records(saving.output_dir / FILE_NAME, saving.output_name, KIND)
+    return {record["prompt"] for record in records if record["step"] == step}
+
+
+def are_missing(config: TrainConfig, step: int, epoch: int | None, num_prompts: int) -> bool:
+    """Whether samples are due after `step` and not all of them are on record."""
+    return is_due(config.samples, step, epoch) and len(prompts_on_record(config.saving, step)) < num_prompts
 
 
 def read_requests(config: TrainConfig) -> list[VideoRequest]:
@@ -171,20 +198,6 @@ class TrainingSamples:
     ) -> None:
         self._config, self._prompts, self._device, self._names = config, prompts, device, names
 
-    def is_due(self, step: int, epoch: int | None) -> bool:
-        """Whether the options ask for samples after `step`, which ended `epoch` if that is given."""
-        settings = self._config.samples
-        if settings.sample_prompts is None:
-            return False
-        if step == 0:
-            return settings.sample_at_first
-        by_step = settings.sample_every_n_steps is not None and step % settings.sample_every_n_steps == 0
-        return by_step or self._is_due_by_epoch(epoch)
-
-    def _is_due_by_epoch(self, epoch: int | None) -> bool:
-        every = self._config.samples.sample_every_n_epochs
-        return every is not None and epoch is not None and epoch % every == 0
-
     def make(
         self,
         dit: DiffusionTransformer3D,
@@ -193,35 +206,53 @@ class TrainingSamples:
         epoch: int | None,
         should_stop: Callable[[], bool],
     ) -> list[Sample]:
-        """Sample, decode and write all prompts. What goes wrong is said, and costs samples, not the run.
+        """Sample, decode and write the prompts that are not on record for `step`; returns what was written.
+
+        What goes wrong is said, and costs samples, not the run.
 
         Args:
-            should_stop: asked after every sampling step; the samples are then left undone.
+            should_stop: asked after every sampling step and before every clip is decoded; the rest is then
+                left undone.
+        Raises:
+            ResourceError: a process that reads caches was killed, which happened to come up here.
         """
-        named_epoch = epoch if self._is_due_by_epoch(epoch) else None
+        named_epoch = epoch if _is_due_by_epoch(self._config.samples, epoch) else None
+        on_record = prompts_on_record(self._config.saving, step)
+        prompts = [prompt for prompt in self._prompts if prompt.number not in on_record]
+        samples: list[Sample] = []  # grows one by one: what is written before an error stays known
         try:
             with _own_random_stream(self._device):
-                latents = self._sample(dit, network, should_stop)
-                return self._decode(dit, latents, step, named_epoch) if latents else []
-        except SamplingStopped:
-            log.info("step %d: the run is asked to stop, its samples are left out", step)
-        except (UserError, OSError, av.FFmpegError, torch.OutOfMemoryError) as error:
+                latents = self._sample(dit, network, prompts, should_stop)
+                if latents:
+                    for sample in self._decode(dit, latents, step, named_epoch, should_stop):
+                        samples.append(sample)
+        except Interrupted:
+            pass
+        # A RuntimeError is what torch raises for whatever fails on a device, too little memory included.
+        except (UserError, OSError, av.FFmpegError, RuntimeError) as error:
+            problem = reader_problem(error)
+            if problem is not None:
+                raise problem from error
             log.error("step %d: samples are missing, training goes on: %s", step, error)
         finally:
             empty_device_cache(self._device)
-        return []
+        return samples
 
     def _sample(
-        self, dit: DiffusionTransformer3D, network: LoRANetwork, should_stop: Callable[[], bool]
+        self,
+        dit: DiffusionTransformer3D,
+        network: LoRANetwork,
+        prompts: Sequence[PreparedPrompt],
+        should_stop: Callable[[], bool],
     ) -> list[tuple[PreparedPrompt, Tensor]]:
         def after_step(_step: int, _latents: Tensor) -> None:
             if should_stop():
-                raise SamplingStopped
+                raise Interrupted
 
         done = []
         with _in_use(network):
             strength = network.multiplier
-            for prompt in self._prompts:
+            for prompt in prompts:
                 own = prompt.request.lora_multiplier
                 network.set_multiplier(strength if own is None else own[0])
                 latents = sample_latents(
@@ -244,13 +275,15 @@ class TrainingSamples:
         latents: Sequence[tuple[PreparedPrompt, Tensor]],
         step: int,
         epoch: int | None,
-    ) -> list[Sample]:
+        should_stop: Callable[[], bool],
+    ) -> Iterator[Sample]:
         moves = self._config.samples.offload_dit_during_sampling
-        samples = []
         with resident_weights_on_host(dit, self._device, enabled=moves):
             empty_device_cache(self._device)
             vae = _load_vae(self._config, self._device)
             for prompt, clip in latents:
+                if should_stop():
+                    raise Interrupted
                 frames = decode_frames(vae, clip)
                 request = prompt.request
                 path = write_sample(
@@ -264,10 +297,9 @@ class TrainingSamples:
                 )
                 log.info("wrote %s", path)
                 shown = animate(frames) if self._config.tracking.uses_tensorboard else None
-                samples.append(Sample(prompt.number, path.name, shown))
+                yield Sample(prompt.number, path.name, shown)
             del vae
             empty_device_cache(self._device)
-        return samples
 
 
 @contextmanager

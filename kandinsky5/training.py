@@ -19,9 +19,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from dataset.cached_dataset import CachedBatch, CachedDataset
-from kandinsky5 import prior, train_memory, train_setup
+from kandinsky5 import prior, train_memory, train_samples, train_setup
 from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.train import TrainConfig
+from kandinsky5.control_file import is_stop_written, take_control_word
 from kandinsky5.lora_metadata import RunFacts
 from kandinsky5.memory_advice import out_of_memory_message, out_of_memory_while_loading
 from kandinsky5.memory_plan import largest_batch
@@ -34,7 +35,7 @@ from kandinsky5.sample_files import SampleNames
 from kandinsky5.saved_config import shareable_options
 from kandinsky5.saving import OutputNames
 from kandinsky5.train_log import item_keys, log_norms, log_samples, log_step
-from kandinsky5.train_output import Output, take_control_word
+from kandinsky5.train_output import Output
 from kandinsky5.train_plan import (
     PlanSequence,
     StepPlan,
@@ -54,7 +55,7 @@ from kandinsky5.training_state import RunState
 from kandinsky5.validation import Validation
 from kandinsky5.validation_checks import ValidationChecks, model_settings
 from modules.dtypes import dtype_name
-from modules.errors import DivergedError, ResourceError
+from modules.errors import DivergedError, ResourceError, UserError
 from modules.interruption import StopRequest, exit_on_signal, graceful_stop
 from modules.logs import get_logger
 from modules.optimizers import describe_optimizer, learning_rates, set_averaging
@@ -138,12 +139,13 @@ class Trainer:
         self.validation = self._validation(run.validation_data, dtype)
         self.prior = prior.PriorPreservation(self.objective, self.network, config.loss.prior_loss_weight)
         self.output = self._output(run, dtype, norms)
-        self.is_sampling_asked = False
+        self.is_sampling_asked = self.has_stop_word = False
         self.norm_limit = NormLimit(self.network, config.network.scale_weight_norms, self.device)
         self.waited: list[float] = []
         folder, name = config.saving.output_dir / "sample", config.saving.output_name
         names = SampleNames(folder, name, self.output.facts.session_id)
         self.samples = TrainingSamples(config, run.prompts, self.device, names)
+        self.num_prompts = run.num_prompts
         self.data_order = data_order_hash(run.data)
         self.network_identity = network_identity(self.network)
 
@@ -227,24 +229,21 @@ class Trainer:
             smoothing=0.05,
         )
         try:
-            if self.step < self.length.total_steps:
-                self._make_up_for_checks(metrics)
             if self._wants_probe():
                 with self.accelerator.no_sync(self.runner):
                     bare = self._objective(self.network)
                     result = probe(self.planner, bare, self.network, self.data, self.step)
                 if is_main:
                     log.info("%s", result)
-            if self.samples.is_due(self.step, None) and self.step == 0:
-                self._sample(None, metrics, stop)
-            for plan in plans.steps(self.step):
-                request = self._train_step(plan, batches, stop, metrics, bar)
-                self._after_step(metrics, request, stop)
+            request = self._make_up(metrics, stop)
+            for plan in plans.steps(self.step) if not request else ():
+                request = self._after_step(self._train_step(plan, batches, stop, metrics, bar), metrics, stop)
                 if request:
-                    stop.exit_code = 0 if request == _STOP_WORD_CODE else request
-                if request and self.step < self.length.total_steps:
-                    return
-            self._finish(metrics)
+                    break
+            if self.step == self.length.total_steps:
+                request = self._finish(request, metrics, stop)
+            if request not in (0, _STOP_WORD_CODE):
+                stop.exit_code = request  # another process may have got the signal
         except torch.OutOfMemoryError as error:
             step_plans = [micro.plan for micro in plans.step(self.step).micro_batches]
             batch = largest_batch(self.data, step_plans, self.planner.text_tokens)
@@ -277,7 +276,8 @@ class Trainer:
         word = take_control_word(self.output.names) if self.accelerator.is_main_process else ""
         if word == "sample" and self.config.samples.sample_prompts is None:
             log.info("%s: sample has no effect: add --sample_prompts", self.output.names.control.name)
-        asked = stop.exit_code if stop.is_set() else _STOP_WORD_CODE if word == "stop" else 0
+        self.has_stop_word |= word == "stop"
+        asked = self._asked(stop)
         (loss, prior_loss), norm_value, request = self._share(terms, norm, asked, word == "sample")
         log_norms(metrics, self.step, self.norm_limit.take(self.waited))
         rates = learning_rates(self.optimizer)
@@ -401,19 +401,20 @@ class Trainer:
             prior_loss=prior_loss if self.config.loss.prior_loss_weight > 0 else None,
         )  # fmt: skip
 
-    def _after_step(self, metrics: Metrics | None, request: int, stop: StopRequest) -> None:
-        """Ends of epochs, validation and saving, on the main process alone; samples on all."""
-        epoch, rest = divmod(self.step, self.length.steps_per_epoch)
-        ended_epoch = epoch if rest == 0 else None
-        is_end = self.step == self.length.total_steps
+    def _after_step(self, request: int, metrics: Metrics | None, stop: StopRequest) -> int:
+        """Ends of epochs and saving, on the main process alone, then samples and validation.
+
+        Returns:
+            What asks to stop by now, 0 for nothing; LoRA and state are then saved.
+        """
+        ended_epoch, is_end = self._ended_epoch(), self.step == self.length.total_steps
         if request or is_end:  # no next step will bring them
             log_norms(metrics, self.step, self.norm_limit.take(self.norm_limit.waiting.tolist()))
         if metrics is not None:
-            if rest == 0:
+            if ended_epoch is not None:
                 average = sum(self.recent_losses) / max(1, len(self.recent_losses))
-                metrics.write("epoch", self.step, {"epoch": epoch, "loss": average})
+                metrics.write("epoch", self.step, {"epoch": ended_epoch, "loss": average})
                 metrics.scalars(self.step, {"loss/epoch": average})
-            # Whatever goes wrong with a check, the work is on the disk before it.
             self.output.save_due(
                 self.step,
                 ended_epoch,
@@ -422,39 +423,116 @@ class Trainer:
                 is_end=is_end,
                 is_stopping=request != 0,
             )
-            # Stopping is quick: the resumed run makes the check. That of the end follows the final files.
-            if not (request or is_end) and self.validation.is_due(self.step, ended_epoch, is_end=False):
-                self.validation.run(self.step, metrics, self.output.averaged_weights())
-        if self.accelerator.num_processes > 1:
-            self.accelerator.wait_for_everyone()
-        if not request and (self.is_sampling_asked or self.samples.is_due(self.step, ended_epoch)):
-            self._sample(ended_epoch, metrics, stop)
+        if is_end:  # the final files come before what can fail
+            return request
+        return self._observe(request, metrics, stop)
 
-    def _make_up_for_checks(self, metrics: Metrics | None) -> None:
-        """Make the check that is due at this step and has not been made."""
+    def _ended_epoch(self) -> int | None:
+        """Number of the epoch that the last step ended, if it did."""
         epoch, rest = divmod(self.step, self.length.steps_per_epoch)
-        ended_epoch = epoch if rest == 0 else None
-        is_end = self.step == self.length.total_steps
-        if metrics is not None and self.validation.is_missed(self.step, ended_epoch, metrics, is_end=is_end):
-            self.validation.run(self.step, metrics, self.output.averaged_weights())
+        return None if rest or not epoch else epoch
 
-    def _sample(self, epoch: int | None, metrics: Metrics | None, stop: StopRequest) -> None:
+    def _make_up(self, metrics: Metrics | None, stop: StopRequest) -> int:
+        """Before the first step: samples of the bare model, or what an earlier part left undone."""
+        if self.step == self.length.total_steps:  # after the final files
+            return 0
+        is_fresh = self.step == 0 and not self._are_samples_due()
+        return 0 if is_fresh else self._observe(0, metrics, stop)
+
+    def _observe(self, request: int, metrics: Metrics | None, stop: StopRequest) -> int:
+        """What is due after this step and moves no weight: samples on all processes, validation on one.
+
+        A run that is asked to stop leaves it, and saves LoRA and state; the resumed run makes up for it.
+
+        Returns:
+            What asks to stop by now, known to all processes.
+        """
+        if self._are_samples_due():
+            request = self._agree(request or self._asked(stop))
+            if not request:
+                self._sample(metrics, stop)
+        request = request or self._asked(stop)
+        if not request and metrics is not None and self._is_check_missing(metrics):
+            self._validate(metrics, stop)
+        request = self._agree(request or self._asked(stop))
+        if request and metrics is not None:
+            self._stop(metrics)
+        if request:
+            self._agree(request)  # a launcher ends the others as soon as one has gone: all wait for the files
+        return request
+
+    def _stop(self, metrics: Metrics) -> None:
+        """Save what a resumed run needs, and say what it has to make up for."""
+        if not self.step:
+            log.info("stopping before the first step as asked")
+            return
+        self.output.save_stopped(self._run_state(), self.schedule)
+        left = ["samples"] if self._are_samples_missing() else []
+        left += ["validation"] if self._is_check_missing(metrics) else []
+        log.info(
+            "stopping after step %d of %d as asked; --resume auto goes on from there%s",
+            self.step, self.length.total_steps, f" with its {' and '.join(left)}" if left else "",
+        )  # fmt: skip
+
+    def _asked(self, stop: StopRequest) -> int:
+        """What asks this process to stop: 128 + n for a signal, a code for the word `stop`, or 0."""
+        if stop.is_set():
+            return stop.exit_code
+        if self.accelerator.is_main_process and is_stop_written(self.output.names):
+            self.has_stop_word = take_control_word(self.output.names) == "stop"
+        return _STOP_WORD_CODE if self.has_stop_word else 0
+
+    def _agree(self, request: int) -> int:
+        """The largest of what asks the processes to stop; waits for all of them."""
+        if self.accelerator.num_processes == 1:
+            return request
+        shared = torch.tensor([request], device=self.device)
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+        return int(shared)
+
+    def _are_samples_due(self) -> bool:
+        is_due = train_samples.is_due(self.config.samples, self.step, self._ended_epoch())
+        return is_due or self.is_sampling_asked
+
+    def _are_samples_missing(self) -> bool:
+        """Whether the options ask for samples of this step that have not been made."""
+        return train_samples.are_missing(self.config, self.step, self._ended_epoch(), self.num_prompts)
+
+    def _is_check_missing(self, metrics: Metrics) -> bool:
+        is_end = self.step == self.length.total_steps
+        return self.validation.is_missed(self.step, self._ended_epoch(), metrics, is_end=is_end)
+
+    def _sample(self, metrics: Metrics | None, stop: StopRequest) -> None:
         """Make the samples of this step, every process its own prompts."""
+
+        def should_stop() -> bool:
+            return self._asked(stop) != 0
+
         with self.output.averaged_weights():
-            samples = self.samples.make(self.dit, self.network, self.step, epoch, stop.is_set)
+            samples = self.samples.make(self.dit, self.network, self.step, self._ended_epoch(), should_stop)
         if self.accelerator.num_processes > 1:
             samples = gather_object(samples)
-        if metrics is None:
-            return
-        log_samples(metrics, self.step, self.config.saving.output_dir / "sample", samples)
+        if metrics is not None:
+            log_samples(metrics, self.step, self.config.saving.output_dir / "sample", samples)
 
-    def _finish(self, metrics: Metrics | None) -> None:
-        if self.accelerator.is_main_process:
-            path = self.output.save_final(self._run_state(), self.schedule)
-            self._make_up_for_checks(metrics)
-            log.info("done: %s", path)
+    def _validate(self, metrics: Metrics, stop: StopRequest) -> None:
+        weights = self.output.averaged_weights()
+        try:
+            self.validation.run(self.step, metrics, weights, lambda: self._asked(stop) != 0)
+        except UserError:
+            self.output.save_stopped(self._run_state(), self.schedule)
+            raise
+
+    def _finish(self, request: int, metrics: Metrics | None, stop: StopRequest) -> int:
+        """The final files, and after them what can fail; returns what asks to stop by now."""
+        if metrics is not None:
+            is_stopping = (request or self._asked(stop)) != 0
+            path = self.output.save_final(self._run_state(), self.schedule, is_stopping=is_stopping)
+            log.info("all %d steps are done: %s", self.step, path)
+        request = self._observe(request, metrics, stop)
         if metrics is not None:
             metrics.flush()
+        return request
 
     def _run_state(self) -> RunState:
         return RunState(

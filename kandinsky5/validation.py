@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from dataset.cache_match import CachedItem
 from dataset.cached_dataset import CachedDataset
 from kandinsky5.flow_matching import draw_noise
 from kandinsky5.objective import Objective
+from modules.interruption import Interrupted
 from modules.seeding import generator_for
 from networks.lora import LoRANetwork
 
@@ -88,26 +89,31 @@ class Validation:
             if record.get("set") == self._identity:
                 self._base = self._base_numbers(record) or self._base
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, should_stop: Callable[[], bool]) -> dict[str, Any]:
         """Mean losses with and without the LoRA: over all, per bin of noise levels, bucket and dataset.
 
         No gradient is recorded, no random stream moves, and the network is left in training mode.
+
+        Args:
+            should_stop: asked before every forward pass.
+        Raises:
+            Interrupted: it said so.
         """
         self._network.eval()
         try:
             if self._base is None:
                 with self._network.disabled():
-                    self._base = self._means()
-            return self._record(self._means(), self._base)
+                    self._base = self._means(should_stop)
+            return self._record(self._means(should_stop), self._base)
         finally:
             self._network.train()
 
-    def _means(self) -> list[float]:
-        losses = self._losses()
+    def _means(self, should_stop: Callable[[], bool]) -> list[float]:
+        losses = self._losses(should_stop)
         return [group.mean(losses) for group in self._groups]
 
     @torch.no_grad()
-    def _losses(self) -> Tensor:
+    def _losses(self, should_stop: Callable[[], bool]) -> Tensor:
         """[N, NUM_BINS] float64 on the CPU, clips in the order of the batches; one transfer for all."""
         rows = []
         for plan in self._plans:
@@ -115,6 +121,8 @@ class Validation:
             use = torch.ones(len(batch.item_keys), dtype=torch.bool)
             columns = []
             for part, sigma in enumerate(draw_levels(batch.item_keys)):
+                if should_stop():
+                    raise Interrupted
                 noise = draw_noise(_SEED, part, batch.item_keys, batch.latents.shape[1:])
                 columns.append(self._objective.losses(batch, noise, sigma, use))
             rows.append(torch.stack(columns, dim=1))

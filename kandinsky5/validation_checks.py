@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,7 @@ from kandinsky5.metrics import FILE_NAME, Metrics, read_records
 from kandinsky5.validation import Validation
 from kandinsky5.validation_plot import write_validation_plot
 from modules.errors import ResourceError
+from modules.interruption import Interrupted
 from modules.logs import get_logger
 
 log = get_logger(__name__)
@@ -65,11 +66,18 @@ class ValidationChecks:
             return False
         return all(record["step"] != step for record in metrics.records(KIND))
 
-    def run(self, step: int, metrics: Metrics, weights_in_use: AbstractContextManager[None]) -> None:
-        """Measure, and tell.
+    def run(
+        self,
+        step: int,
+        metrics: Metrics,
+        weights_in_use: AbstractContextManager[None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Measure, and tell; a run that is asked to stop drops the check, and is resumed with it.
 
         Args:
             weights_in_use: within it the network has the weights that are meant to be used.
+            should_stop: asked before every forward pass.
         """
         if self._validation is None:
             return
@@ -78,7 +86,9 @@ class ValidationChecks:
             self._has_begun = True
         try:
             with weights_in_use:
-                values = self._validation.measure()
+                values = self._validation.measure(should_stop)
+        except Interrupted:
+            return
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"out of device memory while validating after step {step}: {str(error).splitlines()[0]}\n"

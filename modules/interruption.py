@@ -17,6 +17,10 @@ _ANSWER = b"\nasked to stop: the step is finished and saved first; asked again, 
 """Written without Python's streams, which may be in use when the signal comes."""
 
 
+class Interrupted(Exception):
+    """Work that can be done later was given up, because the run is asked to stop."""
+
+
 class StopRequest:
     """Whether and why the run should end after the present step.
 

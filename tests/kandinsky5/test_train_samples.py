@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from kandinsky5.sample_files import SampleNames, write_grid, write_sample
 from kandinsky5.text_encoders import TextEncoders
 from modules.errors import DivergedError
 from tests.kandinsky5.generation_kit import frames_of
-from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset
+from tests.kandinsky5.training_runs import exit_code, lora_bytes, metrics, train, write_dataset
 
 SMALL = "--w 32 --h 32 --f 5 --s 2 --g 1"
 
@@ -88,7 +88,12 @@ def test_a_run_with_samples_and_one_without_end_in_the_same_bytes(
 
 
 def test_a_resumed_run_goes_on_with_its_grid_and_ends_in_the_same_bytes(
-    dit: Path, dataset: Path, models: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dit: Path,
+    dataset: Path,
+    models: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: pytest.LogCaptureFixture,
 ) -> None:
     prompts = prompt_file(tmp_path, f"a {SMALL} --f 1")
     words = (*models, "--sample_prompts", prompts, "--sample_every_n_steps", 1, "--max_train_steps", 4)
@@ -98,12 +103,14 @@ def test_a_resumed_run_goes_on_with_its_grid_and_ends_in_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(training, "take_control_word", lambda n: "stop" if next(calls) == 3 else plain(n))
         train(dit, dataset, tmp_path / "parts", *words)
-    # Stopping is quick: the samples of the last step are left out.
+    # Stopping is quick: the samples of the last step are left to the resumed run.
     assert [record["step"] for record in metrics(tmp_path / "parts", "sample")] == [1, 2]
+    assert "goes on from there with its samples" in said.text
     train(dit, dataset, tmp_path / "parts", *words, "--resume", "auto")
+    assert [record["step"] for record in metrics(tmp_path / "parts", "sample")] == [1, 2, 3, 4]
     assert lora_bytes(tmp_path / "parts/lora.safetensors") == lora_bytes(tmp_path / "whole/lora.safetensors")
     with Image.open(tmp_path / "parts/sample/lora_grid_00.png") as grid:
-        assert grid.size == (3 * 192 + 2 * 4, 208)
+        assert grid.size == (4 * 192 + 3 * 4, 208)
 
 
 def test_samples_show_the_lora_and_a_strength_of_zero_the_base_model(
@@ -166,6 +173,7 @@ def test_samples_and_lora_are_the_same_with_blocks_that_are_swapped(
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("error", [DivergedError("latents are not finite"), RuntimeError("cuDNN error")])
 def test_an_error_while_sampling_costs_the_samples_and_not_the_run(
     dit: Path,
     dataset: Path,
@@ -173,13 +181,14 @@ def test_an_error_while_sampling_costs_the_samples_and_not_the_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     said: pytest.LogCaptureFixture,
+    error: Exception,
 ) -> None:
     networks = []
 
     def fail(dit: torch.nn.Module, *_: object, **__: object) -> None:
         networks.extend(m.adapter for m in dit.modules() if hasattr(m, "adapter"))
         assert not networks[0].training
-        raise DivergedError("latents are not finite")
+        raise error
 
     monkeypatch.setattr(train_samples, "sample_latents", fail)
     options = ("--max_train_steps", 2, "--sample_every_n_steps", 1, "--network_dropout", 0.2)
@@ -187,24 +196,108 @@ def test_an_error_while_sampling_costs_the_samples_and_not_the_run(
     train(dit, dataset, tmp_path / "out", *models, "--sample_prompts", prompts, *options)
     assert networks[0].training
     assert (tmp_path / "out/lora.safetensors").is_file()
-    assert "samples are missing, training goes on: latents are not finite" in said.text
+    assert f"samples are missing, training goes on: {error}" in said.text
 
 
-def test_a_stop_request_interrupts_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sample(*_: object, on_step: train_samples.Callable[[int, object], None], **__: object) -> None:
-        on_step(1, None)
+def test_a_reader_that_was_killed_ends_the_run_even_if_it_shows_while_sampling(
+    dit: Path,
+    dataset: Path,
+    models: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
-    monkeypatch.setattr(train_samples, "sample_latents", sample)
-    request = SimpleNamespace(lora_multiplier=None)
-    prompt = SimpleNamespace(request=request, text=None, image_latents=None)
-    config = SimpleNamespace(
-        samples=SimpleNamespace(sample_every_n_epochs=None), model=SimpleNamespace(task=None, nabla=None)
-    )
-    samples = train_samples.TrainingSamples(config, [prompt], torch.device("cpu"), None)  # pyright: ignore[reportArgumentType]
-    network = SimpleNamespace(
-        training=True, multiplier=1.0, eval=lambda: None, train=lambda _: None, set_multiplier=lambda _: None
-    )
-    assert samples.make(None, network, 3, None, lambda: True) == []  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(train_samples, "sample_latents", fail)
+    prompts = prompt_file(tmp_path, f"a {SMALL}")
+    words = (*models, "--sample_prompts", prompts, "--sample_every_n_steps", 1)
+    assert exit_code(dit, dataset, tmp_path / "out", *words, "--max_train_steps", 2) == 5
+    assert "a process that reads caches ended unexpectedly" in capsys.readouterr().err
+
+
+class Died(BaseException):
+    """The process is gone: nothing handles that."""
+
+
+@pytest.mark.parametrize(
+    "owner", ["report", "decode_frames", "load_vae", "log_samples", "validation", "done"]
+)
+def test_a_run_that_dies_after_its_last_step_has_its_files_and_makes_up_for_the_rest(
+    owner: str,
+    dit: Path,
+    dataset: Path,
+    models: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: pytest.LogCaptureFixture,
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise Died
+
+    prompts = prompt_file(tmp_path, f"a {SMALL} --f 1", f"b {SMALL} --f 1")
+    words = (*models, "--sample_prompts", prompts, "--sample_every_n_steps", 3, "--max_train_steps", 3)
+    words = (*words, "--validation_split", 0.4, "--save_state_on_train_end")
+    plain = train_samples.decode_frames
+    calls = iter([True, False])
+    with monkeypatch.context() as patch:
+        if owner == "decode_frames":  # of the second prompt
+            patch.setattr(train_samples, owner, lambda *given: plain(*given) if next(calls) else die())
+        elif owner == "load_vae":
+            patch.setattr(train_samples, owner, die)
+        elif owner == "report":
+            patch.setattr(training.Output, "_report_effects", die)
+        elif owner == "validation":
+            patch.setattr(training.Trainer, "_validate", die)
+        elif owner == "log_samples":
+            patch.setattr(training, owner, die)
+        else:
+            patch.setattr(training.Metrics, "flush", die)
+        with pytest.raises(Died):
+            train(dit, dataset, tmp_path / "out", *words)
+    before = lora_bytes(tmp_path / "out/lora.safetensors")
+    assert (tmp_path / "out/lora-state").is_dir()
+    train(dit, dataset, tmp_path / "out", *words, "--resume", "auto")
+    assert lora_bytes(tmp_path / "out/lora.safetensors") == before
+    assert [(r["step"], r["prompt"]) for r in metrics(tmp_path / "out", "sample")] == [(3, 0), (3, 1)]
+    assert [record["step"] for record in metrics(tmp_path / "out", "validation")] == [3]
+    assert (tmp_path / "out/lora_effect.txt").is_file()
+    assert ("nothing to do" in said.text) == (owner == "done")
+    train(dit, dataset, tmp_path / "out", *words, "--resume", "auto")
+    assert "nothing to do" in said.text
+    assert len(metrics(tmp_path / "out", "sample")) == 2
+
+
+@pytest.mark.parametrize("name", ["sample_latents", "decode_frames"])
+def test_the_word_stop_interrupts_samples_and_the_resumed_run_makes_them(
+    name: str,
+    dit: Path,
+    dataset: Path,
+    models: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The state is saved at once, without another step."""
+    prompts = prompt_file(tmp_path, f"a {SMALL} --f 1", f"b {SMALL} --f 1")
+    words = (*models, "--sample_prompts", prompts, "--sample_every_n_steps", 2, "--max_train_steps", 4)
+    plain = getattr(train_samples, name)
+
+    def write_word(*given: Any, **named: Any) -> Any:
+        (tmp_path / "out/lora.control").write_text("stop", encoding="utf-8")
+        return plain(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_samples, name, write_word)
+        train(dit, dataset, tmp_path / "out", *words)
+    assert [record["step"] for record in metrics(tmp_path / "out", "step")] == [1, 2]
+    assert (tmp_path / "out/lora-step00000002-state").is_dir()
+    made = [(record["step"], record["prompt"]) for record in metrics(tmp_path / "out", "sample")]
+    assert made == ([] if name == "sample_latents" else [(2, 0)])
+    train(dit, dataset, tmp_path / "out", *words, "--resume", "auto")
+    made = [(record["step"], record["prompt"]) for record in metrics(tmp_path / "out", "sample")]
+    assert made == [(2, 0), (2, 1), (4, 0), (4, 1)]
+    assert len(names_in(tmp_path / "out", ".png")) == 4 + 2  # with two grids
 
 
 def test_the_word_sample_in_the_control_file_makes_samples(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kandinsky5 import objective, train_output, train_setup, training
+from kandinsky5 import objective, train_output, train_setup, training, validation
 from kandinsky5.training_state import find_state, read_state
 from tests.kandinsky5 import fault_kit
 from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train
@@ -81,8 +81,8 @@ def send(*numbers: int) -> None:
 
 PLACES = {
     "in the step": (objective.Objective, "training_losses", 3, 3),
-    "in the optimizer": (training.Trainer, "_update", 3, 4),
-    "in a save": (train_output, "write_state", 2, 3),
+    "in the optimizer": (training.Trainer, "_update", 3, 3),
+    "in a save": (train_output, "write_state", 2, 2),
     "in the last step": (objective.Objective, "training_losses", STEPS, STEPS),
     "after the last step": (training.Trainer, "_finish", 1, STEPS),
 }
@@ -111,16 +111,47 @@ def test_a_signal_anywhere_finishes_the_step_and_saves(
     run.assert_goes_on(whole, *words)
 
 
-def test_a_signal_while_samples_are_made_ends_after_the_next_step(
-    run: Run, whole: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_signal_while_samples_are_made_saves_at_once(run: Run, whole: dict[str, bytes]) -> None:
     def prepare() -> None:
-        training.TrainingSamples.is_due = lambda _self, step, _epoch: step == 2  # pyright: ignore
+        training.train_samples.is_due = lambda _settings, step, _epoch: step == 2
         training.TrainingSamples.make = lambda *_: send(signal.SIGTERM) or []  # pyright: ignore
 
     assert fault_kit.wait(run.start(prepare), 30) == 143, run.log.read_text()
-    assert run.step() == 3
+    assert run.step() == 2
     run.assert_goes_on(whole)
+
+
+@pytest.mark.parametrize("number", [1, 9])
+def test_a_signal_during_validation_drops_the_check_and_saves_at_once(
+    number: int, run: Run, dit: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Two clips at four noise levels, without and with the LoRA: 16 passes, of which no more is begun."""
+    words = ("--validation_split", 0.4, "--validate_every_n_steps", 2)
+    train(dit, dataset, tmp_path / "whole", "--max_train_steps", STEPS, *words)
+
+    def prepare() -> None:
+        before_call(validation, "draw_noise", number, lambda: send(signal.SIGTERM))
+        before_call(validation, "draw_noise", number + 1, lambda: os._exit(99))
+
+    assert fault_kit.wait(run.start(prepare, *words), 30) == 143, run.log.read_text()
+    assert "goes on from there with its validation" in run.log.read_text()
+    assert run.step() == 2
+    assert [record["step"] for record in metrics(run.output, "step")] == [1, 2]
+    run.assert_goes_on(lora_bytes(tmp_path / "whole/lora.safetensors"), *words)
+    assert metrics(run.output, "validation") == metrics(tmp_path / "whole", "validation")
+
+
+def test_a_signal_during_the_last_validation_leaves_it_to_the_resumed_run(
+    run: Run, dit: Path, dataset: Path, tmp_path: Path
+) -> None:
+    words = ("--validation_split", 0.4)
+    train(dit, dataset, tmp_path / "whole", "--max_train_steps", STEPS, *words)
+    pid = run.start(lambda: before_call(validation, "draw_noise", 3, lambda: send(signal.SIGTERM)), *words)
+    assert fault_kit.wait(pid, 30) == 143, run.log.read_text()
+    assert (run.output / "lora.safetensors").is_file()
+    assert run.step() == STEPS
+    run.assert_goes_on(lora_bytes(tmp_path / "whole/lora.safetensors"), *words)
+    assert metrics(run.output, "validation") == metrics(tmp_path / "whole", "validation")
 
 
 @pytest.mark.parametrize("number", SIGNALS[:1])

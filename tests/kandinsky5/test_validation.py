@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,10 @@ def test_a_resumed_run_makes_the_same_checks_and_measures_the_base_model_once(
     measured: list[bool] = []
     plain = Validation._losses
 
-    def counting(self: Validation) -> torch.Tensor:
+    def counting(self: Validation, should_stop: Callable[[], bool]) -> torch.Tensor:
         assert not self._network.training, "dropout would change what is measured"
         measured.append(self._network._switch.is_enabled)
-        return plain(self)
+        return plain(self, should_stop)
 
     monkeypatch.setattr(Validation, "_losses", counting)
     with monkeypatch.context() as patch:
@@ -249,7 +250,7 @@ def test_a_check_that_fails_costs_nothing_that_was_trained(
     error: Exception,
     message: str,
 ) -> None:
-    def fail(_self: Validation) -> None:
+    def fail(*_: object) -> None:
         raise error
 
     words = ("--validation_split", 0.4, "--max_train_steps", 3, "--save_state")
@@ -276,7 +277,7 @@ def test_a_check_that_is_made_up_for_and_fails_is_told_as_one(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(_self: Validation) -> None:
+    def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
     words = ("--validation_split", 0.4, "--max_train_steps", 3, "--validate_every_n_steps", 1)
@@ -304,10 +305,26 @@ def test_caches_with_other_contents_are_another_measurement(dit: Path, tmp_path:
     assert first["base_loss"] != second["base_loss"]
 
 
-def test_a_run_that_is_stopped_in_its_last_step_is_measured_all_the_same(
+def test_a_run_that_is_stopped_in_its_last_step_has_its_files_and_is_measured_when_resumed(
     dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "take_control_word", lambda names: "stop")
-    train(dit, dataset, tmp_path, "--validation_split", 0.4, "--max_train_steps", 1)
-    assert [record["step"] for record in metrics(tmp_path, "validation")] == [1]
+    words = ("--validation_split", 0.4, "--max_train_steps", 1)
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        train(dit, dataset, tmp_path, *words)
     assert (tmp_path / "lora.safetensors").is_file()
+    assert metrics(tmp_path, "validation") == []
+    train(dit, dataset, tmp_path, *words, "--resume", "auto")
+    assert [record["step"] for record in metrics(tmp_path, "validation")] == [1]
+
+
+def test_a_check_that_fails_between_steps_leaves_a_state_of_that_step(
+    dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Validation, "measure", fail)
+    words = ("--validation_split", 0.4, "--max_train_steps", 3, "--validate_every_n_steps", 2)
+    assert exit_code(dit, dataset, tmp_path, *words) == 5
+    assert (tmp_path / "lora-step00000002-state").is_dir()
