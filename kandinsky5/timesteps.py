@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
@@ -22,6 +22,8 @@ _NORMAL = NormalDist()
 _MARGIN = 1e-7
 """Quantiles are kept this far from 0 and 1, where the normal quantile is infinite."""
 MAX_REDRAWS = 1000
+RARE_SHARE = 0.02
+"""From it on fewer than one in 10^8 draws miss MAX_REDRAWS times."""
 
 _SHIFT_LINES = {
     # mode: ((tokens, mu), (tokens, mu)) of the line mu(tokens); the shift is exp(mu).
@@ -30,6 +32,7 @@ _SHIFT_LINES = {
     "krea2_shift": ((256, 0.5), (6400, 1.15)),
     "flux2_shift": ((256, 0.5), (4096, 1.15)),
 }
+_SHOWN_SIZE = (64, 64)
 _LOW_NOISE = {"logit_mean": 5.36, "logit_std": 1.0}
 
 
@@ -76,14 +79,41 @@ def draw_sigma(
             return low + (high - low) * sigma
         if low <= sigma <= high:
             return sigma
-    # So little of the distribution lies inside that an even draw is the honest fallback.
+    # So little of the distribution lies inside that an even draw is the honest fallback; `rarity_warning`.
     return low + (high - low) * _uniform(generator)
+
+
+def rarity_warning(config: TimestepConfig, latent_sizes: Iterable[tuple[int, int]]) -> str | None:
+    """What to say if hardly any of the distribution lies within the limits it is redrawn to.
+
+    Args:
+        latent_sizes: latent height and width of the clips, for the modes that depend on them.
+    """
+    if not config.preserve_distribution_shape:
+        return None
+    low, high = config.min_timestep / 1000, config.max_timestep / 1000
+    share = min(_share_within(config, size, low, high) for size in latent_sizes)
+    if share >= RARE_SHARE:
+        return None
+    return (
+        f"--preserve_distribution_shape: {share:.2%} of the draws lie within {config.min_timestep:g} .. "
+        f"{config.max_timestep:g}. After {MAX_REDRAWS} draws outside an even one between these limits is "
+        "taken instead; other limits or another --timestep_sampling keep the shape"
+    )
+
+
+def _share_within(config: TimestepConfig, latent_size: tuple[int, int], low: float, high: float) -> float:
+    generator, count = generator_for(0, "share_within"), 4000
+    drawn = (
+        sigma_at(config, _uniform(generator), latent_size, branch=_uniform(generator)) for _ in range(count)
+    )
+    return sum(low <= sigma <= high for sigma in drawn) / count
 
 
 def sigma_at(
     config: TimestepConfig, quantile: float, latent_size: tuple[int, int], *, branch: float = 0.0
 ) -> float:
-    """The noise level at a quantile in (0, 1), before min and max; monotone in it except for mode weighting.
+    """The noise level at a quantile in (0, 1), before min and max; monotone in it.
 
     Args:
         branch: a second number in (0, 1): which part of a mixture (qinglong_*) is taken.
@@ -171,7 +201,7 @@ def histogram(
     *,
     num_draws: int = 100_000,
     bins: int = 40,
-    latent_size: tuple[int, int] = (64, 64),
+    latent_size: tuple[int, int] = _SHOWN_SIZE,
 ) -> tuple[list[float], list[float]]:
     """Share of draws and mean loss weight per bin of 1000 / bins timesteps."""
     generator = generator_for(0, "show_timesteps")
@@ -217,6 +247,9 @@ def show_timesteps(config: ShowTimestepsConfig) -> None:
     """Draw many noise levels as training would and show how often each occurs and what it weighs."""
     for note in config.notes:
         log.info("%s", note)
+    warning = rarity_warning(config.timesteps, [_SHOWN_SIZE])
+    if warning is not None:
+        log.warning("%s", warning)
     shares, weights = histogram(config.timesteps)
     if config.show_timesteps == "console":
         print(text_bars(shares, weights))

@@ -17,6 +17,7 @@ from kandinsky5.hub import HubUploads
 from kandinsky5.machine_notes import machine_notes
 from kandinsky5.saved_config import shareable_options, write_config
 from kandinsky5.saving import OutputNames
+from kandinsky5.timesteps import rarity_warning
 from kandinsky5.trackers import Tracker, open_trackers
 from kandinsky5.train_output import disk_errors
 from kandinsky5.train_plan import RunLength
@@ -92,6 +93,9 @@ def prepare_run(config: TrainConfig, held: ExitStack) -> PreparedRun | None:
     for measured in (data, validation_data):
         if measured is not None:
             train_checks.check_sizes(config, measured)
+    rarity = rarity_warning(config.timesteps, {item.shape[1:] for item in data.items})
+    if rarity is not None and accelerator.is_main_process:
+        log.warning("%s", rarity)
     config = train_memory.fit_budget(config, data, accelerator)
     length = _run_length(config, data, accelerator.num_processes, saved)
     branch = branch_of(config, saved)

@@ -1,4 +1,4 @@
-"""The parser and the error handling of every command."""
+"""The parser, an option type and the error handling of every command."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ class Parser(argparse.ArgumentParser):
         code = ConfigError.exit_code
         print(f"error: {message}\n{self.prog} --help lists the options\nexit code {code}", file=sys.stderr)
         raise SystemExit(code)
+
+
+def float_between(low: float, high: float) -> Callable[[str], float]:
+    """An option type: a finite number within [low, high]."""
+
+    def number(word: str) -> float:
+        value = float(word)
+        if not low <= value <= high:  # false for nan too
+            raise argparse.ArgumentTypeError(f"must lie within {low:g} .. {high:g}, got {word}")
+        return value
+
+    return number
 
 
 def _has_traceback_word(argv: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,14 +31,25 @@ def parse_keyword_args(words: Sequence[str], flag: str, *, allow_plain_text: boo
             problems.append(f"{flag}: {name} is given twice")
         else:
             try:
-                values[name] = ast.literal_eval(text)
+                value = ast.literal_eval(text)
             except (ValueError, SyntaxError, MemoryError, RecursionError):
-                if allow_plain_text:
-                    values[name] = text
-                else:
-                    problems.append(
-                        f"{flag}: the value of {name} is no Python number, tuple or quoted text: {text!r}"
-                    )
+                value = text
+                is_known = allow_plain_text
+            else:
+                is_known = _is_finite(value)
+            if is_known:
+                values[name] = value
+            else:
+                problems.append(
+                    f"{flag}: the value of {name} is no finite Python number, tuple or quoted text: {text!r}"
+                )
     if problems:
         raise ConfigError(problems)
     return values
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in it is beyond the range of floats, as 1e999 is."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from modules.command_line import Parser, user_errors
+from modules.command_line import Parser, float_between, user_errors
 from modules.errors import ConfigError, ModelFileError, ResourceError
 from modules.logs import get_logger
 from modules.tensor_files import TensorInfo
@@ -61,7 +61,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser = Parser("python -m networks.merge_lora", "Merge LoRAs into a DiT checkpoint.")
         parser.add_argument("--dit", type=Path, required=True, help="checkpoint: file, shards or folder")
         parser.add_argument("--lora_weight", type=Path, nargs="+", required=True, help="LoRA files")
-        parser.add_argument("--lora_multiplier", type=float, nargs="*", default=[], help="default: 1.0 each")
+        parser.add_argument(
+            "--lora_multiplier",
+            type=float_between(-1e12, 1e12),
+            nargs="*",
+            default=[],
+            help="default: 1.0 each",
+        )
         parser.add_argument("--save_merged_model", type=Path, required=True, help="file to write")
         parser.add_argument("--device", default="cpu", help="where to compute: cpu or cuda (default: cpu)")
         options = parser.parse_args(argv)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.command_line import Parser, check_output, user_errors
+from modules.command_line import Parser, check_output, float_between, user_errors
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 from modules.tensor_files import write_tensors
@@ -105,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         parser.add_argument("--beta2", type=_share, help="share at the last file; linear in between")
         parser.add_argument(
-            "--sigma_rel", type=float, help="relative width of a power-function average instead"
+            "--sigma_rel",
+            type=float_between(1e-12, 1e12),
+            help="relative width of a power-function average instead",
         )
         parser.add_argument(
             "--no_sort", action="store_true", help="keep the given order (default: oldest first)"
@@ -114,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = parser.parse_args(argv)
         if len(options.path) < 2:
             raise ConfigError("at least two LoRA files are needed for an average")
-        if options.sigma_rel is not None and (options.beta2 is not None or options.sigma_rel <= 0):
-            raise ConfigError("--sigma_rel must be above 0 and does not go with --beta2")
+        if options.sigma_rel is not None and options.beta2 is not None:
+            raise ConfigError("--sigma_rel does not go with --beta2")
         missing = [path for path in options.path if not path.is_file()]
         if missing:
             raise ModelFileError([f"{path}: no such file" for path in missing])

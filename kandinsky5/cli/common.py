@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
-from modules.command_line import Parser, user_errors
+from modules.command_line import Parser, float_between, user_errors
 
 __all__ = [
     "DTYPE_CHOICES",
@@ -17,6 +16,8 @@ __all__ = [
     "local_name",
     "non_negative_int",
     "positive_int",
+    "resolution",
+    "step_count",
     "user_errors",
 ]
 
@@ -41,16 +42,27 @@ def non_negative_int(word: str) -> int:
     return value
 
 
-def float_between(low: float, high: float) -> Callable[[str], float]:
-    """An option type: a finite number within [low, high]."""
-
-    def number(word: str) -> float:
+def step_count(word: str) -> int | float:
+    """An option type: a number of steps, or a share of the run as `0.1` or `10%`."""
+    if word.endswith("%"):
+        value = float(word[:-1]) / 100
+    elif "." in word or "e" in word.lower():
         value = float(word)
-        if not low <= value <= high:  # false for nan too
-            raise argparse.ArgumentTypeError(f"must lie within {low:g} .. {high:g}, got {word}")
-        return value
+    else:
+        return non_negative_int(word)
+    if value == 0:
+        return 0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"a share must lie between 0 and 1 (0% and 100%), got {word}")
+    return value
 
-    return number
+
+def resolution(word: str) -> tuple[int, int]:
+    """An option type: `width,height`, or one number for both."""
+    parts = [positive_int(part.strip()) for part in word.split(",")]
+    if len(parts) > 2:
+        raise argparse.ArgumentTypeError(f'expected "width,height", got {word}')
+    return parts[0], parts[-1]
 
 
 def local_name(path: Path) -> str:

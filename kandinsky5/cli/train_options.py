@@ -12,6 +12,8 @@ from kandinsky5.cli.common import (
     float_between,
     non_negative_int,
     positive_int,
+    resolution,
+    step_count,
 )
 from kandinsky5.cli.compile_options import add_accelerate_compile_options, add_compile_options
 from kandinsky5.cli.weight_options import add_dit_weight_options, add_qwen_weight_options
@@ -241,7 +243,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ddp_static_graph", action="store_true", help="several processes: every step uses all of the LoRA"
     )
-    group.add_argument("--guidance_scale", type=float, default=1.0, help="accepted, goes to the metadata")
+    group.add_argument(
+        "--guidance_scale", type=_any_number, default=1.0, help="accepted, goes to the metadata"
+    )
     group.add_argument(
         "--dry_run",
         action="store_true",
@@ -437,7 +441,7 @@ def _add_timesteps(parser: argparse.ArgumentParser) -> None:
         help="(default: sigma; shift is usual)",
     )
     group.add_argument(
-        "--discrete_flow_shift", type=float, default=1.0, help="shift mode (default: 1.0; 5.0 is usual)"
+        "--discrete_flow_shift", type=_positive, default=1.0, help="shift mode (default: 1.0; 5.0 is usual)"
     )
     group.add_argument(
         "--sigmoid_scale", type=_positive, default=1.0, help="spread of the logistic modes (default: 1.0)"
@@ -458,7 +462,9 @@ def _add_timesteps(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--logit_mean", type=_any_number, default=0.0, help="logit_normal and logsnr (default: 0.0)"
     )
-    group.add_argument("--logit_std", type=float, default=1.0, help="logit_normal and logsnr (default: 1.0)")
+    group.add_argument(
+        "--logit_std", type=_positive, default=1.0, help="logit_normal and logsnr (default: 1.0)"
+    )
     group.add_argument(
         "--mode_scale", type=_any_number, default=1.29, help="weighting_scheme mode (default: 1.29)"
     )
@@ -570,26 +576,3 @@ def _add_upload(parser: argparse.ArgumentParser) -> None:
         help="--resume names a state on the hub: USER/REPO/PATH[:REVISION[:TYPE]]",
     )
     add("--async_upload", action="store_true", help="upload beside the training")
-
-
-def step_count(word: str) -> int | float:
-    """An option type: a number of steps, or a share of the run as `0.1` or `10%`."""
-    if word.endswith("%"):
-        value = float(word[:-1]) / 100
-    elif "." in word or "e" in word.lower():
-        value = float(word)
-    else:
-        return non_negative_int(word)
-    if value == 0:
-        return 0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"a share must lie between 0 and 1 (0% and 100%), got {word}")
-    return value
-
-
-def resolution(word: str) -> tuple[int, int]:
-    """An option type: `width,height`, or one number for both."""
-    parts = [positive_int(part.strip()) for part in word.split(",")]
-    if len(parts) > 2:
-        raise argparse.ArgumentTypeError(f'expected "width,height", got {word}')
-    return parts[0], parts[-1]

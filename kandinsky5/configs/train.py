@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,9 @@ TIMESTEP_SAMPLINGS = (
 )
 NETWORK_MODULES = ("networks.lora_kandinsky", "networks.loha", "networks.lokr")
 WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
+MODE_SCALES = (-1.0, 2.0 / (math.pi - 2.0))
+"""Between these the formula of `--weighting_scheme mode` is monotone: Esser et al. 2024, arXiv 2403.03206,
+section 3.1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +61,12 @@ class TimestepConfig:
             problems.append("--min_timestep must lie below --max_timestep, both within 0..1000")
         if self.logit_std <= 0:
             problems.append(f"--logit_std must be above 0, got {self.logit_std:g}")
+        low, high = MODE_SCALES
+        if not low <= self.mode_scale <= high:
+            problems.append(
+                f"--mode_scale must lie within {low:g} .. {high:.4f} (2 / (pi - 2)), where the formula is a "
+                f"distribution over 0 .. 1; got {self.mode_scale:g}"
+            )
         if self.num_timestep_buckets is not None and self.num_timestep_buckets < 2:
             problems.append(f"--num_timestep_buckets must be at least 2, got {self.num_timestep_buckets}")
         if problems:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from statistics import NormalDist
 
 import pytest
 import torch
 
 from kandinsky5.configs.train import TIMESTEP_SAMPLINGS, TimestepConfig
-from kandinsky5.timesteps import draw_sigma, draw_sigmas, loss_weight, shift_sigma, sigma_at, size_shift
+from kandinsky5.timesteps import (
+    MAX_REDRAWS,
+    RARE_SHARE,
+    draw_sigma,
+    draw_sigmas,
+    loss_weight,
+    rarity_warning,
+    shift_sigma,
+    sigma_at,
+    size_shift,
+)
+from kandinsky5_train_network import main
 from modules.errors import ConfigError
 from modules.seeding import generator_for
+from tests.kandinsky5.training_runs import SMALLER
 
 SIZE = (64, 96)
 
@@ -116,3 +130,43 @@ def test_impossible_settings_are_listed_together() -> None:
     with pytest.raises(ConfigError) as caught:
         TimestepConfig(discrete_flow_shift=0, min_timestep=900, max_timestep=100, num_timestep_buckets=1)
     assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1.29, 2 / (math.pi - 2)])
+def test_every_allowed_mode_scale_gives_a_distribution_over_all_levels(scale: float) -> None:
+    config = TimestepConfig(weighting_scheme="mode", mode_scale=scale)
+    levels = [sigma_at(config, u / 1000, SIZE) for u in range(1001)]
+    assert levels == sorted(levels, reverse=True)
+    assert (levels[0], levels[-1]) == (pytest.approx(1.0, abs=1e-6), pytest.approx(0.0, abs=1e-6))
+
+
+@pytest.mark.parametrize("scale", [-3.0, 2.0, math.nan])
+def test_a_mode_scale_that_gives_no_distribution_is_refused(scale: float) -> None:
+    with pytest.raises(ConfigError, match=r"--mode_scale must lie within -1 \.\. 1\.7519"):
+        TimestepConfig(weighting_scheme="mode", mode_scale=scale)
+
+
+def test_limits_that_hardly_any_draw_falls_into_are_warned_of() -> None:
+    far = TimestepConfig(
+        timestep_sampling="logsnr", logit_mean=40.0, min_timestep=900, preserve_distribution_shape=True
+    )
+    assert "0.00% of the draws lie within 900 .. 1000" in (rarity_warning(far, [SIZE]) or "")
+    near = TimestepConfig(timestep_sampling="logsnr", min_timestep=900, preserve_distribution_shape=True)
+    assert rarity_warning(near, [SIZE]) is not None
+    assert rarity_warning(replace(near, min_timestep=500), [SIZE]) is None
+    assert rarity_warning(replace(far, preserve_distribution_shape=False), [SIZE]) is None
+
+
+def test_a_distribution_that_gets_no_warning_is_redrawn_to_its_end() -> None:
+    """At the share where the warning ends, fewer than one in 10^8 draws miss every time."""
+    assert (1 - RARE_SHARE) ** MAX_REDRAWS < 2e-9
+
+
+def test_a_run_gives_the_warning_before_a_model_is_loaded(
+    dit: Path, dataset: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    places = ("--task", "k5-tiny-t2v", "--dit", dit, "--dataset_config", dataset, "--output_dir", tmp_path)
+    words = ("--timestep_sampling", "logsnr", "--logit_mean", 40, "--min_timestep", 900, "--seed", 1)
+    ends = ("--preserve_distribution_shape", "--output_name", "lora", "--dry_run", *SMALLER)
+    main([str(word) for word in (*places, *words, *ends)])
+    assert "--preserve_distribution_shape: 0.00% of the draws lie within 900 .. 1000" in said.text

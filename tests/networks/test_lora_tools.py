@@ -129,8 +129,9 @@ def test_merging_by_command_adds_the_changes(
     assert [entry["multiplier"] for entry in json.loads(metadata["ss_merged_loras"])] == [0.5, 1.0]
     assert fails(merge_lora.main, [*argv, "--lora_weight", lora], capsys)[0] == 2  # exists
     argv[3] = str(tmp_path / "new.safetensors")
-    code, _ = fails(merge_lora.main, [*argv, "--lora_weight", lora, "--lora_multiplier", "1", "2"], capsys)
-    assert code == 2
+    for numbers in (["1", "2"], ["nan"]):
+        words = ["--lora_weight", lora, "--lora_multiplier", *numbers]
+        assert fails(merge_lora.main, [*argv, *words], capsys)[0] == 2
     argv[1] = lora
     code, text = fails(merge_lora.main, [*argv, "--lora_weight", lora], capsys)
     assert (code, "not a Kandinsky 5 DiT" in text) == (4, True)
@@ -184,7 +185,9 @@ def test_averaging_refuses_what_does_not_belong_together(
         write_tensors(second, {**tensors, **change})
         code, text = fails(post_hoc_ema.main, argv, capsys)
         assert (code, words in text) == (4, True)
-    for bad in ([argv[0], *argv[2:]], [*argv, "--sigma_rel", "0.9"], [*argv, "--beta", "2"]):
+    for bad in ([argv[0], *argv[2:]], [*argv, "--sigma_rel", "0.9"], [*argv, "--sigma_rel", "nan"]):
+        assert fails(post_hoc_ema.main, bad, capsys)[0] == 2
+    for bad in ([*argv, "--beta", "2"], [*argv, "--sigma_rel", "0.1", "--beta2", "0.5"]):
         assert fails(post_hoc_ema.main, bad, capsys)[0] == 2
     assert not output.exists()
 
