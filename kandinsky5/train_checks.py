@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -20,11 +19,12 @@ from kandinsky5.tasks import TASKS, Task
 from kandinsky5.trackers import check_trackers
 from modules.attention import check_attention_backend
 from modules.errors import ConfigError, ModelFileError, ResourceError
-from modules.files import atomic_writer, check_folder_unwritten
+from modules.files import STRAY_PREFIX, atomic_writer, check_folder_unwritten
 from modules.locks import sole_user
 from modules.logs import get_logger
 from modules.lr_schedules import SCHEDULE_NAMES
 from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
+from modules.strays import stray_name
 from networks.lora_kandinsky import parse_network_args
 
 log = get_logger(__name__)
@@ -179,7 +179,7 @@ def _prove_writable(option: str, folder: Path) -> None:
         raise ResourceError(f"{option} {folder}: is a file; name a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".k5tmp-{os.getpid()}-probe"
+        probe = folder / stray_name(STRAY_PREFIX, "probe")
         with atomic_writer(probe) as stream:
             stream.write(b"k5")
         probe.unlink()

@@ -8,16 +8,14 @@
     manifest.json      sizes and SHA-256 of the others, written last
 
 A directory is written under a temporary name and renamed, so what carries a final name is whole. One that
-replaces another needs two renames; the older one waits under `.k5old-<pid>-<name>` until the second is done.
+replaces another needs two renames; the older one waits under `.k5old-...-<name>` until the second is done.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -29,8 +27,9 @@ from torch import Tensor
 
 from kandinsky5.saving import is_state_name
 from modules.errors import DataError, ModelFileError
-from modules.files import atomic_writer, process_is_running, sync_folder, write_json
+from modules.files import atomic_writer, sync_folder, write_json
 from modules.logs import get_logger
+from modules.strays import find_strays, machine_mark, stray_name
 from modules.tensor_files import read_tensors, write_tensors
 
 log = get_logger(__name__)
@@ -115,20 +114,29 @@ def write_state(
     scheduler: Mapping[str, Any] | None = None,
     average: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a whole state directory; an older one of that name is replaced only by the finished new one."""
+    """Write a whole state directory; an older one of that name is replaced only by the finished new one.
+
+    Raises:
+        OSError: the disk refuses, or somebody has removed what was written.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.parent / f"{_STRAY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    building = folder.parent / stray_name(_STRAY_PREFIX)
     building.mkdir()
+    names = [*_REQUIRED]
     try:
-        write_tensors(building / "lora.safetensors", {name: t.float() for name, t in lora.items()})
+        tensors = {name: tensor.float() for name, tensor in lora.items()}
+        write_tensors(building / "lora.safetensors", tensors, makes_folder=False)
         _write_torch(building / "optimizer.pt", optimizer)
         if scheduler is not None:
+            names.append("scheduler.pt")
             _write_torch(building / "scheduler.pt", scheduler)
         if average is not None:
-            write_tensors(building / "ema.safetensors", average)
-        write_json(building / "state.json", {**asdict(run), "format_version": FORMAT_VERSION})
-        files = {path.name: _fingerprint(path) for path in sorted(building.iterdir())}
-        write_json(building / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
+            names.append("ema.safetensors")
+            write_tensors(building / "ema.safetensors", average, makes_folder=False)
+        values = {**asdict(run), "format_version": FORMAT_VERSION}
+        write_json(building / "state.json", values, makes_folder=False)
+        manifest = {"format_version": FORMAT_VERSION, "files": {n: _fingerprint(building / n) for n in names}}
+        write_json(building / "manifest.json", manifest, makes_folder=False)
         _take_place(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -141,7 +149,7 @@ def _take_place(building: Path, folder: Path) -> None:
         building.rename(folder)
         sync_folder(folder.parent)
         return
-    old = folder.with_name(f"{_OLD_PREFIX}{os.getpid()}-{folder.name}")
+    old = folder.with_name(stray_name(_OLD_PREFIX, folder.name))
     folder.rename(old)
     try:
         building.rename(folder)
@@ -154,7 +162,7 @@ def _take_place(building: Path, folder: Path) -> None:
 
 def remove_state(folder: Path) -> None:
     """Delete a state directory; what is left of it after a kill no longer looks like a state."""
-    doomed = folder.with_name(f"{_STRAY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}")
+    doomed = folder.with_name(stray_name(_STRAY_PREFIX))
     folder.rename(doomed)
     _remove_folder(doomed)
 
@@ -165,7 +173,7 @@ def _remove_folder(folder: Path) -> None:
 
 
 def _write_torch(path: Path, value: Mapping[str, Any]) -> None:
-    with atomic_writer(path) as stream:
+    with atomic_writer(path, makes_folder=False) as stream:
         try:
             torch.save(dict(value), stream)
         except RuntimeError as error:
@@ -295,21 +303,18 @@ def read_mark(folder: Path) -> StateMark | None:
 def put_back_old_states(output_dir: Path, output_name: str) -> None:
     """Where a killed process had moved a state away and not yet put the new one in its place, undo that.
 
-    Several processes may do it at once.
+    Several processes may do it at once. Of another machine it is done at once too: the two renames take no
+    time, so its process has ended in between, and the run may be meant to go on here.
     """
-    for old in output_dir.iterdir() if output_dir.is_dir() else ():
-        owner, _, name = old.name.removeprefix(_OLD_PREFIX).partition("-")
-        if not old.name.startswith(_OLD_PREFIX) or not owner or not is_state_name(name, output_name):
+    for old in find_strays(output_dir, _OLD_PREFIX):
+        is_ours = is_state_name(old.rest, output_name)
+        if not is_ours or (old.machine == machine_mark() and not old.is_abandoned()):
             continue
         try:
-            if not (output_dir / name).exists():
-                old.rename(output_dir / name)
+            if not (output_dir / old.rest).exists():
+                old.path.rename(output_dir / old.rest)
         except FileNotFoundError:
             continue  # another process of this run was faster
-
-
-def _is_alive(owner: str) -> bool:
-    return owner.isdigit() and int(owner) != os.getpid() and process_is_running(int(owner))
 
 
 def remove_stray_states(output_dir: Path) -> int:
@@ -319,11 +324,10 @@ def remove_stray_states(output_dir: Path) -> int:
     """
     removed = 0
     for prefix in (_STRAY_PREFIX, _OLD_PREFIX):
-        for stray in output_dir.glob(f"{prefix}*"):
-            owner, _, name = stray.name.removeprefix(prefix).partition("-")
-            is_needed = prefix == _OLD_PREFIX and not (output_dir / name).exists()
-            if is_needed or _is_alive(owner):
+        for stray in find_strays(output_dir, prefix):
+            is_needed = prefix == _OLD_PREFIX and not (output_dir / stray.rest).exists()
+            if is_needed or not stray.is_abandoned():
                 continue
-            _remove_folder(stray)
+            _remove_folder(stray.path)
             removed += 1
     return removed

@@ -5,30 +5,32 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from modules.errors import ResourceError
+from modules.strays import find_strays, stray_name
 
-_STRAY_PREFIX = ".k5tmp-"
-# Source: winbase.h; PROCESS_QUERY_LIMITED_INFORMATION, STILL_ACTIVE, ERROR_ACCESS_DENIED.
-_WINDOWS_QUERY, _WINDOWS_STILL_ACTIVE, _WINDOWS_ACCESS_DENIED = 0x1000, 259, 5
+STRAY_PREFIX = ".k5tmp-"
 _NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP)
 
 
 @contextmanager
-def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+def atomic_writer(path: Path, *, makes_folder: bool = True) -> Iterator[BinaryIO]:
     """Yield a binary file that takes the name `path`, whole and on disk, when the block ends well.
 
     The file is written under a temporary name in the same folder, flushed, fsync'ed and renamed; its
     permissions follow the umask. On an error nothing is left behind and an older file of that name stays.
+
+    Args:
+        makes_folder: make the folder if it is missing; else that is a FileNotFoundError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if makes_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     # A short random name: the final name may already be as long as the file system allows.
-    temporary = path.parent / f"{_STRAY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = path.parent / stray_name(STRAY_PREFIX)
     try:
         with temporary.open("xb") as stream:
             yield stream
@@ -80,56 +82,27 @@ def last_part(path: Path) -> str:
     return str(path).replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, makes_folder: bool = True) -> None:
     """Write UTF-8 text with LF line ends as one whole file."""
-    with atomic_writer(path) as stream:
+    with atomic_writer(path, makes_folder=makes_folder) as stream:
         stream.write(text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, makes_folder: bool = True) -> None:
     """Write a JSON file whose bytes depend on the value alone."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    write_text(path, text, makes_folder=makes_folder)
 
 
 def remove_strays(folder: Path) -> int:
     """Delete what killed processes left half-written in `folder`; returns how many files went.
 
-    A file whose writing process still lives is left alone.
+    A file that somebody may still write is left alone.
     """
-    removed = 0
-    for stray in folder.glob(f"{_STRAY_PREFIX}*"):
-        owner = stray.name.removeprefix(_STRAY_PREFIX).split("-")[0]
-        if owner.isdigit() and int(owner) != os.getpid() and process_is_running(int(owner)):
-            continue
-        stray.unlink(missing_ok=True)
-        removed += 1
-    return removed
-
-
-def process_is_running(pid: int) -> bool:
-    """Whether a process with this number lives."""
-    if os.name == "nt":  # os.kill(pid, 0) would end the process there
-        return _windows_process_is_running(pid)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _windows_process_is_running(pid: int) -> bool:
-    import ctypes
-
-    kernel = vars(ctypes)["windll"].kernel32  # exists on Windows alone
-    handle = kernel.OpenProcess(_WINDOWS_QUERY, False, pid)
-    if not handle:
-        return kernel.GetLastError() == _WINDOWS_ACCESS_DENIED
-    code = ctypes.c_ulong()
-    known = kernel.GetExitCodeProcess(handle, ctypes.byref(code))
-    kernel.CloseHandle(handle)
-    return not known or code.value == _WINDOWS_STILL_ACTIVE
+    abandoned = [stray.path for stray in find_strays(folder, STRAY_PREFIX) if stray.is_abandoned()]
+    for path in abandoned:
+        path.unlink(missing_ok=True)
+    return len(abandoned)
 
 
 def sync_folder(folder: Path) -> None:

@@ -187,11 +187,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    makes_folder: bool = True,
 ) -> None:
     """Write a safetensors file as one whole file; equal content gives equal bytes."""
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_tensor_stream(path, layout, tensors.__getitem__, metadata)
+    write_tensor_stream(path, layout, tensors.__getitem__, metadata, makes_folder=makes_folder)
 
 
 def write_tensor_stream(
@@ -199,9 +203,11 @@ def write_tensor_stream(
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
+    *,
+    makes_folder: bool = True,
 ) -> None:
     """`write_tensors` for more than fits in memory: `read(name)` is called once per tensor, in file order."""
-    with atomic_writer(path) as stream:
+    with atomic_writer(path, makes_folder=makes_folder) as stream:
         stream.write(encode_header(layout, metadata))
         for name in file_order(layout):
             tensor = read(name)

@@ -146,7 +146,7 @@ def test_what_torch_hides_of_a_full_disk_is_told(tmp_path: Path, monkeypatch: py
             pass
 
     @contextmanager
-    def full_writer(_: Path) -> Iterator[Full]:
+    def full_writer(_: Path, **_options: bool) -> Iterator[Full]:
         yield Full()
 
     monkeypatch.setattr(training_state, "atomic_writer", full_writer)

@@ -9,14 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
-from kandinsky5 import train_output, training
+from kandinsky5 import train_output, training, training_state
 from kandinsky5.training_state import find_state, read_state, remove_stray_states, state_problem
+from modules import files
 from modules.errors import DataError, ModelFileError
-from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train
+from modules.strays import machine_mark
+from tests.kandinsky5.training_runs import SMALLER, exit_code, lora_bytes, metrics, train
 
 
 def test_resuming_a_finished_run_does_nothing_and_more_steps_continue_it(
@@ -147,14 +152,61 @@ def test_a_state_that_was_moved_away_for_a_new_one_comes_back(
 ) -> None:
     """A kill between the two renames: the old one is used, the half-made one goes."""
     train(dit, dataset, tmp_path, "--max_train_steps", 1, "--save_state")
-    (tmp_path / "lora-state").rename(tmp_path / ".k5old-4194303-lora-state")
-    (tmp_path / ".k5state-4194303-ab").mkdir()
+    gone = f"{machine_mark()}-4194303"
+    (tmp_path / "lora-state").rename(tmp_path / f".k5old-{gone}-lora-state")
+    (tmp_path / f".k5state-{gone}-ab").mkdir()
     assert find_state(tmp_path, "other", "auto") is None
     assert remove_stray_states(tmp_path) == 1
     assert find_state(tmp_path, "lora", "auto") == tmp_path / "lora-state"
-    shutil.copytree(tmp_path / "lora-state", tmp_path / ".k5old-4194303-lora-state")
+    shutil.copytree(tmp_path / "lora-state", tmp_path / f".k5old-{gone}-lora-state")
     assert remove_stray_states(tmp_path) == 1
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".k5")] == []
+
+
+def test_a_state_that_another_machine_moved_away_comes_back_and_what_it_builds_stays(
+    dit: Path, dataset: Path, tmp_path: Path
+) -> None:
+    train(dit, dataset, tmp_path, "--max_train_steps", 1, "--save_state")
+    (tmp_path / "lora-state").rename(tmp_path / ".k5old-m00000000-1-lora-state")
+    (tmp_path / ".k5state-m00000000-1-ab").mkdir()
+    (tmp_path / f".k5old-{machine_mark()}-{os.getppid()}-lora-000001-state").mkdir()  # a process that lives
+    assert find_state(tmp_path, "lora", "auto") == tmp_path / "lora-state"
+    assert remove_stray_states(tmp_path) == 0
+    assert not (tmp_path / "lora-000001-state").exists()
+
+
+@pytest.mark.parametrize("part", ["optimizer.pt", "state.json", "manifest.json"])
+def test_a_state_whose_parts_somebody_removed_never_gets_its_name(
+    part: str, dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a program on another machine that cleans up the folder."""
+    plain = training_state.atomic_writer
+
+    def clean_up_before(path: Path, **options: bool) -> AbstractContextManager[BinaryIO]:
+        if path.name == part:
+            shutil.rmtree(path.parent)
+        return plain(path, **options)
+
+    for module in (training_state, files):
+        monkeypatch.setattr(module, "atomic_writer", clean_up_before)
+    assert exit_code(dit, dataset, tmp_path, "--max_train_steps", 1, "--save_state") == 5
+    assert not list(tmp_path.glob("*-state"))
+    assert not list(tmp_path.glob(".k5*"))
+    assert (tmp_path / "lora.safetensors").is_file()
+
+
+def test_a_state_that_has_lost_one_file_never_gets_its_name(
+    dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = training_state._write_torch
+
+    def lose_the_lora(path: Path, value: Mapping[str, Any]) -> None:
+        (path.parent / "lora.safetensors").unlink()
+        plain(path, value)
+
+    monkeypatch.setattr(training_state, "_write_torch", lose_the_lora)
+    assert exit_code(dit, dataset, tmp_path, "--max_train_steps", 1, "--save_state") == 5
+    assert not list(tmp_path.glob("*-state"))
 
 
 def test_files_that_a_kill_left_beyond_their_time_go_at_the_next_start(
