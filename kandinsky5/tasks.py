@@ -106,6 +106,11 @@ class NablaParams:
     add_sta: bool = True
     method: str = "topcdf"
 
+    def describe(self) -> str:
+        """In words, for logs."""
+        window = f"window {self.wT} x {self.wH} x {self.wW}" if self.add_sta else "no window"
+        return f"NABLA attention ({self.method}, P {self.P:g}, {window})"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 from dataset.cached_dataset import CachedDataset
@@ -17,6 +16,7 @@ from kandinsky5.results import delete_result, find_results, maker
 from kandinsky5.saving import OutputNames
 from kandinsky5.tasks import TASKS, Task
 from kandinsky5.trackers import check_trackers
+from kandinsky5.train_samples import sample_model_problems
 from modules.attention import check_attention_backend
 from modules.errors import ConfigError, ModelFileError, ResourceError
 from modules.files import STRAY_PREFIX, atomic_writer, check_folder_unwritten
@@ -40,18 +40,12 @@ def check_files(config: TrainConfig) -> None:
         ModelFileError, ConfigError, ResourceError: each with what to do.
     """
     check_memory_options(config.model)
-    check_dit_file(config.model.dit, config.model.dit_params)
+    problems = _model_file_problems(config)
+    if problems:
+        raise ModelFileError(problems)
     warning = file_name_warning(config.model.dit, is_i2v=config.model.task.is_i2v)
     if warning is not None:
         log.warning("%s", warning)
-    missing = [
-        path for path in [*config.model.base_weights, config.network.network_weights] if path is not None
-    ]
-    missing = [path for path in missing if not path.is_file()]
-    if missing:
-        raise ModelFileError([f"{path}: no such LoRA file" for path in missing])
-    if config.model.vae is not None and not Path(config.model.vae).exists():
-        raise ModelFileError(f"--vae {config.model.vae}: no such file or folder")
     check_schedule_name(config.optimizer)
     if config.network.ema_decay is not None and is_schedule_free(config.optimizer.optimizer_type):
         raise ConfigError(
@@ -59,6 +53,22 @@ def check_files(config: TrainConfig) -> None:
         )
     parse_network_args(config.network.network_args, network_module=config.network.network_module)
     check_trackers(config.tracking)
+
+
+def _model_file_problems(config: TrainConfig) -> list[str]:
+    """What the headers of all models tell, and which files are missing."""
+    model, problems = config.model, []
+    try:
+        check_dit_file(model.dit, model.dit_params)
+    except ModelFileError as error:
+        problems += error.problems
+    loras = [path for path in (*model.base_weights, config.network.network_weights) if path is not None]
+    problems += [f"{path}: no such LoRA file" for path in loras if not path.is_file()]
+    if config.samples.sample_prompts is not None:
+        problems += sample_model_problems(config)
+    elif model.vae is not None and not Path(model.vae).exists():
+        problems.append(f"--vae {model.vae}: no such file or folder")
+    return problems
 
 
 def check_memory_options(model: ModelConfig) -> None:
@@ -150,7 +160,7 @@ def check_output_unwritten(config: TrainConfig, *, is_resuming: bool) -> None:
 
 
 def prepare_output(config: TrainConfig, held: ExitStack, *, is_resuming: bool) -> None:
-    """Make the output folder, prove that it can be written, and deal with results of the same name.
+    """Make the output folder, prove that it can be written, and keep other runs of the name away.
 
     Args:
         held: takes the lock on the output name.
@@ -160,18 +170,27 @@ def prepare_output(config: TrainConfig, held: ExitStack, *, is_resuming: bool) -
     """
     saving = config.saving
     names = OutputNames(saving.output_dir, saving.output_name)
-    existing = check_output(config, is_resuming=is_resuming)
+    check_output(config, is_resuming=is_resuming)
     _prove_writable("--output_dir", saving.output_dir)
     if saving.output_dir_fallback is not None:
         _prove_writable("--output_dir_fallback", saving.output_dir_fallback)
     held.enter_context(sole_user(names.lock, f"{names.final_lora} is being made"))
-    if existing and not is_resuming:
-        log.info(
-            "--overwrite: removing %d results of earlier runs named %s", len(existing), saving.output_name
-        )
-        for path in existing:
-            delete_result(path, saving.output_name)
-        names.validation_plot.unlink(missing_ok=True)
+
+
+def remove_replaced(config: TrainConfig, *, is_resuming: bool) -> None:
+    """What `--overwrite` deletes, once nothing can be found wrong with the run any more.
+
+    Raises:
+        ConfigError: see `check_output`.
+    """
+    saving = config.saving
+    existing = check_output(config, is_resuming=is_resuming)
+    if not existing or is_resuming:
+        return
+    log.info("--overwrite: removing %d results of earlier runs named %s", len(existing), saving.output_name)
+    for path in existing:
+        delete_result(path, saving.output_name)
+    OutputNames(saving.output_dir, saving.output_name).validation_plot.unlink(missing_ok=True)
 
 
 def _prove_writable(option: str, folder: Path) -> None:
@@ -241,9 +260,9 @@ def _hint_at_other_scale(task: Task, sizes: Iterable[tuple[int, int]]) -> None:
 
 def describe_model(model: ModelConfig) -> str:
     """One line on what is about to be trained."""
-    nabla = f"dense attention ({model.attention})" if model.nabla is None else f"NABLA {asdict(model.nabla)}"
+    attention = f"dense attention ({model.attention})" if model.nabla is None else model.nabla.describe()
     held = "in float8" if model.fp8_base else "in int8" if model.int8_base else "as they are"
-    return f"{model.task.name}: {model.dit.name}, {nabla}, weights {held}"
+    return f"{model.task.name}: {model.dit.name}, {attention}, weights {held}"
 
 
 def log_datasets(datasets: DatasetConfig, data: CachedDataset) -> None:

@@ -119,6 +119,7 @@ def prepare_run(config: TrainConfig, held: ExitStack) -> PreparedRun | None:
             print(train_memory.dry_run_report(config, data, accelerator))
         return None
     if accelerator.is_main_process:
+        train_checks.remove_replaced(config, is_resuming=is_resuming)
         if config.tracking.log_config:
             log.info("options: %s", shareable_options(config))
         resolved = {"seed": seed, **train_setup.resolved_precision(config.model, accelerator.device)}

@@ -97,11 +97,10 @@ def are_missing(config: TrainConfig, step: int, epoch: int | None, num_prompts: 
 
 
 def read_requests(config: TrainConfig) -> list[VideoRequest]:
-    """The prompts of `--sample_prompts`, every setting decided; and the headers of the models they need.
+    """The prompts of `--sample_prompts`, every setting decided.
 
     Raises:
         ConfigError: everything that is wrong with the prompts, with file and line.
-        ModelFileError: a VAE or text encoder that cannot be used.
     """
     settings, task = config.samples, config.model.task
     if settings.sample_prompts is None:
@@ -130,16 +129,21 @@ def read_requests(config: TrainConfig) -> list[VideoRequest]:
         requests.append(request)
     if problems:
         raise ConfigError(problems)
-    model_problems = check_text_encoder_paths(settings.text_encoder_qwen, settings.text_encoder_clip)
-    try:
-        check_vae_file(settings.vae)
-    except ModelFileError as error:
-        model_problems += error.problems
-    if model_problems:
-        raise ModelFileError([*model_problems, "--sample_prompts needs the VAE and both text encoders"])
     if any(request.num_frames > 1 for request in requests):
         check_video_encoder()
     return requests
+
+
+def sample_model_problems(config: TrainConfig) -> list[str]:
+    """What is wrong with VAE and text encoders by their headers, for a run that makes samples."""
+    settings, params = config.samples, config.model.dit_params
+    dims = (params.in_text_dim, params.in_text_dim2)
+    problems = check_text_encoder_paths(settings.text_encoder_qwen, settings.text_encoder_clip, dims)
+    try:
+        check_vae_file(settings.vae)
+    except ModelFileError as error:
+        problems += error.problems
+    return [*problems, "--sample_prompts needs the VAE and both text encoders"] if problems else []
 
 
 def encode_requests(

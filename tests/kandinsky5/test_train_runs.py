@@ -113,12 +113,17 @@ def test_first_and_last_needs_a_frame_between(
 
 
 def test_nabla_trains_and_refuses_sizes_it_cannot_take(
-    dit: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    said: pytest.LogCaptureFixture,
 ) -> None:
     assert exit_code(dit, dataset, tmp_path / "small", task="k5-tiny-nabla") == 2
     assert "--nabla_resize" in capsys.readouterr().err
     wide = write_dataset(tmp_path / "wide", ((2, 16, 16, 5),), resolution=128)
     train(dit, wide, tmp_path / "out", "--max_train_steps", 1, task="k5-tiny-nabla")
+    assert "NABLA attention (topcdf, P 0.9, window 3 x 1 x 1), weights" in said.text
 
 
 def test_old_files_go_by_the_rules(dit: Path, dataset: Path, tmp_path: Path) -> None:
@@ -154,6 +159,9 @@ def test_results_of_the_same_name_are_not_overwritten_unasked(
     train(dit, dataset, tmp_path, "--max_train_steps", 1)
     assert exit_code(dit, dataset, tmp_path, "--max_train_steps", 1) == 2
     assert "--overwrite" in capsys.readouterr().err
+    before = lora_bytes(tmp_path / "lora.safetensors")
+    assert exit_code(dit, dataset, tmp_path, "--overwrite", "--optimizer_type", "LBFGS") == 2
+    assert lora_bytes(tmp_path / "lora.safetensors") == before  # nothing is deleted for a run that cannot be
     train(dit, dataset, tmp_path, "--max_train_steps", 1, "--overwrite")
     assert len(metrics(tmp_path, "step")) == 1
 

@@ -328,7 +328,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["a --f 9", "--vae missing"], "k5-tiny-t2v", 4, "missing"),
     ],
 )
-@pytest.mark.usefixtures("models", "nothing_is_loaded")
+@pytest.mark.usefixtures("nothing_is_loaded")
 def test_prompts_and_models_are_checked_before_anything_is_loaded(
     lines: list[str],
     task: str,
@@ -336,15 +336,34 @@ def test_prompts_and_models_are_checked_before_anything_is_loaded(
     message: str,
     dit: Path,
     dataset: Path,
+    models: tuple[object, ...],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [word for line in lines if line.startswith("--") for word in line.split()]
     prompts = prompt_file(tmp_path, *(line for line in lines if not line.startswith("--")))
     with pytest.raises(SystemExit) as caught:
-        train(dit, dataset, tmp_path, "--sample_prompts", prompts, "--sample_at_first", *words, task=task)
+        train(
+            *(dit, dataset, tmp_path, *models, "--sample_prompts", prompts, "--sample_at_first", *words),
+            task=task,
+        )
     assert caught.value.code == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_all_model_files_that_are_missing_are_told_at_once(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {name: tmp_path / name for name in ("vae", "text_encoder_qwen", "text_encoder_clip")}
+    words = [word for name, place in places.items() for word in (f"--{name}", place)]
+    weights = ("--network_weights", tmp_path / "lora", "--sample_prompts", prompt_file(tmp_path, "a"))
+    with pytest.raises(SystemExit) as caught:
+        train(tmp_path / "dit", dataset, tmp_path / "out", *words, *weights)
+    assert caught.value.code == 4
+    message = capsys.readouterr().err
+    for place in (tmp_path / "dit", tmp_path / "lora", *places.values()):
+        assert str(place) in message
 
 
 def test_the_grid_grows_by_steps_and_knows_its_own_run(tmp_path: Path) -> None:
