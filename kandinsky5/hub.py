@@ -9,6 +9,8 @@ from __future__ import annotations
 import queue
 import re
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi
@@ -16,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from kandinsky5.configs.train import HubConfig
 from modules.errors import ConfigError, ResourceError
+from modules.interruption import StopRequest
 from modules.logs import get_logger
 from networks.lora_scales import lora_config_path
 
@@ -25,6 +28,9 @@ log = get_logger(__name__)
 _HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError, OSError)
 # A large file that fails on its way is one of these in the hub's client.
 _UPLOAD_ERRORS: tuple[type[Exception], ...] = (*_HUB_ERRORS, RuntimeError, ValueError)
+_SECONDS_WHEN_STOPPING = 10.0
+"""What is left for uploads of the half minute that systems give a process to end."""
+_POLL_SECONDS = 0.05
 _STATE_PLACE = re.compile(
     r"(?P<repo>[^/:]+/[^/:]+)/(?P<path>[^:]+)(:(?P<revision>[^:]+))?(:(?P<kind>model|dataset|space))?"
 )
@@ -33,19 +39,27 @@ _STATE_PLACE = re.compile(
 class HubUploads:
     """Uploads the results of one run; every method is called on the main process alone.
 
+    A thread of its own uploads, so that a request to stop is never kept waiting by the hub.
+
+    Args:
+        stop: a run that is asked to stop waits for uploads for a short time, and not at all if asked twice.
     Raises:
         ResourceError: the repository cannot be reached, made or written to; said before a model is loaded.
     """
 
-    def __init__(self, config: HubConfig) -> None:
+    def __init__(self, config: HubConfig, stop: StopRequest) -> None:
         assert config.huggingface_repo_id is not None
         self._config = config
         self._repo_id = config.huggingface_repo_id
         self._api = HfApi(token=config.huggingface_token)
         self._missing: list[Path] = []
         """Saved, and not on the hub yet."""
-        self._waiting: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._stop = stop
+        self._waiting: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        self._on_their_way: list[Path] = []
+        """Waiting or being uploaded."""
+        self._is_closed = False
+        """No other upload begins."""
         try:
             self._api.create_repo(
                 self._repo_id,
@@ -58,10 +72,8 @@ class HubUploads:
                 f"--huggingface_repo_id {self._repo_id}: cannot be used: {_reason(error)}. Give a repository "
                 "you may write to, with --huggingface_token or after `hf auth login`"
             ) from error
-        if config.async_upload:
-            # A daemon, so that a second signal ends the process although an upload is on its way.
-            self._thread = threading.Thread(target=self._work, daemon=True)
-            self._thread.start()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
 
     def add_lora(self, path: Path) -> None:
         """Upload a LoRA and the settings file beside it, if it has one."""
@@ -74,42 +86,90 @@ class HubUploads:
         if self._config.save_state_to_huggingface:
             self._add(folder)
 
-    def finish(self) -> None:
-        """Wait for what is on its way, and try again what failed.
+    @property
+    def is_busy(self) -> bool:
+        """Whether an upload waits or is on its way."""
+        return bool(self._on_their_way) and self._thread.is_alive()
 
+    def finish(self, *, is_failing: bool) -> None:
+        """Wait for what is on its way, and try again what failed, as far as a request to stop leaves time.
+
+        Args:
+            is_failing: something else ends the run; what is missing is then said beside it.
         Raises:
             ResourceError: some results are not on the hub.
         """
-        if self._thread is not None:
-            self._waiting.put(None)
-            self._thread.join()
-            self._thread = None
-        for path in list(self._missing):
-            if path.exists():
-                self._upload(path)
-            else:  # the saving rules have deleted it meanwhile
-                self._missing.remove(path)
+        try:
+            self._settle()
+        except SystemExit:  # asked to stop once more
+            self._say_missing()
+            raise
+        if is_failing or self._stop.exit_code:
+            self._say_missing()
+        elif self._missing:
+            raise ResourceError(self._missing_message())
+
+    def _settle(self) -> None:
+        deadlines: list[float] = []
+
+        def is_late() -> bool:
+            if self._stop.is_set() and not deadlines:
+                deadlines.append(time.monotonic() + _SECONDS_WHEN_STOPPING)
+            return self._stop.is_urgent or any(time.monotonic() > deadline for deadline in deadlines)
+
+        try:
+            self._wait(is_late)
+            for path in [] if is_late() else list(self._missing):
+                self._enqueue(path)
+            self._wait(is_late)
+        finally:
+            self._is_closed = True
+        # The saving rules may have deleted some meanwhile.
+        self._missing = [path for path in self._missing if path.exists()]
+
+    def _wait(self, is_late: Callable[[], bool]) -> None:
+        while self.is_busy and not is_late():
+            time.sleep(_POLL_SECONDS)
+
+    def _say_missing(self) -> None:
         if self._missing:
-            raise ResourceError(
-                f"{len(self._missing)} results could not be uploaded to {self._repo_id}: "
-                f"{', '.join(path.name for path in self._missing)}. They lie in {self._missing[0].parent}; "
-                "upload them with `hf upload`"
-            )
+            log.error("%s", self._missing_message())
+
+    def _missing_message(self) -> str:
+        names = ", ".join(path.name for path in self._missing)
+        commands = [
+            f'  hf upload {self._repo_id} "{path}" "{self._place(path)}" '
+            f"--repo-type {self._config.huggingface_repo_type}"
+            for path in self._missing
+        ]
+        return (
+            f"{len(self._missing)} results could not be uploaded to {self._repo_id}: {names}. "
+            "They are on the disk; upload them with:\n" + "\n".join(commands)
+        )
 
     def _add(self, path: Path) -> None:
         self._missing.append(path)
-        if self._thread is None:
-            self._upload(path)
-        else:
-            self._waiting.put(path)
+        self._enqueue(path)
+        if not self._config.async_upload:
+            self._wait(self._stop.is_set)
+
+    def _enqueue(self, path: Path) -> None:
+        self._on_their_way.append(path)
+        self._waiting.put(path)
 
     def _work(self) -> None:
-        while (path := self._waiting.get()) is not None:
-            self._upload(path)
+        while True:
+            path = self._waiting.get()
+            if not self._is_closed and path.exists():
+                self._upload(path)
+            self._on_their_way.remove(path)
+
+    def _place(self, path: Path) -> str:
+        return str(PurePosixPath(self._config.huggingface_path_in_repo.strip("/")) / path.name)
 
     def _upload(self, path: Path) -> None:
         config = self._config
-        place = str(PurePosixPath(config.huggingface_path_in_repo.strip("/")) / path.name)
+        place = self._place(path)
         kind = config.huggingface_repo_type
         try:
             if path.is_dir():

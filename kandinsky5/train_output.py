@@ -151,23 +151,6 @@ class Output:
         self._report_effects(self.names.final_lora, run.step, is_quick=is_stopping)
         return self.names.final_lora
 
-    def finish_uploads(self, *, raises: bool) -> None:
-        """Wait for uploads that are on their way.
-
-        Args:
-            raises: whether failures are an error; else, beside another reason to end, they are only said.
-        Raises:
-            ResourceError: some failed twice.
-        """
-        if self._uploads is None:
-            return
-        try:
-            self._uploads.finish()
-        except ResourceError as error:
-            if raises:
-                raise
-            log.error("%s", error)
-
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Within the block the weights are those that are meant to be used, for schedule-free optimizers."""

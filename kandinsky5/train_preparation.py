@@ -34,6 +34,7 @@ from kandinsky5.train_setup import RunMark
 from kandinsky5.training_state import SavedState, remove_stray_states
 from kandinsky5.validation_checks import was_measured
 from modules.files import remove_strays
+from modules.interruption import StopRequest
 from modules.logs import get_logger, unsaid
 
 log = get_logger(__name__)
@@ -61,11 +62,12 @@ class PreparedRun:
     uploads: HubUploads | None
 
 
-def prepare_run(config: TrainConfig, held: ExitStack) -> PreparedRun | None:
+def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> PreparedRun | None:
     """Check everything; None if there is nothing to train.
 
     Args:
         held: takes what the run holds until its end.
+        stop: what uploads heed.
     """
     saving = config.saving
     saved = resumed_state(config)
@@ -85,7 +87,7 @@ def prepare_run(config: TrainConfig, held: ExitStack) -> PreparedRun | None:
         for note in (*config.notes, *idle_here):
             log.info("%s", note)
     wants_uploads = config.hub.huggingface_repo_id is not None and accelerator.is_main_process and not is_dry
-    uploads = HubUploads(config.hub) if wants_uploads else None
+    uploads = HubUploads(config.hub, stop) if wants_uploads else None
     accelerator.wait_for_everyone()
     seed = train_setup.shared_seed(config.run, saved.run.seed if saved else None)
     datasets, data = train_setup.open_datasets(config, seed)

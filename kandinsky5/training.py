@@ -23,6 +23,7 @@ from kandinsky5 import prior, train_memory, train_samples, train_setup
 from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.train import TrainConfig
 from kandinsky5.control_file import is_stop_written, take_control_word
+from kandinsky5.hub import HubUploads
 from kandinsky5.lora_metadata import RunFacts
 from kandinsky5.memory_advice import out_of_memory_message, out_of_memory_while_loading
 from kandinsky5.memory_plan import largest_batch
@@ -56,7 +57,7 @@ from kandinsky5.validation import Validation
 from kandinsky5.validation_checks import ValidationChecks, model_settings
 from modules.dtypes import dtype_name
 from modules.errors import DivergedError, ResourceError, UserError
-from modules.interruption import StopRequest, exit_on_signal, graceful_stop
+from modules.interruption import StopRequest, exit_on_signal, graceful_stop, leave_at_once
 from modules.logs import get_logger
 from modules.optimizers import describe_optimizer, learning_rates, set_averaging
 from networks.lora import LoRANetwork
@@ -80,20 +81,30 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
     with ExitStack() as held:
         with exit_on_signal():
             try:
-                run = prepare_run(config, held)
+                run = prepare_run(config, held, stop)
                 trainer = None if run is None else Trainer(run)
             except torch.OutOfMemoryError as error:
                 raise ResourceError(out_of_memory_while_loading(error)) from error
-        if trainer is None:
+        if run is None or trainer is None:
             return
         with graceful_stop(stop):
             try:
                 trainer.run(stop)
             finally:
-                is_whole = sys.exception() is None and not stop.exit_code
-                trainer.output.finish_uploads(raises=is_whole)
+                if run.uploads is not None:
+                    _finish_uploads(run.uploads, stop, held)
     if stop.exit_code:
         raise SystemExit(stop.exit_code)
+
+
+def _finish_uploads(uploads: HubUploads, stop: StopRequest, held: ExitStack) -> None:
+    try:
+        uploads.finish(is_failing=sys.exception() is not None)
+    finally:
+        # Only a run that is asked to stop leaves some behind; an error of it is still to be said.
+        if uploads.is_busy and not isinstance(sys.exception(), Exception):
+            held.close()
+            leave_at_once(stop.exit_code)
 
 
 class Trainer:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 # Windows has no SIGHUP.
 _SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := vars(signal).get(name))]
@@ -31,6 +32,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.exit_code = 0
+        self.is_urgent = False
+        """Asked twice."""
         self._parent = os.getppid()
 
     def is_set(self) -> bool:
@@ -42,6 +45,7 @@ class StopRequest:
     def take_signal(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         if self.exit_code:
+            self.is_urgent = True
             raise SystemExit(128 + number)
         self.exit_code = 128 + number
         with suppress(OSError):  # no console, or one that has gone
@@ -64,6 +68,13 @@ def exit_on_signal() -> Iterator[None]:
 
     with _handled_by(leave):
         yield
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End the process without waiting for the threads of libraries, which Python would join first."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def ignore_signals() -> None:

@@ -6,8 +6,12 @@ The hub is a stand-in that takes exactly the calls that the real client takes.
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
+import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ import kandinsky5.hub as hub
 from kandinsky5 import objective
 from kandinsky5.configs.train import HubConfig
 from modules.errors import ResourceError
+from modules.interruption import StopRequest
+from tests.kandinsky5 import fault_kit
 from tests.kandinsky5.training_runs import exit_code, lora_bytes, train, write_dataset, write_dit
 
 ConnectionFailed: Any = HfHubHTTPError.__bases__[0]
@@ -147,7 +153,7 @@ def test_a_repository_that_cannot_be_used_is_said_before_a_model_loads(
 
     monkeypatch.setattr(hub.HfApi, "create_repo", refuse)
     with pytest.raises(ResourceError, match="no route to the hub"):
-        hub.HubUploads(HubConfig(huggingface_repo_id="me/my-lora"))
+        hub.HubUploads(HubConfig(huggingface_repo_id="me/my-lora"), StopRequest())
 
 
 @pytest.mark.parametrize(
@@ -186,3 +192,77 @@ def test_uploads_that_fail_do_not_hide_why_a_run_ended(
     assert exit_code(*files, tmp_path / "out", *UPLOAD, "--async_upload") == 6
     assert "training diverged" in capsys.readouterr().err
     assert "results could not be uploaded to me/my-lora" in said.text
+
+
+class StuckClient(_Client):
+    """A hub that never answers, called by threads of a library, which Python waits for at its end."""
+
+    def upload_file(self, **call: Any) -> None:
+        print("an upload begins", flush=True)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(time.sleep, 600).result()
+
+    upload_folder = upload_file
+
+
+def start_with_stuck_hub(
+    files: tuple[Path, Path], folder: Path, numbers: tuple[int, ...], words: tuple[object, ...]
+) -> int:
+    """A run that gets signals in the step after its first save."""
+
+    def action() -> None:
+        hub.HfApi = lambda token=None: StuckClient(Hub(folder / "hub"))  # pyright: ignore
+        hub._SECONDS_WHEN_STOPPING = 0.2
+        plain, calls = objective.Objective.training_losses, iter(range(99))
+
+        def losses(*given: Any) -> Any:
+            if next(calls) == 1:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return plain(*given)
+
+        objective.Objective.training_losses = losses
+        saving = ("--save_every_n_steps", 1, "--save_state", "--save_state_to_huggingface")
+        train(*files, folder / "out", *UPLOAD[:-1], 4, *saving, *words)
+
+    return fault_kit.start(action, folder / "log.txt")
+
+
+def wait_for(words: str, log: Path) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not (log.is_file() and words in log.read_text(encoding="utf-8")):
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")
+@pytest.mark.parametrize("words", [(), ("--async_upload",)])
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_the_hub(
+    files: tuple[Path, Path], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    # Without --async_upload the first upload is waited for: the signal comes meanwhile.
+    pid = start_with_stuck_hub(files, tmp_path, (signal.SIGTERM,) if words else (), words)
+    if not words:
+        wait_for("an upload begins", tmp_path / "log.txt")
+        os.kill(pid, signal.SIGTERM)
+    assert fault_kit.wait(pid, 60) == 143
+    text = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert text.count("an upload begins") == 1
+    step = 2 if words else 1
+    state = f"lora-step{step:08d}-state"
+    assert (tmp_path / "out" / state).is_dir()
+    assert f'hf upload me/my-lora "{tmp_path / "out" / state}" "{state}" --repo-type model' in text
+    assert TOKEN not in text
+    assert not (tmp_path / "out/lora.lock").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")
+def test_a_run_that_is_asked_twice_waits_for_no_upload_and_begins_none(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    numbers = (signal.SIGINT, signal.SIGINT)
+    pid = start_with_stuck_hub(files, tmp_path, numbers, ("--async_upload",))
+    assert fault_kit.wait(pid, 60) == 130
+    text = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert text.count("an upload begins") == 1
+    assert "3 results could not be uploaded to me/my-lora: lora-step00000001.safetensors, " in text
+    assert "lora-step00000002" not in text
