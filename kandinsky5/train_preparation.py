@@ -125,6 +125,8 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
         if config.tracking.log_config:
             log.info("options: %s", shareable_options(config))
         resolved = {"seed": seed, **train_setup.resolved_precision(config.model, accelerator.device)}
+        if config.run.max_train_epochs is None:
+            resolved["max_train_steps"] = length.total_steps
         settings = OutputNames(saving.output_dir, saving.output_name).config
         with disk_errors(settings):
             write_config(settings, config, resolved)

@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.cached_dataset import CachedDataset
-from kandinsky5.configs.train import OptimizerConfig, SavingConfig, TrainConfig
+from kandinsky5.configs.train import DEFAULT_TRAIN_STEPS, OptimizerConfig, SavingConfig, TrainConfig
 from kandinsky5.hub import fetch_state
 from kandinsky5.saved_config import shareable_options
 from kandinsky5.saving import OutputNames, effect_path
@@ -84,11 +84,17 @@ def branch_of(config: TrainConfig, saved: SavedState | None) -> int:
     return max(places)[0] + 1 if places and max(places) > here else saved.run.branch
 
 
-def resolve_total_steps(asked: int, saved: SavedState | None) -> int:
-    """A resumed run ends where the first one would have; only a larger number of steps moves the end."""
+def resolve_total_steps(asked: int | None, saved: SavedState | None) -> int:
+    """A resumed run ends where the first one would have; only a larger number that is given moves the end.
+
+    Args:
+        asked: what `--max_train_steps` or `--max_train_epochs` says; None without them.
+    """
     if saved is None:
-        return asked
+        return DEFAULT_TRAIN_STEPS if asked is None else asked
     original = saved.run.total_steps
+    if asked is None:
+        return original
     if asked > original:
         log.info(
             "resuming: the end moves from step %d to %d and the learning-rate schedule is stretched",

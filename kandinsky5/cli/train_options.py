@@ -17,7 +17,7 @@ from kandinsky5.cli.common import (
 )
 from kandinsky5.cli.compile_options import add_accelerate_compile_options, add_compile_options
 from kandinsky5.cli.weight_options import add_dit_weight_options, add_qwen_weight_options
-from kandinsky5.configs.train import TIMESTEP_SAMPLINGS, WEIGHTING_SCHEMES
+from kandinsky5.configs.train import DEFAULT_TRAIN_STEPS, TIMESTEP_SAMPLINGS, WEIGHTING_SCHEMES
 
 DESCRIPTION = "Train a LoRA for Kandinsky 5 on cached latents and captions."
 
@@ -213,7 +213,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--max_train_steps", type=positive_int, default=1600, help="optimizer steps (default: 1600)"
+        "--max_train_steps",
+        type=positive_int,
+        help=f"optimizer steps (default: {DEFAULT_TRAIN_STEPS}, or with --resume those of the first run)",
     )
     group.add_argument("--max_train_epochs", type=positive_int, help="epochs; wins over --max_train_steps")
     group.add_argument(

@@ -202,11 +202,15 @@ class NetworkConfig:
             raise ConfigError(problems)
 
 
+DEFAULT_TRAIN_STEPS = 1600
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """How long and in what order a run goes."""
 
-    max_train_steps: int = 1600
+    max_train_steps: int | None = None
+    """None: `DEFAULT_TRAIN_STEPS`, or where the run that is resumed was to end."""
     max_train_epochs: int | None = None
     """Wins over max_train_steps."""
     gradient_accumulation_steps: int = 1

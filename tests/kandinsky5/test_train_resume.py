@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, BinaryIO
 import pytest
 
 from kandinsky5 import train_output, training, training_state
+from kandinsky5.configs.train import DEFAULT_TRAIN_STEPS
+from kandinsky5.train_resume import resolve_total_steps
 from kandinsky5.training_state import find_state, read_state, remove_stray_states, state_problem
 from modules import files
 from modules.errors import DataError, ModelFileError
@@ -207,6 +210,31 @@ def test_a_state_that_has_lost_one_file_never_gets_its_name(
     monkeypatch.setattr(training_state, "_write_torch", lose_the_lora)
     assert exit_code(dit, dataset, tmp_path, "--max_train_steps", 1, "--save_state") == 5
     assert not list(tmp_path.glob("*-state"))
+
+
+@pytest.mark.parametrize(
+    "length",
+    [("--max_train_epochs", 1, "--gradient_accumulation_steps", 2), ("--max_train_steps", 3)],
+)
+def test_a_resumed_run_that_is_given_no_length_ends_where_it_was_to_end(
+    length: tuple[object, ...],
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "take_control_word", lambda _: "stop")
+        train(dit, dataset, tmp_path, *length)
+    train(dit, dataset, tmp_path, *length[2:], "--resume", "auto")
+    assert [record["step"] for record in metrics(tmp_path, "step")] == [1, 2, 3]
+    assert (tmp_path / "lora.safetensors").is_file()
+    settings = tomllib.loads((tmp_path / "lora_config.toml").read_text(encoding="utf-8"))
+    assert settings["max_train_steps"] == 3
+
+
+def test_without_a_state_the_default_length_is_that_of_the_help() -> None:
+    assert resolve_total_steps(None, None) == DEFAULT_TRAIN_STEPS == 1600
 
 
 def test_files_that_a_kill_left_beyond_their_time_go_at_the_next_start(
