@@ -149,6 +149,8 @@ def _words(key: str, value: Any, action: argparse.Action, opposite: str | None) 
         return [] if opposite is None else [opposite]
     if isinstance(value, bool):
         raise ConfigError(f"{key} needs a value, not {str(value).lower()}")
+    if any("\0" in str(item) for item in (value if isinstance(value, list) else [value])):
+        raise ConfigError(f"{key}: holds a NUL character")
     if isinstance(value, list):
         if action.nargs is None:
             raise ConfigError(f"{key} takes one value, not a list")

@@ -20,6 +20,7 @@ from kandinsky5.configs.compilation import NO_BACKEND
 from kandinsky5.configs.text_encoders import qwen_quantization
 from kandinsky5.configs.train import (
     NETWORK_MODULES,
+    ROOM_FOR_ENDINGS,
     ConditioningConfig,
     DataConfig,
     HubConfig,
@@ -38,6 +39,7 @@ from kandinsky5.configs.train import (
 )
 from kandinsky5.tasks import DitParams, NablaParams, Task, get_task, override_params
 from modules.errors import ConfigError
+from modules.file_names import name_problem
 from modules.keyword_args import parse_keyword_args
 
 _SECRETS = ("wandb_api_key", "huggingface_token")
@@ -290,11 +292,9 @@ def _network(args: argparse.Namespace) -> NetworkConfig:
 def _saving(args: argparse.Namespace) -> SavingConfig:
     if args.output_dir is None or args.output_name is None:
         raise ConfigError([])  # reported as missing
-    name = args.output_name
-    if not name.strip() or any(character in name for character in '/\\:*?"<>|'):
-        raise ConfigError(
-            f"--output_name {name!r}: must be a plain file name without folders; use --output_dir"
-        )
+    problem = name_problem(args.output_name, room=ROOM_FOR_ENDINGS)
+    if problem is not None:
+        raise ConfigError(f"--output_name {args.output_name!r}: {problem}; folders belong to --output_dir")
     return _fill(
         SavingConfig,
         args,

@@ -28,6 +28,8 @@ TIMESTEP_SAMPLINGS = (
     "qinglong_qwen",
 )
 NETWORK_MODULES = ("networks.lora_kandinsky", "networks.loha", "networks.lokr")
+ROOM_FOR_ENDINGS = 64
+"""Bytes kept for what is added to the output name: position, time, seed, ending of LoRA, state or sample."""
 WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
 MODE_SCALES = (-1.0, 2.0 / (math.pi - 2.0))
 """Between these the formula of `--weighting_scheme mode` is monotone: Esser et al. 2024, arXiv 2403.03206,

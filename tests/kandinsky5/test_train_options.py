@@ -196,13 +196,18 @@ def test_a_configuration_file_gives_options_and_the_command_line_wins(tmp_path: 
 
 def test_a_configuration_file_is_checked_like_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    file.write_text('netwrok_dim = 8\nsdpa = 1\nseed = true\ntask = ["a"]\n', encoding="utf-8")
+    file.write_text(
+        'netwrok_dim = 8\nsdpa = 1\nseed = true\ntask = ["a"]\nvae = "\\u0000"\nbase_weights = ["\\u0000"]\n',
+        encoding="utf-8",
+    )
     text = "\n".join(problems_of("--config_file", str(file)))
     for part in (
         "did you mean network_dim",
         "sdpa is a switch",
         "seed needs a value",
         "task takes one value",
+        "vae: holds a NUL character",
+        "base_weights: holds a NUL character",
     ):
         assert part in text
     assert "no such file" in problems_of("--config_file", str(tmp_path / "other"))[0]

@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from kandinsky5 import training
+from kandinsky5.configs.train import ROOM_FOR_ENDINGS
+from kandinsky5.sample_files import SampleNames
+from kandinsky5.saving import OutputNames, average_path, effect_path
 from kandinsky5.training_state import read_state
+from modules.file_names import MAX_NAME_BYTES
 from modules.tensor_files import read_header, read_tensors
-from tests.kandinsky5.training_runs import lora_bytes, metrics, train
+from networks.lora_scales import lora_config_path
+from tests.kandinsky5.training_runs import exit_code, lora_bytes, metrics, train
 
 
 class ThirdsScheduleFree(torch.optim.SGD):
@@ -121,3 +126,28 @@ def test_shares_without_sense_are_refused(
         train(dit, dataset, tmp_path, *words)
     assert caught.value.code == 2
     assert "--ema_decay must lie between 0 and 1" in capsys.readouterr().err
+
+
+def test_the_longest_output_name_leaves_room_for_every_file_of_a_run(tmp_path: Path) -> None:
+    name = "x" * (MAX_NAME_BYTES - ROOM_FOR_ENDINGS)
+    outputs = OutputNames(tmp_path, name)
+    samples = SampleNames(tmp_path, name, "id")
+    step = 10**9  # one digit more than the pattern has
+    paths = [outputs.config, outputs.validation_plot, outputs.control, outputs.lock]
+    for lora in (outputs.lora("step", step), outputs.lora("epoch", step)):
+        for file in (lora, average_path(lora)):
+            paths += [file, effect_path(file), lora_config_path(file)]
+    paths.append(tmp_path / f".k5old-4294967295-{outputs.state('step', step).name}")
+    paths.append(tmp_path / f"{samples.stem(0, step, 999, 2**63)}.mp4")
+    paths.append(samples.grid(999))
+    too_long = [path.name for path in paths if len(path.name.encode()) > MAX_NAME_BYTES]
+    assert not too_long
+
+
+@pytest.mark.parametrize("name", ["日" * 78, "CON", "nul", "lora.", "a\x01b", "a\0b"])
+def test_a_name_that_could_not_be_saved_is_refused_at_the_start(
+    name: str, dit: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(dit, dataset, tmp_path / "out", "--output_name", name) == 2
+    assert "--output_name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
