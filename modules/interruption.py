@@ -1,4 +1,4 @@
-"""Being asked to stop: by a signal, or because the process that launched this one is gone."""
+"""Being asked to stop: by a signal, or because the launcher of this process is gone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 # Windows has no SIGHUP.
 _SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := vars(signal).get(name))]
 
+_LAUNCHER_WORDS = ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")
+"""Environment variables that accelerate 1.15 (with one process too) and torchrun set for what they start."""
 _STDERR = 2
 _ANSWER = b"\nasked to stop: the step is finished and saved first; asked again, the process ends at once\n"
 """Written without Python's streams, which may be in use when the signal comes."""
@@ -26,19 +28,21 @@ class StopRequest:
     """Whether and why the run should end after the present step.
 
     The first signal is remembered, so that the step can be finished and saved; the second ends the process at
-    once. `exit_code` is 128 plus the signal's number, as shells have it. Make it before anything slow: what
-    launched the process may end while models load.
+    once. `exit_code` is 128 plus the signal's number, as shells have it. Make it before anything slow: the
+    launcher may end while models load.
     """
 
     def __init__(self) -> None:
         self.exit_code = 0
         self.is_urgent = False
         """Asked twice."""
-        self._parent = os.getppid()
+        # A shell may end, and what it started with `nohup` or `setsid` goes on; a launcher's end is ours.
+        is_launched = any(word in os.environ for word in _LAUNCHER_WORDS)
+        self._launcher = os.getppid() if is_launched else None
 
     def is_set(self) -> bool:
-        """Also true when the parent died: `accelerate launch` does not pass signals on."""
-        if self.exit_code == 0 and os.getppid() != self._parent:
+        """Also true when the launcher died: `accelerate launch` does not pass signals on."""
+        if self.exit_code == 0 and self._launcher not in (None, os.getppid()):
             self.exit_code = 128 + signal.SIGTERM
         return self.exit_code != 0
 

@@ -219,16 +219,11 @@ def test_a_reader_that_is_killed_is_an_error_and_no_hang(run: Run, whole: dict[s
     run.assert_goes_on(whole, *words)
 
 
-@pytest.mark.parametrize("moment", ["while the model loads", "in a step"])
-def test_a_run_whose_launcher_died_saves_and_ends(moment: str, run: Run, whole: dict[str, bytes]) -> None:
-    owner, name = {
-        "while the model loads": (train_setup, "load_model"),
-        "in a step": (objective.Objective, "training_losses"),
-    }[moment]
+def start_orphan(run: Run, owner: Any, name: str) -> None:
+    """Start a run whose parent dies when it calls a function for the first time."""
     code_file = run.log.with_name("code.txt")
 
     def launch() -> None:
-        """Start the run, and die when it has come to the moment."""
         launcher = os.getpid()
 
         def orphan() -> None:
@@ -240,11 +235,34 @@ def test_a_run_whose_launcher_died_saves_and_ends(moment: str, run: Run, whole: 
         code_file.write_text(str(fault_kit.wait(trainer)), encoding="utf-8")
 
     assert fault_kit.wait(fault_kit.start(launch, run.log), 30) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("word", ["ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID"])
+@pytest.mark.parametrize("moment", ["while the model loads", "in a step"])
+def test_a_run_whose_launcher_died_saves_and_ends(
+    moment: str, word: str, run: Run, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name = {
+        "while the model loads": (train_setup, "load_model"),
+        "in a step": (objective.Objective, "training_losses"),
+    }[moment]
+    with monkeypatch.context() as patch:
+        patch.setenv(word, "default")
+        start_orphan(run, owner, name)
     end = time.monotonic() + 30
     while run.step() == 0 and time.monotonic() < end:
         time.sleep(0.02)
     assert run.step() == 1
     run.assert_goes_on(whole)
+
+
+def test_a_run_without_a_launcher_outlives_the_shell_it_came_from(run: Run, whole: dict[str, bytes]) -> None:
+    start_orphan(run, objective.Objective, "training_losses")
+    end = time.monotonic() + 30
+    while not (run.output / "lora_effect.txt").is_file() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert lora_bytes(run.output / "lora.safetensors") == whole
+    assert run.step() == 0, "nothing asked it to save a state"
 
 
 @pytest.mark.slow
