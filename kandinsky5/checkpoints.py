@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kandinsky5.dit import DiffusionTransformer3D, is_float32_island
 from kandinsky5.tasks import DitParams
 from kandinsky5.weight_checks import FiniteCheck, not_finite_message
+from modules.byte_sizes import size_text
 from modules.dtypes import dtype_name
 from modules.errors import ModelFileError
 from modules.fp8 import FP8_DTYPES, Fp8Linear
@@ -69,9 +70,9 @@ class DitFileInfo:
         elements: Counter[str] = Counter()
         for info in self.tensors.values():
             elements[dtype_name(info.dtype)] += (info.end - info.start) // info.dtype.itemsize
-        size = sum(info.end - info.start for info in self.tensors.values()) / 2**30
+        size = sum(info.end - info.start for info in self.tensors.values())
         parts = ", ".join(f"{count / 1e6:.1f} M {name}" for name, count in elements.most_common())
-        return f"{self.files[0].name}: {len(self.files)} file(s), {size:.2f} GiB, {parts}"
+        return f"{self.files[0].name}: {len(self.files)} file(s), {size_text(size)}, {parts}"
 
 
 def build_meta_dit(params: DitParams, compute_dtype: torch.dtype) -> DiffusionTransformer3D:

@@ -27,7 +27,6 @@ from kandinsky5.generation_models import (
 from kandinsky5.generation_plan import GenerationPlanner, budget_remark, fit_budget, largest_request
 from kandinsky5.generation_report import generation_report
 from kandinsky5.magcache import MagCache
-from kandinsky5.memory_budget import GIB
 from kandinsky5.outputs import OutputNames, OutputPaths, check_free_space, read_latents, write_outputs
 from kandinsky5.prompt_templates import load_prompt_templates
 from kandinsky5.prompts import PromptSpec, read_prompt_file
@@ -42,9 +41,10 @@ from kandinsky5.sampling_pipeline import (
 )
 from kandinsky5.vae import VideoVAE, check_vae_file
 from kandinsky5.video_requests import VideoRequest, log_size_remarks, resolve_request
+from modules.byte_sizes import GIB
 from modules.dtypes import dtype_name
 from modules.errors import ConfigError, DataError, DivergedError, ResourceError
-from modules.logs import get_logger
+from modules.logs import get_logger, print_report
 
 log = get_logger(__name__)
 
@@ -83,7 +83,7 @@ def generate(config: GenerateConfig) -> None:
     requests, problems = collect_requests(run)
     run.fit_budget(requests)
     if config.dry_run:
-        print(generation_report(run.planner(), requests))
+        print_report(generation_report(run.planner(), requests))
     else:
         check_free_space(names.folder, _bytes_needed(requests))
         run.make(requests)

@@ -15,7 +15,7 @@ from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.generate import DitConfig, GenerateConfig
 from kandinsky5.devices import compute_dtype, vae_dtype
 from kandinsky5.generation_models import ModelLoader, SamplingModel
-from kandinsky5.memory_budget import GIB, added_options, fewest_that_fit, too_little_memory, with_reserve
+from kandinsky5.memory_budget import added_options, fewest_that_fit, too_little_memory, with_reserve
 from kandinsky5.memory_plan import Held, hold_weights
 from kandinsky5.memory_rehearsal import META, AnswerYes, Batch, sampling_activations
 from kandinsky5.modulation_table import table_bytes
@@ -25,6 +25,7 @@ from kandinsky5.sampling import uses_guidance
 from kandinsky5.vae import VideoVAE, square_tiles
 from kandinsky5.vae_files import vae_without_data
 from kandinsky5.video_requests import VideoRequest
+from modules.byte_sizes import GIB, size_text
 from modules.dtypes import dtype_name
 from modules.host_memory import page_locked_size
 from modules.live_bytes import LiveBytes
@@ -216,12 +217,12 @@ def budget_remark(planner: GenerationPlanner, dit: DitConfig, request: VideoRequ
     words = " ".join(added_options(planner.config.dit, dit)) or "nothing to add"
     line = (
         f"--vram_budget {budget / GIB:g}: {words} (largest: {request.width}x{request.height}, "
-        f"{request.num_frames} frames: {plan.peak / GIB:.2f} GiB planned, "
-        f"{with_reserve(plan.peak) / GIB:.2f} with reserve)"
+        f"{request.num_frames} frames: {size_text(plan.peak)} planned, "
+        f"{size_text(with_reserve(plan.peak))} with reserve)"
     )
     if with_reserve(plan.decoding.device_bytes) > budget:
         line += (
-            f"; decoding whole frames would take {plan.decoding.device_bytes / GIB:.2f} GiB: they are "
+            f"; decoding whole frames would take {size_text(plan.decoding.device_bytes)}: they are "
             "decoded in tiles when memory runs out, or with --vae_tiling"
         )
     return line

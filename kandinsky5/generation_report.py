@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kandinsky5.generation_plan import GenerationPlanner, largest_request
-from kandinsky5.memory_budget import with_reserve
-from kandinsky5.memory_report import NOT_COUNTED, gib, held_table
+from kandinsky5.memory_report import NOT_COUNTED, held_table, predicted_peak
 from kandinsky5.roofline import NABLA_DENSITY, card_of, floor_seconds
 from kandinsky5.text_encoder_files import encoder_bytes
 from kandinsky5.video_requests import VideoRequest
+from modules.byte_sizes import size_text, unit_for
 from modules.dtypes import dtype_name
 from modules.logs import format_table
 
@@ -19,10 +19,11 @@ def generation_report(planner: GenerationPlanner, requests: Sequence[VideoReques
     config = planner.config
     card = card_of(planner.device)
     can_tell_seconds = card is not None and not config.dit.int8_fast
-    rows, largest_peak = [], 0
-    for number, request in enumerate(requests, start=1):
-        plan = planner.plan(config.dit, request)
-        largest_peak = max(largest_peak, plan.peak, plan.decoding.device_bytes)
+    plans = [planner.plan(config.dit, request) for request in requests]
+    largest_peak = max(max(plan.peak, plan.decoding.device_bytes) for plan in plans)
+    unit = unit_for(largest_peak)
+    rows = []
+    for number, (request, plan) in enumerate(zip(requests, plans, strict=True), start=1):
         seconds = "unknown"
         if card is not None and can_tell_seconds:
             once = floor_seconds(plan.work, card, fp8_products=config.dit.fp8_fast)
@@ -32,8 +33,8 @@ def generation_report(planner: GenerationPlanner, requests: Sequence[VideoReques
             f"{request.width}x{request.height}x{request.num_frames}",
             plan.tokens,
             plan.passes,
-            gib(plan.peak),
-            gib(plan.decoding.device_bytes),
+            unit.number(plan.peak),
+            unit.number(plan.decoding.device_bytes),
             f"{plan.work.total * plan.passes / 1e15:.2f}",
             seconds,
         ))
@@ -41,14 +42,13 @@ def generation_report(planner: GenerationPlanner, requests: Sequence[VideoReques
     headers = ("prompt", "size", "tokens", "passes", "sampling", "decoding", "PFLOP", "floor s")
     request = largest.request
     return "\n".join([
-        f"Plan for {planner.device.type}, {dtype_name(planner.dtype)}; device memory in GiB, captions at "
-        f"their longest ({config.task.qwen_max_length} tokens)",
+        f"Plan for {planner.device.type}, {dtype_name(planner.dtype)}; device memory in {unit.name}, "
+        f"captions at their longest ({config.task.qwen_max_length} tokens)",
         format_table(headers, rows),
         "",
         f"Largest: {request.width}x{request.height}x{request.num_frames}",
-        held_table(largest.sampling),
-        f"predicted peak: {gib(largest_peak)} GiB on the device, {gib(with_reserve(largest_peak))} GiB with "
-        "reserve",
+        held_table(largest.sampling, unit),
+        predicted_peak(largest_peak),
         *_remarks(planner),
     ])
 
@@ -70,7 +70,7 @@ def _remarks(planner: GenerationPlanner) -> list[str]:
     where = "host" if config.text.text_encoder_cpu else "device"
     if len(known) == len(sizes):
         remarks.append(
-            f"Text encoders, before the DiT: {gib(sum(known))} GiB of weights in their files, to the "
+            f"Text encoders, before the DiT: {size_text(sum(known))} of weights in their files, to the "
             f"{where}. --fp8_llm and --quantized_qwen make them smaller; what encoding takes is not counted."
         )
     else:

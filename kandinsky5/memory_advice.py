@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 
 from kandinsky5.configs.train import ModelConfig
-from kandinsky5.memory_budget import GIB
 from kandinsky5.memory_plan import TrainingPlanner
 from kandinsky5.memory_rehearsal import Batch
 from kandinsky5.offload import max_blocks_to_swap
+from modules.byte_sizes import size_text
 
 _SHOWN = 3
 
@@ -30,12 +30,12 @@ def out_of_memory_message(
         f"out of device memory in {where}: {str(error).splitlines()[0]}",
         f"The batch: {batch.clips} clip(s) of {batch.pixel_frames} frames, {batch.latent_width * 8} x "
         f"{batch.latent_height * 8} pixels, {plan.video_tokens} video tokens each; planned peak "
-        f"{plan.peak / GIB:.1f} GiB.",
+        f"{size_text(plan.peak)}.",
     ]
     helpers = helping_options(planner, batch)
     if helpers:
         lines.append("What helps most:")
-        lines += [f"  {words}: {saved / GIB:.1f} GiB less" for words, saved in helpers]
+        lines += [f"  {words}: {size_text(saved)} less" for words, saved in helpers]
     lines.append("Fewer frames or a smaller resolution in the dataset file help in any case.")
     lines.append("States saved before stay; go on with --resume auto.")
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.memory_plan import MemoryPlan, TrainingPlanner
 from kandinsky5.memory_rehearsal import Batch
 from kandinsky5.offload import max_blocks_to_swap
+from modules.byte_sizes import GIB
 from modules.errors import ConfigError
 
 Options = TypeVar("Options")
@@ -37,7 +38,6 @@ CHOSEN_OPTIONS = (
 )
 """What is chosen among; generation knows the first and the last."""
 
-GIB = 2**30
 CONTEXT_BYTES = GIB // 2
 """Assumed for a CUDA context and the workspaces of its libraries."""
 FRAGMENTATION = 0.05

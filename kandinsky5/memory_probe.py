@@ -11,10 +11,10 @@ import torch
 from dataset.cached_dataset import BatchPlan, CachedDataset
 from kandinsky5.generation_models import empty_device_cache
 from kandinsky5.memory_advice import out_of_memory_message
-from kandinsky5.memory_budget import GIB
 from kandinsky5.memory_plan import TrainingPlanner, batch_elements, batch_of
 from kandinsky5.memory_rehearsal import Batch
 from kandinsky5.objective import Objective
+from modules.byte_sizes import size_text
 from modules.errors import ResourceError
 from networks.lora import LoRANetwork
 
@@ -64,9 +64,9 @@ def _result(planner: TrainingPlanner, batch: Batch, measured: int | None) -> str
     optimizer = plan.held.device["optimizer"]
     predicted = plan.peak - optimizer
     words = (
-        f"probe of {batch.clips} x {batch.size}: {predicted / GIB:.2f} GiB predicted "
-        f"(and {optimizer / GIB:.2f} once the optimizer has its state)"
+        f"probe of {batch.clips} x {batch.size}: {size_text(predicted)} predicted "
+        f"(and {size_text(optimizer)} once the optimizer has its state)"
     )
     if measured is None:
         return f"{words}; this device does not tell its peak"
-    return f"{words}, {measured / GIB:.2f} GiB measured, {measured / predicted:.0%} of it"
+    return f"{words}, {size_text(measured)} measured, {measured / predicted:.0%} of it"

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from kandinsky5.configs.train import ModelConfig
-from kandinsky5.memory_budget import CONTEXT_BYTES, FRAGMENTATION, GIB, Choice, with_reserve
+from kandinsky5.memory_budget import CONTEXT_BYTES, FRAGMENTATION, Choice, with_reserve
 from kandinsky5.memory_plan import Held, MemoryPlan
 from kandinsky5.roofline import NABLA_DENSITY, Card, floor_seconds
+from modules.byte_sizes import GIB, ByteUnit, size_text, unit_for
 from modules.dtypes import dtype_name
 from modules.host_memory import total_memory
 from modules.logs import format_table
@@ -18,11 +19,6 @@ NOT_COUNTED = (
     f"Not in the numbers: the CUDA context and library workspaces (taken as {CONTEXT_BYTES / GIB:g} GiB) and "
     f"fragmentation (taken as {FRAGMENTATION:.0%})."
 )
-
-
-def gib(size: float) -> str:
-    """Bytes as GiB with two decimals."""
-    return f"{size / GIB:.2f}"
 
 
 def training_report(
@@ -34,14 +30,15 @@ def training_report(
 ) -> str:
     """The plan of every bucket, the largest one's parts, and what is assumed."""
     largest = max(plans, key=lambda plan: plan.peak)
+    unit = unit_for(largest.peak)
     rows = [
         (
             plan.batch.size,
             plan.batch.clips,
             plan.video_tokens,
-            gib(plan.held.device["activations"]),
-            gib(plan.peak),
-            gib(plan.held.host_bytes),
+            unit.number(plan.held.device["activations"]),
+            unit.number(plan.peak),
+            unit.number(plan.held.host_bytes),
             f"{plan.work.total / 1e15:.3f}",
             _seconds(plan, card, model),
         )
@@ -49,27 +46,33 @@ def training_report(
     ]
     headers = ("bucket", "clips", "tokens", "activations", "device", "host", "PFLOP", "floor s/batch")
     return "\n".join([
-        f"Plan for {device.type}, {dtype_name(dtype)}; memory in GiB, work per batch, captions at their "
-        f"longest ({largest.batch.text_tokens} tokens)",
+        f"Plan for {device.type}, {dtype_name(dtype)}; memory in {unit.name}, work per batch, captions at "
+        f"their longest ({largest.batch.text_tokens} tokens)",
         format_table(headers, rows),
         "",
         f"Largest: {largest.batch.clips} x {largest.batch.size}",
-        held_table(largest.held),
-        f"predicted peak: {gib(largest.peak)} GiB on the device, {gib(with_reserve(largest.peak))} GiB with "
-        "reserve",
+        held_table(largest.held, unit),
+        predicted_peak(largest.peak),
         *_remarks(largest, model, device, card),
     ])
 
 
-def held_table(held: Held) -> str:
+def predicted_peak(peak: int) -> str:
+    """The line that sums a plan up."""
+    return f"predicted peak: {size_text(peak)} on the device, {size_text(with_reserve(peak))} with reserve"
+
+
+def held_table(held: Held, unit: ByteUnit) -> str:
     """Every part with the memory it is in."""
     kinds = (
         ("device", held.device),
         ("host, pageable", held.pageable),
         ("host, page-locked", held.page_locked),
     )
-    rows = [(where, part, gib(size)) for where, parts in kinds for part, size in parts.items() if size > 0]
-    return format_table(("memory", "part", "GiB"), rows)
+    rows = [
+        (where, part, unit.number(size)) for where, parts in kinds for part, size in parts.items() if size > 0
+    ]
+    return format_table(("memory", "part", unit.name), rows)
 
 
 def budget_report(choice: Choice, budget: int) -> str:
@@ -77,9 +80,9 @@ def budget_report(choice: Choice, budget: int) -> str:
     added = " ".join(choice.added) or "nothing to add"
     return (
         f"--vram_budget {budget / GIB:g}: {added} (largest batch {choice.plan.batch.clips} x "
-        f"{choice.plan.batch.size}: {gib(choice.plan.peak)} GiB planned, "
-        f"{gib(with_reserve(choice.plan.peak))} with reserve; {gib(choice.plan.held.host_bytes)} GiB of host "
-        "memory)"
+        f"{choice.plan.batch.size}: {size_text(choice.plan.peak)} planned, "
+        f"{size_text(with_reserve(choice.plan.peak))} with reserve; "
+        f"{size_text(choice.plan.held.host_bytes)} of host memory)"
     )
 
 
@@ -111,6 +114,6 @@ def _remarks(plan: MemoryPlan, model: ModelConfig, device: torch.device, card: C
     total = total_memory()
     if total and plan.held.host_bytes > total:
         remarks.append(
-            f"Host memory: {gib(plan.held.host_bytes)} GiB are needed, this machine has {gib(total)} GiB."
+            f"Host memory: {size_text(plan.held.host_bytes)} are needed, this machine has {size_text(total)}."
         )
     return remarks

@@ -12,6 +12,7 @@ from torch import nn
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.tasks import DitParams
 from modules.block_swap import BlockSwap, CopyEngine, packed_sizes, spread, travelling_tensors
+from modules.byte_sizes import size_text
 from modules.host_buffer import page_locked_buffer_size
 from modules.host_memory import available_memory
 from modules.logs import get_logger
@@ -156,12 +157,12 @@ def stream_weights(
         )
         dit.weight_streams.append(stream)
         log.info(
-            "%d %s stream from %s host memory: %.2f GiB there, %.2f GiB of buffers on the device",
+            "%d %s stream from %s host memory: %s there, %s of buffers on the device",
             len(group.modules),
             group.what,
             "page-locked" if pin else "pageable",
-            stream.host_bytes / 2**30,
-            stream.device_bytes / 2**30,
+            size_text(stream.host_bytes),
+            size_text(stream.device_bytes),
         )
 
 

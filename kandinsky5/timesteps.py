@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kandinsky5.configs.train import ShowTimestepsConfig, TimestepConfig
 from modules.errors import ConfigError
-from modules.logs import get_logger
+from modules.logs import get_logger, print_report
 from modules.seeding import generator_for
 
 log = get_logger(__name__)
@@ -252,7 +252,7 @@ def show_timesteps(config: ShowTimestepsConfig) -> None:
         log.warning("%s", warning)
     shares, weights = histogram(config.timesteps)
     if config.show_timesteps == "console":
-        print(text_bars(shares, weights))
+        print_report(text_bars(shares, weights))
         return
     config.image_path.parent.mkdir(parents=True, exist_ok=True)
     save_bars_image(config.image_path, shares, weights)

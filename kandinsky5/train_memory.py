@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from dataset.cached_dataset import CachedDataset
 from kandinsky5 import train_setup
 from kandinsky5.configs.train import TrainConfig
-from kandinsky5.memory_budget import CHOSEN_OPTIONS, GIB, choose
+from kandinsky5.memory_budget import CHOSEN_OPTIONS, choose
 from kandinsky5.memory_plan import TrainingPlanner, batches_of
 from kandinsky5.memory_report import budget_report, training_report
 from kandinsky5.roofline import card_of
+from modules.byte_sizes import GIB
 from modules.logs import get_logger
 
 log = get_logger(__name__)

@@ -35,7 +35,7 @@ from kandinsky5.training_state import SavedState, remove_stray_states
 from kandinsky5.validation_checks import was_measured
 from modules.files import remove_strays
 from modules.interruption import StopRequest
-from modules.logs import get_logger, unsaid
+from modules.logs import get_logger, print_report, unsaid
 
 log = get_logger(__name__)
 
@@ -118,7 +118,7 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
         log.info("%s", train_checks.describe_model(config.model))
     if is_dry:
         if accelerator.is_main_process:
-            print(train_memory.dry_run_report(config, data, accelerator))
+            print_report(train_memory.dry_run_report(config, data, accelerator))
         return None
     if accelerator.is_main_process:
         train_checks.remove_replaced(config, is_resuming=is_resuming)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +56,18 @@ def unsaid() -> Iterator[None]:
 def get_logger(name: str) -> logging.Logger:
     """The logger of one of our modules: `log = get_logger(__name__)`."""
     return _LOG.getChild(name)
+
+
+def print_report(text: str) -> None:
+    """Print to standard output; a reader that has enough, such as `head`, ends the command quietly."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EINVAL):  # the second is how Windows says it
+            raise
+        # The interpreter flushes the rest when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

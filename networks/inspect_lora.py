@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modules.command_line import Parser, user_errors
 from modules.dtypes import dtype_name
-from modules.logs import format_table
+from modules.logs import format_table, print_report
 from networks.factors import LayerFactors, LohaFactors, LokrFactors, LoraFactors
 from networks.lora_files import LoadedLora, read_adapter_tensors, read_lora
 from networks.lora_kandinsky import known_layer_names
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument("path", type=Path, nargs="+", help="LoRA files of any layout")
         options = parser.parse_args(argv)
         for path in options.path:
-            print(report(path))
+            print_report(report(path))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ import torch  # noqa: E402
 from kandinsky5 import offload  # noqa: E402
 from kandinsky5.cli.train import parse_train  # noqa: E402
 from kandinsky5.configs.train import TrainConfig  # noqa: E402
-from kandinsky5.memory_budget import GIB, with_reserve  # noqa: E402
+from kandinsky5.memory_budget import with_reserve  # noqa: E402
 from kandinsky5.memory_plan import Batch, TrainingPlanner  # noqa: E402
 from kandinsky5.tasks import PRO_PARAMS  # noqa: E402
+from modules.byte_sizes import GIB  # noqa: E402
 from tests.sparse_models import write_sparse_dit  # noqa: E402
 
 BATCH = Batch(clips=1, latent_frames=5, latent_height=64, latent_width=64, text_tokens=256)

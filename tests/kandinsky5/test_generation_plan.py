@@ -13,11 +13,12 @@ from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.generation_models import ModelLoader
 from kandinsky5.generation_plan import GenerationPlanner, fit_budget
-from kandinsky5.memory_budget import GIB, added_options, with_reserve
+from kandinsky5.memory_budget import added_options, with_reserve
 from kandinsky5.memory_rehearsal import Batch, make_inputs
 from kandinsky5.modulation_table import ModulationTable
 from kandinsky5.tasks import PRO_PARAMS
 from kandinsky5.video_requests import VideoRequest
+from modules.byte_sizes import GIB
 from modules.errors import ConfigError
 from modules.live_bytes import LiveBytes
 from tests.kandinsky5.generation_kit import Generate, refused

@@ -18,12 +18,13 @@ from kandinsky5 import memory_probe, train_memory
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import ModelConfig, TrainConfig
 from kandinsky5.memory_advice import helping_options
-from kandinsky5.memory_budget import GIB, Choice, added_options, choose, with_reserve
+from kandinsky5.memory_budget import Choice, added_options, choose, with_reserve
 from kandinsky5.memory_plan import Batch, Held, MemoryPlan, TrainingPlanner
 from kandinsky5.objective import Draws, Objective
 from kandinsky5.offload import max_blocks_to_swap
 from kandinsky5.roofline import Work
 from kandinsky5.tasks import PRO_PARAMS
+from modules.byte_sizes import GIB
 from modules.errors import ConfigError
 from networks.lora import LoRANetwork
 from tests.kandinsky5.training_runs import lora_bytes, train, write_dataset, write_dit
@@ -70,7 +71,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     printed = capsys.readouterr().out
     assert re.search(r"32x32x5 +1 +8 ", printed)
     assert re.search(r"64x16x9 +1 +12 ", printed)
-    assert "predicted peak" in printed
+    assert re.search(r"predicted peak: [1-9]\d*\.\d\d MiB on the device, 0\.50 GiB with reserve", printed)
+    assert "memory in MiB" in printed
     assert not (tmp_path / "out").exists()
     assert sorted(path for path in files[1].parent.rglob("*")) == before
 
