@@ -107,6 +107,15 @@ def test_what_is_saved_is_uploaded_and_can_be_resumed_from_there(
     assert lora_bytes(tmp_path / "b" / "lora.safetensors") == lora_bytes(tmp_path / "a" / "lora.safetensors")
 
 
+def test_kind_and_visibility_of_a_new_repository_are_as_asked(
+    files: tuple[Path, Path], tmp_path: Path, remote: Hub
+) -> None:
+    words = ("--huggingface_repo_type", "dataset", "--huggingface_repo_visibility", "public")
+    train(*files, tmp_path / "out", *UPLOAD, *words)
+    (repository,) = remote.repositories
+    assert (repository["private"], repository["repo_type"]) == (False, "dataset")
+
+
 def test_nothing_that_is_written_holds_the_token(
     files: tuple[Path, Path], tmp_path: Path, remote: Hub, caplog: pytest.LogCaptureFixture
 ) -> None:
