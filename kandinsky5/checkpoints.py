@@ -29,7 +29,7 @@ from modules.tensor_files import TensorInfo
 from modules.weight_files import WeightFiles, find_weight_files, open_weight_files
 from networks.lora_files import LoadedLora
 from networks.lora_kandinsky import is_target_name
-from networks.merging import add_deltas, find_scale_name, is_merged_layer, write_merged
+from networks.merging import add_deltas, find_scale_name, is_merged_layer, unfit_scales, write_merged
 
 log = get_logger(__name__)
 
@@ -123,6 +123,7 @@ def _check_tensors(
             "tensors have a dtype that cannot be used",
             [f"{key} {dtype_name(i.dtype)}" for key, i in tensors.items() if i.dtype not in _WEIGHT_DTYPES],
         ),
+        _listed(path, "float8 scales do not fit their weights", unfit_scales(found, prefix)),
     ]
     if any(problems):
         raise ModelFileError([problem for problem in problems if problem])
@@ -271,7 +272,9 @@ class _WeightReader:
         tensor = self._raw(key)
         layer, _, name = key.rpartition(".")
         if tensor.dtype in FP8_DTYPES:
-            tensor = dequantise(tensor, self._scale(layer), torch.float32)
+            # Scales belong to matrices; biases and norms can only be plain casts.
+            is_matrix = tensor.ndim == 2
+            tensor = dequantise(tensor, self._scale(layer), torch.float32) if is_matrix else tensor.float()
         return add_deltas(tensor, layer, loras) if name == "weight" else tensor
 
     def read_quantised(
@@ -308,7 +311,10 @@ class _WeightReader:
         name = find_scale_name(self._weights.tensors, self._info.prefix + layer)
         if name is None:  # a plain cast to float8
             return torch.ones((), device=self._device)
-        return self._weights.read(name).to(self._device)
+        scale = self._weights.read(name).to(self._device)
+        if self._finite is not None and self._device.type != "meta":
+            self._finite.add(name, scale)
+        return scale
 
 
 def _set_parameter(dit: nn.Module, key: str, tensor: Tensor) -> None:

@@ -9,8 +9,9 @@ of the weight.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -65,6 +66,18 @@ def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     blocks = 1 if scale.ndim == 1 else scale.shape[1]
     values = weight.float().view(out_features, blocks, in_features // blocks)
     return values.mul_(scale.view(out_features, blocks, 1)).view(out_features, in_features).to(dtype)
+
+
+def scale_fits(scale: Sequence[int], weight: Sequence[int]) -> bool:
+    """Whether a scale of shape `scale` is one that `dequantise` takes for a weight of shape `weight`."""
+    if len(weight) != 2:
+        return False
+    if math.prod(scale) == 1:
+        return True
+    out_features, in_features = weight
+    rows, *blocks = scale
+    count = blocks[0] if blocks else 1
+    return rows == out_features and blocks[1:] in ([], [1]) and count > 0 and in_features % count == 0
 
 
 def normalise_scale(scale: Tensor, out_features: int) -> Tensor:

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modules.dtypes import dtype_name
 from modules.errors import ConfigError
 from modules.fp8 import FP8_DTYPES, quantise_like
 from modules.logs import get_logger
-from modules.quantised_linear import dequantise
-from modules.tensor_files import write_tensor_stream
+from modules.quantised_linear import dequantise, scale_fits
+from modules.tensor_files import TensorInfo, write_tensor_stream
 from modules.weight_files import WeightFiles
 from networks.lora_files import LoadedLora
 
@@ -21,6 +22,7 @@ log = get_logger(__name__)
 
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 """After a layer's name: where float8 checkpoints keep the scale of its weight."""
+_SCALE_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 def is_merged_layer(layer: str, loras: Sequence[LoadedLora]) -> bool:
@@ -90,3 +92,23 @@ def _merged_tensors(
 def find_scale_name(names: Mapping[str, object], base: str) -> str | None:
     """The key that holds the float8 scale of the layer whose full name is `base`."""
     return next((f"{base}{suffix}" for suffix in SCALE_SUFFIXES if f"{base}{suffix}" in names), None)
+
+
+def unfit_scales(tensors: Mapping[str, TensorInfo], prefix: str) -> list[str]:
+    """The scales of float8 weights whose shape or dtype cannot be used, in words.
+
+    Args:
+        tensors: of a whole checkpoint.
+        prefix: what stands before the layer names in its keys.
+    """
+    unfit = []
+    for name, weight in tensors.items():
+        is_float8 = weight.dtype in FP8_DTYPES and name.startswith(prefix) and name.endswith(".weight")
+        scale_name = find_scale_name(tensors, name.removesuffix(".weight")) if is_float8 else None
+        if scale_name is None:
+            continue
+        scale = tensors[scale_name]
+        if scale.dtype not in _SCALE_DTYPES or not scale_fits(scale.shape, weight.shape):
+            kind = dtype_name(scale.dtype)
+            unfit.append(f"{scale_name} {list(scale.shape)} {kind} for a weight {list(weight.shape)}")
+    return unfit

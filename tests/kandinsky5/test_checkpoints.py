@@ -341,6 +341,55 @@ def test_float8_checkpoints_load_with_and_without_staying_float8(
     torch.testing.assert_close(run(small), run(wide), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("held", [{}, {"fp8": True}, {"int8": True}], ids=["wide", "fp8", "int8"])
+def test_a_checkpoint_cast_to_float8_as_a_whole_loads_with_its_norms_and_biases(
+    tensors: dict[str, Tensor], tmp_path: Path, held: dict[str, bool]
+) -> None:
+    cast = {key: tensor.to(FP8_DTYPE) for key, tensor in tensors.items()}
+    path = write_layout(tmp_path, cast, "file")
+    dit = load(path, **held)
+    for key, parameter in dit.named_parameters():
+        if parameter.ndim == 1 and not key.endswith("scale_weight"):
+            assert torch.equal(parameter, cast[key].float()), key
+    exact = {key: tensor.float() for key, tensor in cast.items()}
+    (tmp_path / "exact").mkdir()
+    expected = run(load(write_layout(tmp_path / "exact", exact, "file")))
+    assert (run(dit) - expected).norm() < 0.03 * expected.norm()
+
+
+def row_scaled(tensors: dict[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
+    return {**as_fp8(tensors, "row", "scale_weight"), f"{TARGET}.scale_weight": scale}
+
+
+@pytest.mark.parametrize("scale", [torch.ones(3), torch.ones(128, 3), torch.ones(128, dtype=torch.uint8)])
+def test_float8_scales_that_do_not_fit_their_weight_are_found_in_the_header(
+    tensors: dict[str, Tensor], tmp_path: Path, scale: Tensor
+) -> None:
+    path = write_layout(tmp_path, row_scaled(tensors, scale), "prefix")
+    with pytest.raises(ModelFileError, match=rf"scales do not fit.*{TARGET}\.scale_weight.*\[128, 128\]"):
+        check_dit_file(path, PARAMS)
+
+
+def test_a_float8_scale_of_a_vector_is_found_in_the_header(
+    tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    layer = NORM.removesuffix(".weight")
+    changed = {**tensors, NORM: tensors[NORM].to(FP8_DTYPE), f"{layer}.scale_weight": torch.ones(())}
+    with pytest.raises(ModelFileError, match="scales do not fit"):
+        check_dit_file(write_layout(tmp_path, changed, "file"), PARAMS)
+
+
+@pytest.mark.parametrize("held", [{}, {"fp8": True}], ids=["wide", "fp8"])
+def test_float8_scales_that_are_not_finite_are_found_by_name(
+    tensors: dict[str, Tensor], tmp_path: Path, held: dict[str, bool]
+) -> None:
+    scale = torch.ones(128).index_fill_(0, torch.tensor([5]), torch.nan)
+    path = write_layout(tmp_path, row_scaled(tensors, scale), "prefix")
+    with pytest.raises(ModelFileError, match=rf"hold NaN or infinite values: .*{TARGET}\.scale_weight"):
+        load(path, **held)
+    load(path, check_finite=False, **held)
+
+
 @pytest.mark.parametrize("scale", ["none", "row", "block"])
 def test_float8_checkpoints_become_int8_with_a_warning(
     tensors: dict[str, Tensor], tmp_path: Path, scale: str, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -18,10 +19,12 @@ from kandinsky5.tasks import TINY_PARAMS
 from kandinsky5.training_state import RunState, read_state, write_state
 from kandinsky5.vae import load_vae
 from modules.errors import ModelFileError
+from modules.fp8 import FP8_DTYPE
 from modules.tensor_files import read_header, read_tensors, write_tensors
 from modules.weight_files import open_weight_files
 from networks.lora_files import read_lora
 from tests.kandinsky5.generation_kit import LAYER, Generate, latents_of, refused
+from tests.kandinsky5.training_runs import exit_code, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,6 +201,41 @@ def test_checkpoints_of_any_floating_dtype_load(
     write_tensors(tmp_path / "dit.safetensors", tensors)
     dit = load_dit(tmp_path / "dit.safetensors", TINY_PARAMS, device=CPU, compute_dtype=torch.float32)
     torch.testing.assert_close(dit.get_submodule(LAYER).weight, tensors[f"{LAYER}.weight"].float())
+
+
+@pytest.mark.parametrize("held", [(), ("--fp8_base",)], ids=["wide", "fp8"])
+def test_training_and_generation_take_a_checkpoint_that_was_cast_to_float8_as_a_whole(
+    run: Generate, models: dict[str, Path], dit: Path, dataset: Path, tmp_path: Path, held: tuple[str, ...]
+) -> None:
+    for path, flag in ((dit, "train"), (models["--dit"], "make")):
+        cast = {name: tensor.to(FP8_DTYPE) for name, tensor in read_tensors(path)[0].items()}
+        write_tensors(tmp_path / f"{flag}.safetensors", cast)
+    records = train(tmp_path / "train.safetensors", dataset, tmp_path / "out", "--max_train_steps", 1, *held)
+    assert any(math.isfinite(record.get("loss", math.nan)) for record in records)
+    small = ("--dit", tmp_path / "make.safetensors", "--steps", 1, *held)
+    run(*BASE, *small, "--dry_run")
+    run("--prompt", "x", *small, "--output", "x.safetensors", "--output_type", "latent")
+    assert latents_of(tmp_path / "x.safetensors").isfinite().all()
+
+
+@pytest.mark.usefixtures("no_models")
+def test_float8_scales_that_do_not_fit_are_refused_before_anything_loads(
+    run: Generate,
+    models: dict[str, Path],
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for path in (dit, models["--dit"]):
+        tensors = read_tensors(path)[0]
+        tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"].to(FP8_DTYPE)
+        write_tensors(tmp_path / path.parent.name / "odd.safetensors",
+                      {**tensors, f"{LAYER}.scale_weight": torch.ones(3)})  # fmt: skip
+    odd = tmp_path / models["--dit"].parent.name / "odd.safetensors"
+    assert f"scales do not fit their weights: {LAYER}" in refused(run, 4, capsys, *BASE, "--dit", odd)
+    odd = tmp_path / dit.parent.name / "odd.safetensors"
+    assert exit_code(odd, dataset, tmp_path / "out", "--max_train_steps", 1) == 4
 
 
 def test_merging_and_taking_away_again_is_the_base_within_bfloat16_rounding(
