@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
 
 from dataset.cached_dataset import CachedDataset
@@ -33,6 +34,7 @@ from kandinsky5.train_samples import PreparedPrompt, are_missing, encode_request
 from kandinsky5.train_setup import RunMark
 from kandinsky5.training_state import SavedState, remove_stray_states
 from kandinsky5.validation_checks import was_measured
+from kandinsky5.video_requests import VideoRequest
 from modules.files import remove_strays
 from modules.interruption import StopRequest
 from modules.logs import get_logger, print_report, unsaid
@@ -69,70 +71,42 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
         held: takes what the run holds until its end.
         stop: what uploads heed.
     """
-    saving = config.saving
     saved = resumed_state(config)
     train_checks.check_files(config)
     requests = read_requests(config)
     accelerator = train_setup.build_accelerator(config)
     check_fast_products(config.model, accelerator.device)
-    is_resuming, is_dry = config.run.resume is not None, config.run.dry_run
-    if is_dry:
-        train_checks.check_output_unwritten(config, is_resuming=is_resuming)
-    elif accelerator.is_main_process:
-        train_checks.prepare_output(config, held, is_resuming=is_resuming)
-        remove_strays(saving.output_dir)
-        remove_stray_states(saving.output_dir)
-    if accelerator.is_main_process:
-        idle_here = machine_notes(config, accelerator.num_processes, accelerator.device)
-        for note in (*config.notes, *idle_here):
+    is_main, is_dry = accelerator.is_main_process, config.run.dry_run
+    if is_main:
+        _take_output(config, held)
+        for note in (*config.notes, *machine_notes(config, accelerator.num_processes, accelerator.device)):
             log.info("%s", note)
-    wants_uploads = config.hub.huggingface_repo_id is not None and accelerator.is_main_process and not is_dry
+    wants_uploads = config.hub.huggingface_repo_id is not None and is_main and not is_dry
     uploads = HubUploads(config.hub, stop) if wants_uploads else None
     accelerator.wait_for_everyone()
     seed = train_setup.shared_seed(config.run, saved.run.seed if saved else None)
-    datasets, data = train_setup.open_datasets(config, seed)
-    data, validation_data = train_setup.open_validation(config, data)
-    for measured in (data, validation_data):
-        if measured is not None:
-            train_checks.check_sizes(config, measured)
-    rarity = rarity_warning(config.timesteps, {item.shape[1:] for item in data.items})
-    if rarity is not None and accelerator.is_main_process:
-        log.warning("%s", rarity)
+    datasets, data, validation_data = _open_data(config, seed)
     config = train_memory.fit_budget(config, data, accelerator)
     length = _run_length(config, data, accelerator.num_processes, saved)
     branch = branch_of(config, saved)
     if saved is not None:
         check_resumed(config, saved, data, length, seed)
-        is_measured = validation_data is None or was_measured(saving, length.total_steps)
-        is_done = branch == saved.run.branch and is_finished(saving, saved, length.total_steps)
-        epoch, rest = divmod(length.total_steps, length.steps_per_epoch)
-        lacks_samples = are_missing(config, length.total_steps, None if rest else epoch, len(requests))
-        if is_done and is_measured and not lacks_samples:
+        is_measured = validation_data is None or was_measured(config.saving, length.total_steps)
+        if branch == saved.run.branch and is_measured and _has_all_files(config, saved, length, requests):
             log.info("%s: all %d steps are done, nothing to do", saved.folder.name, length.total_steps)
             return None
-    is_elsewhere = is_dry and config.run.vram_budget is not None and accelerator.device.type != "cuda"
-    with nullcontext() if is_dry else unsaid():
-        rehearse(config, saved, length.total_steps, None if is_elsewhere else accelerator.device)
-    if accelerator.is_main_process:
-        train_checks.log_datasets(datasets, data)
-        log.info("%s", train_checks.describe_model(config.model))
+    _rehearse(config, saved, length, accelerator.device)
+    if is_main:
+        _describe(config, datasets, data)
     if is_dry:
-        if accelerator.is_main_process:
+        if is_main:
             print_report(train_memory.dry_run_report(config, data, accelerator))
         return None
-    if accelerator.is_main_process:
-        train_checks.remove_replaced(config, is_resuming=is_resuming)
-        if config.tracking.log_config:
-            log.info("options: %s", shareable_options(config))
-        resolved = {"seed": seed, **train_setup.resolved_precision(config.model, accelerator.device)}
-        if config.run.max_train_epochs is None:
-            resolved["max_train_steps"] = length.total_steps
-        settings = OutputNames(saving.output_dir, saving.output_name).config
-        with disk_errors(settings):
-            write_config(settings, config, resolved)
     mark = train_setup.mark_run(config.tracking.log_prefix, saved.run if saved else None, branch)
     trackers: list[Tracker] = []
-    if accelerator.is_main_process:  # before a model is loaded: a key or a connection may be missing
+    if is_main:
+        _write_options(config, seed, length, accelerator.device)
+        # Before a model is loaded: a key or a connection may be missing.
         trackers = open_trackers(config, mark, start_step=saved.run.step if saved else 0)
     own = list(enumerate(requests))[accelerator.process_index :: accelerator.num_processes]
     prompts = encode_requests(config, own, accelerator.device)
@@ -151,6 +125,65 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
         trackers=trackers,
         uploads=uploads,
     )
+
+
+def _take_output(config: TrainConfig, held: ExitStack) -> None:
+    """Make the output folder this run's own, or in a dry run see that it could be."""
+    is_resuming = config.run.resume is not None
+    if config.run.dry_run:
+        train_checks.check_output_unwritten(config, is_resuming=is_resuming)
+        return
+    train_checks.prepare_output(config, held, is_resuming=is_resuming)
+    remove_strays(config.saving.output_dir)
+    remove_stray_states(config.saving.output_dir)
+
+
+def _open_data(config: TrainConfig, seed: int) -> tuple[DatasetConfig, CachedDataset, CachedDataset | None]:
+    """What is trained on and what is measured, of sizes that the model takes."""
+    datasets, data = train_setup.open_datasets(config, seed)
+    data, validation_data = train_setup.open_validation(config, data)
+    for part in (data, validation_data):
+        if part is not None:
+            train_checks.check_sizes(config, part)
+    return datasets, data, validation_data
+
+
+def _has_all_files(
+    config: TrainConfig, saved: SavedState, length: RunLength, requests: Sequence[VideoRequest]
+) -> bool:
+    """Whether the run has ended, with its last samples."""
+    epoch, rest = divmod(length.total_steps, length.steps_per_epoch)
+    lacks_samples = are_missing(config, length.total_steps, None if rest else epoch, len(requests))
+    return is_finished(config.saving, saved, length.total_steps) and not lacks_samples
+
+
+def _rehearse(config: TrainConfig, saved: SavedState | None, length: RunLength, device: torch.device) -> None:
+    """Build without data what is trained; a plan for a card need not step on a machine without one."""
+    is_dry = config.run.dry_run
+    is_elsewhere = is_dry and config.run.vram_budget is not None and device.type != "cuda"
+    with nullcontext() if is_dry else unsaid():
+        rehearse(config, saved, length.total_steps, None if is_elsewhere else device)
+
+
+def _describe(config: TrainConfig, datasets: DatasetConfig, data: CachedDataset) -> None:
+    rarity = rarity_warning(config.timesteps, {item.shape[1:] for item in data.items})
+    if rarity is not None:
+        log.warning("%s", rarity)
+    train_checks.log_datasets(datasets, data)
+    log.info("%s", train_checks.describe_model(config.model))
+
+
+def _write_options(config: TrainConfig, seed: int, length: RunLength, device: torch.device) -> None:
+    """Replace what `--overwrite` allows, and leave the options of the run in its folder."""
+    train_checks.remove_replaced(config, is_resuming=config.run.resume is not None)
+    if config.tracking.log_config:
+        log.info("options: %s", shareable_options(config))
+    resolved = {"seed": seed, **train_setup.resolved_precision(config.model, device)}
+    if config.run.max_train_epochs is None:
+        resolved["max_train_steps"] = length.total_steps
+    settings = OutputNames(config.saving.output_dir, config.saving.output_name).config
+    with disk_errors(settings):
+        write_config(settings, config, resolved)
 
 
 def _run_length(
