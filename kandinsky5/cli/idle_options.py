@@ -197,6 +197,11 @@ RUN_RULES: tuple[IdleRule[TrainConfig], ...] = (
         "--dit_dtype wins",
     ),
     IdleRule(
+        ("compile_mode", "dynamo_mode"),
+        lambda c: c.model.compile is not None and c.model.compile.compile_backend != "inductor",
+        "only the back end inductor has modes",
+    ),
+    IdleRule(
         ("lora_allow_partial",),
         lambda c: not c.model.base_weights and c.network.network_weights is None,
         "no LoRA is read; it belongs to --base_weights and --network_weights",

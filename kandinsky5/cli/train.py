@@ -294,7 +294,8 @@ def _saving(args: argparse.Namespace) -> SavingConfig:
         raise ConfigError([])  # reported as missing
     problem = name_problem(args.output_name, room=ROOM_FOR_ENDINGS)
     if problem is not None:
-        raise ConfigError(f"--output_name {args.output_name!r}: {problem}; folders belong to --output_dir")
+        hint = "; folders belong to --output_dir" if set(args.output_name) & set("/\\") else ""
+        raise ConfigError(f"--output_name {args.output_name!r}: {problem}{hint}")
     return _fill(
         SavingConfig,
         args,

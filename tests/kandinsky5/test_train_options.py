@@ -99,7 +99,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         (["--network_module", "lycoris.kohya"], "not available"),
         (["--sage_attn"], "cannot train"),
         (["--min_timestep", "800", "--max_timestep", "200"], "below"),
-        (["--output_name", "a/b"], "--output_dir"),
+        (["--output_name", "a/b"], "folders belong to --output_dir"),
         (["--nabla_P", "3", "--force_nabla_attention"], "at most 1"),
         (["--mode_scale", "-3"], "--mode_scale must lie within"),
         (["--optimizer_args", "eps=1e999"], "eps is no finite"),
