@@ -5,6 +5,8 @@ Keys and names are musubi-tuner's; its own files are read as far as their conten
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -186,6 +188,13 @@ def latent_meta(
 # ------------------------------------------------------------------------------------------------ headers
 
 
+def cache_origin(header: TensorFileHeader) -> str:
+    """Names what a cache was made from, and its shapes: the same for a cache that is made again alike."""
+    tensors = [[name, dtype_name(info.dtype), list(info.shape)] for name, info in header.tensors.items()]
+    named = json.dumps([sorted(header.metadata.items()), sorted(tensors)])
+    return hashlib.sha256(named.encode("utf-8")).hexdigest()[:32]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentCacheInfo:
     """What the header of a latent cache says."""
@@ -197,6 +206,8 @@ class LatentCacheInfo:
     metadata: Mapping[str, str]
     is_ours: bool
     """Written by this program, not by musubi-tuner."""
+    origin: str
+    """See `cache_origin`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,6 +220,8 @@ class TextCacheInfo:
     """Width of the token embeddings and of the pooled one."""
     metadata: Mapping[str, str]
     is_ours: bool
+    origin: str
+    """See `cache_origin`."""
 
 
 def checked_header(path: Path) -> tuple[TensorFileHeader, bool]:
@@ -278,6 +291,7 @@ def inspect_latent_cache(path: Path, content: Content) -> LatentCacheInfo:
         shape=(shape[1], shape[2], shape[3]),
         metadata=header.metadata,
         is_ours=is_ours,
+        origin=cache_origin(header),
     )
 
 
@@ -322,6 +336,7 @@ def inspect_text_cache(path: Path) -> TextCacheInfo:
         metadata=header.metadata,
         # musubi-tuner writes no template, because it knows only one.
         is_ours="template" in header.metadata,
+        origin=cache_origin(header),
     )
 
 

@@ -77,6 +77,10 @@ class CachedItem:
     """The cache of its mask; None where it has none, and where masks are not used."""
     prior_text_path: Path | None = None
     """The cache of the caption that its prior term takes; None where it has no such term or takes its own."""
+    latent_origin: str = ""
+    text_origin: str = ""
+    mask_origin: str = ""
+    """What the caches were made from, see `cache_origin`."""
 
     @property
     def bucket(self) -> str:
@@ -111,6 +115,8 @@ class MatchedCaches:
     summaries: tuple[DatasetSummary, ...]
     notes: tuple[str, ...]
     text_dims: tuple[int, int]
+    extra_text_origins: tuple[str, ...]
+    """Where the captions that belong to no item come from."""
 
 
 def match_caches(config: DatasetConfig, options: MatchOptions) -> MatchedCaches:
@@ -140,6 +146,7 @@ def match_caches(config: DatasetConfig, options: MatchOptions) -> MatchedCaches:
         summaries=tuple(matcher.summary() for matcher in matchers),
         notes=tuple(note for matcher in matchers for note in matcher.notes),
         text_dims=next(dims for matcher in matchers for dims in matcher.text_dims),
+        extra_text_origins=tuple(origin for matcher in matchers for origin in matcher.extra_text_origins),
     )
 
 
@@ -207,6 +214,7 @@ class _Matcher:
         self.vae_fingerprints: set[str] = set()
         self.text_fingerprints: set[str] = set()
         self.text_dims: set[tuple[int, int]] = set()
+        self.extra_text_origins: list[str] = []
         self._mask_names: frozenset[str] | None = None
         """As the index lists them; None without an index."""
         self._used_names: set[str] = set()
@@ -234,7 +242,7 @@ class _Matcher:
             text = self._check_text(texts[base_name])
             if text is not None:
                 for path in latents[base_name]:
-                    self._add(base_name, path, texts[base_name], len(text.keys))
+                    self._add(base_name, path, texts[base_name], text)
         for base_name in sorted(set(texts) - set(latents)):
             self._missing(base_name, left_out, NO_LATENTS, self._no_latents)
         self._check_extra_texts()
@@ -333,7 +341,7 @@ class _Matcher:
         )
         return None
 
-    def _add(self, base_name: str, path: Path, text_path: Path, num_captions: int) -> None:
+    def _add(self, base_name: str, path: Path, text_path: Path, text: TextCacheInfo) -> None:
         """Check one latent cache and put it into the items."""
         try:
             info = inspect_latent_cache(path, self.dataset.content)
@@ -348,7 +356,7 @@ class _Matcher:
             return
         if info.is_ours:
             self.vae_fingerprints.add(info.metadata.get("encoder_fingerprint", ""))
-        mask_path = self._mask_of(path, info) if self.options.use_masks else None
+        mask_path, mask_origin = self._mask_of(path, info) if self.options.use_masks else (None, "")
         num_frames = name.num_frames or 1
         self._used_names.add(base_name)
         self._labels[f"{info.shape[2] * 8}x{info.shape[1] * 8}x{num_frames}"] += 1
@@ -360,28 +368,31 @@ class _Matcher:
                 content=self.dataset.content,
                 latent_path=path,
                 text_path=text_path,
-                num_captions=num_captions,
+                num_captions=len(text.keys),
                 empty_text_path=self._empty_text_path(),
                 num_frames=num_frames,
                 shape=info.shape,
                 mask_path=mask_path,
                 prior_text_path=self._prior_text_path() if self.options.use_prior else None,
+                latent_origin=info.origin,
+                text_origin=text.origin,
+                mask_origin=mask_origin,
             )
         )
 
-    def _mask_of(self, path: Path, info: LatentCacheInfo) -> Path | None:
-        """The mask cache beside a latent cache, checked; None if there is none."""
+    def _mask_of(self, path: Path, info: LatentCacheInfo) -> tuple[Path | None, str]:
+        """The mask cache beside a latent cache, checked, and its origin; None and "" if there is none."""
         mask = path.with_name(mask_cache_name(path.name))
         if mask.name not in self._mask_names if self._mask_names is not None else not mask.is_file():
-            return None
+            return None, ""
         try:
-            shape = inspect_mask_cache(mask)
+            shape, origin = inspect_mask_cache(mask)
         except CacheError as error:
             self._bad_latents.lines.extend(error.problems)
-            return None
+            return None, ""
         if shape != info.shape:
             self._bad_latents.lines.append(f"{mask}: is {shape}, its latents are {info.shape}")
-        return mask
+        return mask, origin
 
     def _latent_problem(self, path: Path, name: LatentName, info: LatentCacheInfo) -> str | None:
         if not info.is_ours:
@@ -456,8 +467,11 @@ class _Matcher:
                 self._no_texts.lines.append(f"{path.name}: {what} ({hint})")
                 continue
             info = self._check_text(path)
-            if info is not None and info.metadata.get("caption1") != caption:
-                found = info.metadata.get("caption1")
+            if info is None:
+                continue
+            self.extra_text_origins.append(f"{self.dataset.index}/{path.name} {info.origin}")
+            found = info.metadata.get("caption1")
+            if found != caption:
                 self._bad_texts.lines.append(f"{path}: the caption was {found!r}, is {caption!r}")
 
     def _note_masks(self) -> None:

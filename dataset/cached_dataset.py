@@ -117,6 +117,8 @@ class CachedDataset(Dataset[CachedBatch]):
         """Log lines."""
         self.text_dims: tuple[int, int] = matched.text_dims
         """Width of token embeddings and of the pooled one, to be compared with the model's."""
+        self.extra_text_origins: tuple[str, ...] = matched.extra_text_origins
+        """Where the empty captions and those of the prior term come from, if they are used."""
         self._groups = _group(self.items)
 
     @property

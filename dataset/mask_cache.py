@@ -13,6 +13,7 @@ from torch import Tensor
 from dataset.cache_files import (
     CacheMeta,
     NewerCacheError,
+    cache_origin,
     checked_header,
     read_cached,
     written_metadata,
@@ -65,13 +66,13 @@ def mask_cache_problem(path: Path, expected: MaskCacheMeta) -> str | None:
     return expected.difference(checked_header(path)[0].metadata)
 
 
-def inspect_mask_cache(path: Path) -> tuple[int, int, int]:
-    """The shape (latent_frames, latent_height, latent_width) of a mask cache, from its header.
+def inspect_mask_cache(path: Path) -> tuple[tuple[int, int, int], str]:
+    """The shape (latent_frames, latent_height, latent_width) and the `cache_origin` of a mask cache.
 
     Raises:
         CacheError: it is damaged or foreign.
     """
-    return _key_and_shape(path)[1]
+    return _key_and_shape(path)[1], cache_origin(checked_header(path)[0])
 
 
 def _key_and_shape(path: Path) -> tuple[str, tuple[int, int, int]]:

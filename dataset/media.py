@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from dataset.buckets import Size, plan_crop
 from modules.errors import DataError
+from modules.files import file_fingerprint
 
 with contextlib.suppress(ImportError):
     import pillow_jxl  # noqa: F401  # pyright: ignore[reportMissingImports]  # registers JPEG XL where installed
@@ -45,7 +46,6 @@ _DECODE_ERRORS = (
     zlib.error,
     MemoryError,
 )
-_FINGERPRINT_PART = 2**20
 
 
 class MediaError(DataError):
@@ -179,17 +179,10 @@ def source_fingerprint(path: Path) -> str:
     Raises:
         MediaError: the file cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            digest.update(stream.read(_FINGERPRINT_PART))
-            if size > _FINGERPRINT_PART:
-                stream.seek(max(_FINGERPRINT_PART, size - _FINGERPRINT_PART))
-                digest.update(stream.read(_FINGERPRINT_PART))
+        return file_fingerprint(path)
     except OSError as error:
         raise MediaError(path, UNREADABLE, error.strerror or "read error") from error
-    return f"{size}-{digest.hexdigest()[:32]}"
 
 
 def frames_fingerprint(paths: Iterable[Path]) -> str:

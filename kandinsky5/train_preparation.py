@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from kandinsky5.configs.train import TrainConfig
 from kandinsky5.devices import check_fast_products
 from kandinsky5.hub import HubUploads
 from kandinsky5.machine_notes import machine_notes
+from kandinsky5.run_contents import cache_contents, model_contents
 from kandinsky5.saved_config import shareable_options, write_config
 from kandinsky5.saving import OutputNames
 from kandinsky5.timesteps import rarity_warning
@@ -55,6 +56,8 @@ class PreparedRun:
     seed: int
     saved: SavedState | None
     """Where it goes on from."""
+    contents: Mapping[str, str]
+    """See `RunState`."""
     prompts: Sequence[PreparedPrompt]
     """Of this process's samples, encoded."""
     num_prompts: int
@@ -89,8 +92,9 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
     config = train_memory.fit_budget(config, data, accelerator)
     length = _run_length(config, data, accelerator.num_processes, saved)
     branch = branch_of(config, saved)
+    contents = {**cache_contents(data), **model_contents(config.model)}
     if saved is not None:
-        check_resumed(config, saved, data, length, seed)
+        check_resumed(config, saved, data, length, seed, contents)
         is_measured = validation_data is None or was_measured(config.saving, length.total_steps)
         if branch == saved.run.branch and is_measured and _has_all_files(config, saved, length, requests):
             log.info("%s: all %d steps are done, nothing to do", saved.folder.name, length.total_steps)
@@ -119,6 +123,7 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
         length=length,
         seed=seed,
         saved=saved,
+        contents=contents,
         prompts=prompts,
         num_prompts=len(requests),
         mark=mark,

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dataset.cached_dataset import CachedDataset
 from kandinsky5.configs.train import DEFAULT_TRAIN_STEPS, OptimizerConfig, SavingConfig, TrainConfig
 from kandinsky5.hub import fetch_state
+from kandinsky5.run_contents import CACHES, MODELS, changed
 from kandinsky5.saved_config import shareable_options
 from kandinsky5.saving import OutputNames, effect_path
 from kandinsky5.train_plan import RunLength, data_order_hash
@@ -106,7 +107,12 @@ def resolve_total_steps(asked: int | None, saved: SavedState | None) -> int:
 
 
 def check_resumed(
-    config: TrainConfig, saved: SavedState, data: CachedDataset, length: RunLength, seed: int
+    config: TrainConfig,
+    saved: SavedState,
+    data: CachedDataset,
+    length: RunLength,
+    seed: int,
+    contents: Mapping[str, str],
 ) -> None:
     """Refuse what would not be the same run any more; say what is taken over changed.
 
@@ -129,13 +135,27 @@ def check_resumed(
     problems = [
         f"--resume {saved.folder.name}: {what} was {old}, is {new}" for what, old, new in pairs if old != new
     ]
-    if not config.data.allow_changed_data and not problems and before.data_order != data_order_hash(data):
-        problems.append(
-            f"--resume {saved.folder.name}: the dataset or its batch sizes have changed. "
-            "--allow_changed_data goes on all the same, but not as the same run."
-        )
+    new_caches = changed(before.contents, contents, CACHES)
+    if not config.data.allow_changed_data and not problems:
+        what = ""
+        if before.data_order != data_order_hash(data):
+            what = "the dataset or its batch sizes have changed"
+        elif new_caches:
+            what = f"{' and '.join(new_caches)} have been cached again from something else"
+        if what:
+            problems.append(
+                f"--resume {saved.folder.name}: {what}. "
+                "--allow_changed_data goes on all the same, but not as the same run."
+            )
     if problems:
         raise ConfigError(problems)
+    _say_changes(config, saved, contents, length)
+
+
+def _say_changes(
+    config: TrainConfig, saved: SavedState, contents: Mapping[str, str], length: RunLength
+) -> None:
+    before = saved.run
     if before.learning_rate != config.optimizer.learning_rate and config.optimizer.lr_scheduler_type:
         log.warning(
             "resuming: --lr_scheduler_type goes on from its own rate; the new --learning_rate is not used"
@@ -148,6 +168,10 @@ def check_resumed(
         )
     for line in _changes(before.options, shareable_options(config)):
         log.warning("resuming: %s", line)
+    for option in changed(before.contents, contents, MODELS):
+        log.warning(
+            "resuming: what %s reads is not what it was; the run goes on with it, not as the same run", option
+        )
     if before.library_versions != library_versions():
         log.info(
             "resuming: the run was started with %s, now %s: results may round otherwise",

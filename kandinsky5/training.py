@@ -113,7 +113,7 @@ class Trainer:
     def __init__(self, run: PreparedRun) -> None:
         config, accelerator, length, saved = run.config, run.accelerator, run.length, run.saved
         self.config, self.accelerator, self.data, self.length = config, accelerator, run.data, length
-        self.seed, self.branch = run.seed, run.mark.branch
+        self.seed, self.branch, self.contents = run.seed, run.mark.branch, run.contents
         self.goes_back = saved is not None and self.branch != saved.run.branch
         self.device = accelerator.device
         self.step = saved.run.step if saved else 0
@@ -567,5 +567,6 @@ class Trainer:
             tracker_run=self.output.tracker_run,
             options=shareable_options(self.config),
             library_versions=library_versions(),
+            contents=self.contents,
             branch=self.branch,
         )

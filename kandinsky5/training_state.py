@@ -71,6 +71,8 @@ class RunState:
     options: Mapping[str, Any] = field(default_factory=dict)
     """The options of the run, without folders and keys."""
     library_versions: Mapping[str, str] = field(default_factory=dict)
+    contents: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of what its caches and model files hold, see `run_contents`; earlier versions had none."""
     branch: int = 0
     """Grows each time a run goes back to an earlier state and so leaves later ones behind."""
 

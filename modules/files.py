@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from modules.errors import ResourceError
 from modules.strays import find_strays, stray_name
 
 STRAY_PREFIX = ".k5tmp-"
+_FINGERPRINT_PART = 2**20
 _NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP)
 
 
@@ -80,6 +82,22 @@ def check_folder_unwritten(folder: Path, what: str) -> None:
 def last_part(path: Path) -> str:
     """The name of a file or folder, in either system's spelling of paths on either system."""
     return str(path).replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
+def file_fingerprint(path: Path) -> str:
+    """What tells one large file from another without reading it whole: its size, its first and last MiB.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        digest.update(stream.read(_FINGERPRINT_PART))
+        if size > _FINGERPRINT_PART:
+            stream.seek(max(_FINGERPRINT_PART, size - _FINGERPRINT_PART))
+            digest.update(stream.read(_FINGERPRINT_PART))
+    return f"{size}-{digest.hexdigest()[:32]}"
 
 
 def write_text(path: Path, text: str, *, makes_folder: bool = True) -> None:

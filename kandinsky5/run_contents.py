@@ -1,0 +1,49 @@
+"""What the files that a run reads hold, in hashes: a resumed run notices when they have been replaced."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+from dataset.cached_dataset import CachedDataset
+from kandinsky5.configs.train import ModelConfig
+from modules.files import file_fingerprint
+from modules.weight_files import find_weight_files
+
+CACHES = {
+    "latents": "the latents",
+    "captions": "the captions",
+    "other captions": "the empty caption or prior_caption",
+    "masks": "the masks",
+}
+MODELS = {"dit": "--dit", "base_weights": "--base_weights"}
+
+
+def cache_contents(data: CachedDataset) -> dict[str, str]:
+    """A hash of each of `CACHES` that there are, from what the caches say of their origin.
+
+    Files that are made again from the same sources, captions and encoders have the same.
+    """
+    lines = {
+        "latents": [f"{item.key} {item.latent_origin}" for item in data.items],
+        "captions": [f"{item.key} {item.text_origin}" for item in data.items],
+        "other captions": data.extra_text_origins,
+        "masks": [f"{item.key} {item.mask_origin}" for item in data.items if item.mask_path is not None],
+    }
+    return {name: _hash(found) for name, found in lines.items() if found}
+
+
+def model_contents(model: ModelConfig) -> dict[str, str]:
+    """A hash of the files of each of `MODELS` that there are: sizes, first and last MiB of each file."""
+    files = {"dit": find_weight_files(model.dit, subfolder="transformer"), "base_weights": model.base_weights}
+    return {name: _hash(map(file_fingerprint, paths)) for name, paths in files.items() if paths}
+
+
+def _hash(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:32]
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str], names: Mapping[str, str]) -> list[str]:
+    """What of `names` both know and that has another hash now; in words."""
+    both = before.keys() & now.keys()
+    return [words for name, words in names.items() if name in both and before[name] != now[name]]

@@ -1,0 +1,95 @@
+"""A resumed run notices that what it reads has been replaced under the same names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.cache_files import TextCacheMeta, write_text_cache
+from dataset.cache_names import empty_text_cache_name, mask_cache_name
+from dataset.mask_cache import MaskCacheMeta, write_mask_cache
+from kandinsky5.run_contents import changed
+from modules.tensor_files import read_tensors, write_tensors
+from tests.kandinsky5.training_runs import exit_code, metrics, train, write_dataset
+
+WORDS = ("--masked_loss", "--caption_dropout_rate", 0.3)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Caches of clips, one of them with a mask, and of the empty caption."""
+    path = write_dataset(tmp_path / "data")
+    cache = tmp_path / "data/cache"
+    meta = MaskCacheMeta(width=32, height=32, frames="", mask_fingerprint="none")
+    latents = next(cache.glob("clip0_*k5.safetensors"))
+    write_mask_cache(cache / mask_cache_name(latents.name), torch.ones(2, 4, 4), meta)
+    empty = TextCacheMeta(
+        caption1="", template="video", qwen_max_length=256, clip_max_length=77, encoder_fingerprint="none"
+    )
+    write_text_cache(cache / empty_text_cache_name("video"), torch.ones(3, 64), torch.ones(32), empty)
+    return path
+
+
+def cache_again(path: Path, **changes: str) -> None:
+    """Write a cache once more, with some of its metadata changed."""
+    tensors, metadata = read_tensors(path)
+    assert changes.keys() <= metadata.keys()
+    path.unlink()
+    write_tensors(path, tensors, {**metadata, **changes})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "key", "what"),
+    [
+        ("clip1_*k5.safetensors", "source_fingerprint", "the latents have"),
+        ("clip1_*k5_te.safetensors", "caption1", "the captions have"),
+        ("clip0_*mask*", "mask_fingerprint", "the masks have"),
+        ("k5_empty_*", "qwen_max_length", "the empty caption or prior_caption have"),
+    ],
+)
+def test_caches_made_again_from_something_else_are_not_the_same_run(
+    pattern: str,
+    key: str,
+    what: str,
+    dit: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (path,) = (data.parent / "cache").glob(pattern)
+    output = tmp_path / "out"
+    train(dit, data, output, *WORDS, "--max_train_steps", 1, "--save_state")
+    cache_again(path)
+    words = (*WORDS, "--save_state", "--resume", "auto")
+    train(dit, data, output, *words, "--max_train_steps", 2)
+    cache_again(path, **{key: "other"})
+    assert exit_code(dit, data, output, *words, "--max_train_steps", 3) == 2
+    assert f"{what} been cached again from something else" in capsys.readouterr().err
+    train(dit, data, output, *words, "--max_train_steps", 3, "--allow_changed_data")
+    train(dit, data, output, *words, "--max_train_steps", 4)
+    assert [record["step"] for record in metrics(output, "step")] == [1, 2, 3, 4]
+
+
+def test_another_model_under_the_same_name_is_said(
+    dit: Path, data: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / dit.name
+    shutil.copy(dit, moved)
+    train(dit, data, tmp_path / "out", "--max_train_steps", 1, "--save_state")
+    train(moved, data, tmp_path / "out", "--max_train_steps", 2, "--save_state", "--resume", "auto")
+    assert "not as the same run" not in said.text
+    tensors, metadata = read_tensors(dit)
+    write_tensors(moved, {name: tensor * 1.01 for name, tensor in tensors.items()}, metadata)
+    train(moved, data, tmp_path / "out", "--max_train_steps", 3, "--save_state", "--resume", "auto")
+    assert "what --dit reads is not what it was; the run goes on with it, not as the same run" in said.text
+
+
+def test_only_what_both_parts_of_a_run_know_is_compared() -> None:
+    """Earlier versions wrote nothing, and an option may bring masks in or leave them out."""
+    names = {"a": "A", "b": "B", "c": "C"}
+    assert changed({}, {"a": "1"}, names) == []
+    assert changed({"a": "1", "b": "1"}, {"a": "2", "c": "1"}, names) == ["A"]
