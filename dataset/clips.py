@@ -25,7 +25,9 @@ from dataset.media import (
     UNREADABLE,
     Frame,
     MediaError,
+    check_resized_pixel_count,
     frames_fingerprint,
+    memory_errors,
     probe_image,
     read_image,
     resize_and_crop,
@@ -143,11 +145,12 @@ class _Planner:
     def plan(self, item: SourceItem) -> _ItemResult:
         """The clips of an item, or why it has none."""
         try:
-            if isinstance(self.dataset, ImageDatasetConfig):
-                return self._plan_image(item)
-            if item.is_frame_folder:
-                return self._plan_frame_folder(item, self.dataset)
-            return self._plan_video(item, self.dataset)
+            with memory_errors(item.path):
+                if isinstance(self.dataset, ImageDatasetConfig):
+                    return self._plan_image(item)
+                if item.is_frame_folder:
+                    return self._plan_frame_folder(item, self.dataset)
+                return self._plan_video(item, self.dataset)
         except MediaError as error:
             return _ItemResult(name=item.path.name, skipped=_damaged(item, error))
 
@@ -238,7 +241,9 @@ class _Planner:
         if min(bucket) < PIXEL_STEP:
             detail = f"{size[0]}x{size[1]}, with bucket_no_upscale both sides must be {PIXEL_STEP} or more"
             raise MediaError(item.path, TOO_SMALL, detail)
-        return {"bucket": bucket, "crop": nabla_size(bucket) if self.nabla_resize else bucket}
+        crop = nabla_size(bucket) if self.nabla_resize else bucket
+        check_resized_pixel_count(item.path, size, crop)
+        return {"bucket": bucket, "crop": crop}
 
 
 def _mask(item: SourceItem, size: Size, num_frames: int) -> PlannedMask | None:
@@ -307,8 +312,7 @@ def load_clip(clip: PlannedClip) -> np.ndarray:
     Raises:
         MediaError: the source is damaged, or is no longer the one that was planned with.
     """
-    frames = _load_frames((clip,))
-    return np.stack([frames[number] for number in clip.frame_numbers])
+    return _stacked(clip, _load_frames((clip,)))
 
 
 def load_batches(batches: Iterable[Sequence[PlannedClip]], *, num_workers: int = 1) -> Iterator[LoadedBatch]:
@@ -380,9 +384,17 @@ def _clip_loader(clip: PlannedClip, frames: dict[int, Frame] | MediaError) -> _L
     def load() -> np.ndarray | SkippedItem:
         if isinstance(frames, MediaError):
             return _damaged(clip.item, frames)
-        return np.stack([frames[number] for number in clip.frame_numbers])
+        try:
+            return _stacked(clip, frames)
+        except MediaError as error:
+            return _damaged(clip.item, error)
 
     return load
+
+
+def _stacked(clip: PlannedClip, frames: dict[int, Frame]) -> np.ndarray:
+    with memory_errors(clip.item.path):
+        return np.stack([frames[number] for number in clip.frame_numbers])
 
 
 def _try_load(segment: _Segment) -> dict[int, Frame] | MediaError:
@@ -396,8 +408,9 @@ def _load_frames(clips: _Segment) -> dict[int, Frame]:
     """All frames that these clips of one source need, at their pixel size, by frame number."""
     first = clips[0]
     numbers = sorted({number for clip in clips for number in clip.frame_numbers})
-    frames = {number: resize_and_crop(frame, first.crop) for number, frame in _source_frames(first, numbers)}
     path = first.item.path
+    with memory_errors(path):
+        frames = {n: resize_and_crop(frame, first.crop) for n, frame in _source_frames(first, numbers)}
     is_folder = first.item.is_frame_folder
     fingerprint = frames_fingerprint(frame_paths(path)) if is_folder else source_fingerprint(path)
     if fingerprint != first.source_fingerprint:

@@ -18,6 +18,7 @@ from dataset.media import (
     Frame,
     MediaError,
     frames_fingerprint,
+    memory_errors,
     probe_image,
     read_image,
     resize_and_crop,
@@ -95,19 +96,22 @@ def latent_mask(mask: PlannedMask, frame_numbers: Sequence[int], crop: Size) -> 
     Raises:
         MediaError: the mask is damaged, or is no longer the one that was planned with.
     """
-    numbers = sorted(set(frame_numbers))
-    if mask.video is not None:
-        frames = {n: _shrunk(frame, crop) for n, frame in read_frames(mask.path, mask.video, numbers)}
-    elif mask.is_folder:
-        frames = {number: _shrunk(read_image(mask.frames[number]), crop) for number in numbers}
-    else:
-        frames = dict.fromkeys(numbers, _shrunk(read_image(mask.path), crop))
+    with memory_errors(mask.path):
+        frames = _shrunk_frames(mask, sorted(set(frame_numbers)), crop)
     if mask.current_fingerprint() != mask.fingerprint:
         raise MediaError(mask.path, CHANGED, "start again when it is complete")
     small = torch.stack([frames[number] for number in frame_numbers])  # [F_px, H, W]
     if len(small) == 1:
         return small
     return torch.cat([small[:1], small[1:].unflatten(0, (-1, FRAMES_PER_LATENT)).mean(dim=1)])
+
+
+def _shrunk_frames(mask: PlannedMask, numbers: Sequence[int], crop: Size) -> dict[int, Tensor]:
+    if mask.video is not None:
+        return {n: _shrunk(frame, crop) for n, frame in read_frames(mask.path, mask.video, numbers)}
+    if mask.is_folder:
+        return {number: _shrunk(read_image(mask.frames[number]), crop) for number in numbers}
+    return dict.fromkeys(numbers, _shrunk(read_image(mask.path), crop))
 
 
 def _shrunk(frame: Frame, crop: Size) -> Tensor:

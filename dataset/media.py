@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -30,8 +30,10 @@ MAX_PIXELS = 2**27
 UNREADABLE = "cannot be opened"
 DAMAGED = "damaged"
 TOO_LARGE = "too large"
+NO_MEMORY = "does not fit into the memory"
 CHANGED = "changed while it was read"
 
+_LIMIT = f"the limit is {MAX_PIXELS / 1e6:.0f} million pixels"
 _ORIENTATION = 0x0112  # EXIF tag
 # Only these decoders are let near a file, whatever its name says: some of Pillow's others start programs.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "GIF", "JXL")
@@ -46,6 +48,7 @@ _DECODE_ERRORS = (
     zlib.error,
     MemoryError,
 )
+_OPENCV_NO_MEMORY = -4  # cv2.Error.StsNoMem
 
 
 class MediaError(DataError):
@@ -64,8 +67,35 @@ def check_pixel_count(path: Path, size: Size) -> None:
         MediaError: the picture has more than MAX_PIXELS pixels.
     """
     if size[0] * size[1] > MAX_PIXELS:
-        detail = f"{size[0]}x{size[1]}, the limit is {MAX_PIXELS / 1e6:.0f} million pixels"
+        raise MediaError(path, TOO_LARGE, f"{size[0]}x{size[1]}, {_LIMIT}")
+
+
+def check_resized_pixel_count(path: Path, source: Size, target: Size) -> None:
+    """Refuse sources so long and thin that they fill the memory once they cover the target.
+
+    Raises:
+        MediaError: the source, scaled for `resize_and_crop`, has more than MAX_PIXELS pixels.
+    """
+    width, height = plan_crop(source, target).resized
+    if width * height > MAX_PIXELS:
+        detail = f"{source[0]}x{source[1]} would be scaled to {width}x{height} before it is cropped, {_LIMIT}"
         raise MediaError(path, TOO_LARGE, detail)
+
+
+@contextlib.contextmanager
+def memory_errors(path: Path) -> Iterator[None]:
+    """Turn a memory that is too small for one file into the refusal of that file.
+
+    Raises:
+        MediaError: Python, numpy or OpenCV could not have what the work inside needs.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise MediaError(path, NO_MEMORY, "close other programs, or make the file smaller") from error
+    except cv2.error as error:
+        reason = NO_MEMORY if error.code == _OPENCV_NO_MEMORY else DAMAGED
+        raise MediaError(path, reason, f"OpenCV: {error.err}") from error
 
 
 def probe_image(path: Path) -> Size:
@@ -103,7 +133,7 @@ def _open_image(path: Path) -> Image.Image:
         known = [name for name in _FORMATS if name in Image.OPEN]
         image = Image.open(path, formats=known)
     except Image.DecompressionBombError as error:
-        raise MediaError(path, TOO_LARGE, f"the limit is {MAX_PIXELS / 1e6:.0f} million pixels") from error
+        raise MediaError(path, TOO_LARGE, _LIMIT) from error
     except FileNotFoundError as error:
         raise MediaError(path, UNREADABLE, "no such file") from error
     except _DECODE_ERRORS as error:

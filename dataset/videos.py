@@ -8,6 +8,7 @@ changed bytes that still make a valid stream, and an MPEG program stream cut bet
 from __future__ import annotations
 
 import itertools
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ Turn = tuple[int, int, int, int]
 """The display matrix (a, b, c, d), each -1, 0 or 1: a pixel at (x, y) is shown at (a*x + c*y, b*x + d*y)."""
 
 _UPRIGHT: Turn = (1, 0, 0, 1)
+_CLOCK = re.compile(r"([0-9]{1,4}):([0-9]{2}):([0-9]{2}(?:\.[0-9]{1,12})?)")
+"""How Matroska writes a duration: 00:00:01.960000000; tags that look otherwise promise nothing."""
 _SEEK_WORTHWHILE = 32
 """Frames before the first wanted one from which seeking beats decoding them."""
 
@@ -71,7 +74,7 @@ def probe_video(path: Path) -> VideoInfo:
                 times = None
             else:
                 first, times = _count_frames(container.decode(stream), packets)
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError) as error:
         raise MediaError(path, UNREADABLE, _reason(path, error)) from error
     if first is None:
         raise MediaError(path, DAMAGED, "no frame can be decoded")
@@ -187,10 +190,10 @@ def _declared_end(
     container: InputContainer, stream: VideoStream, step: Fraction
 ) -> tuple[Fraction | None, Fraction]:
     """When the last frame should end, as far as the header tells, and how exact that is; in seconds."""
-    tag = stream.metadata.get("DURATION", "")  # Matroska: 00:00:01.960000000
-    if tag.count(":") == 2:
-        hours, minutes, seconds = tag.split(":")
-        return Fraction(int(hours) * 3600 + int(minutes) * 60) + Fraction(seconds), step / 2
+    tag = _CLOCK.fullmatch(stream.metadata.get("DURATION", ""))
+    if tag is not None:
+        hours, minutes, seconds = (Fraction(part) for part in tag.groups())
+        return hours * 3600 + minutes * 60 + seconds, step / 2
     if stream.duration is not None and stream.time_base is not None:
         return (stream.duration + (stream.start_time or 0)) * stream.time_base, step / 2
     if container.duration is not None and len(container.streams) == 1:

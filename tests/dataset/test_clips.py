@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from PIL import Image
 from dataset.cache_index import latent_entry
 from dataset.clips import ClipPlan, PlannedClip, cut_batches, load_batches, load_clip, plan_clips
 from dataset.config import ImageDatasetConfig, VideoDatasetConfig
+from dataset.media import TOO_LARGE, read_image
 from dataset.sources import list_items
 from tests.dataset.media_tools import cut_file, flip_bytes, numbered_frames, numbers_of, remux, write_video
 
@@ -292,3 +294,33 @@ def test_odd_and_long_names_give_cache_names_that_fit(tmp_path: Path) -> None:
     cache_names = {clip.cache_name for clip in clips}
     assert len(cache_names) == len(names)
     assert all(len(name.encode()) <= 255 for name in cache_names)
+
+
+def test_a_strip_that_would_fill_the_memory_once_enlarged_is_listed_from_its_header(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 30_000)).save(tmp_path / "strip.png")
+    Image.new("RGB", (64, 48)).save(tmp_path / "whole.png")
+    dataset = images(tmp_path, resolution=(512, 512), enable_bucket=True)
+    made = plan(dataset)
+    assert [clip.item.path.name for clip in made.clips] == ["whole.png"]
+    (skipped,) = made.skipped
+    assert (skipped.name, skipped.reason, skipped.is_failure) == ("strip.png", TOO_LARGE, True)
+    assert "1x30000 would be scaled to 256x7680000" in skipped.detail
+
+
+@pytest.mark.parametrize("error", [MemoryError(), cv2.error("boom")])
+def test_a_file_that_the_memory_is_too_small_for_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (64, 48)).save(tmp_path / name)
+    clips = plan(images(tmp_path, resolution=(32, 32))).clips
+
+    def read(path: Path) -> np.ndarray:
+        if path.name == "b.png":
+            raise error
+        return read_image(path)
+
+    monkeypatch.setattr("dataset.clips.read_image", read)
+    (loaded,) = load_batches(cut_batches(clips, 3))
+    assert [clip.item.path.name for clip in loaded.clips] == ["a.png", "c.png"]
+    assert [(bad.name, bad.is_failure) for bad in loaded.damaged] == [("b.png", True)]

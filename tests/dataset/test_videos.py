@@ -206,3 +206,14 @@ def test_a_video_keeps_its_frames_when_renamed_to_an_odd_name(tmp_path: Path, me
     for name in ("日本 語 🐈.mp4", "-dash %d [x].mp4", "file:colon.mp4"):
         path = Path(shutil.copy(media / "coffee_pan_24fps_49f.mp4", tmp_path / name))
         assert probe_video(path).num_frames == 49
+
+
+@pytest.mark.parametrize("tag", ["00:00:0000000001/0", "00:00:1e999999999", "::", "an hour"])
+def test_a_duration_tag_that_is_no_time_promises_nothing(tmp_path: Path, tag: str) -> None:
+    path = write_video(tmp_path / "a.mkv", numbered_frames(5))
+    content = path.read_bytes()
+    start = content.index(b"00:00:00.")  # FFmpeg reserves 18 characters
+    path.write_bytes(content[:start] + tag.encode().ljust(18, b"\0") + content[start + 18 :])
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].metadata["DURATION"] == tag
+    assert numbers_of(read_all(path)) == list(range(5))
