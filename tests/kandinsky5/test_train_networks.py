@@ -55,7 +55,8 @@ def test_a_lora_state_is_not_continued_as_lokr(
     dit: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(dit, dataset, tmp_path, "--max_train_steps", 1, "--save_state")
+    more = ("--max_train_steps", 2, "--resume", "auto")
     with pytest.raises(SystemExit) as caught:
-        train(dit, dataset, tmp_path, "--network_module", "networks.lokr", "--resume", "auto")
+        train(dit, dataset, tmp_path, *more, "--network_module", "networks.lokr")
     assert caught.value.code == 2
     assert "Give the options of the first run" in capsys.readouterr().err
