@@ -11,6 +11,8 @@ import torch
 
 from kandinsky5 import train_preparation, train_setup
 from kandinsky5.memory_rehearsal import META
+from kandinsky5.training_state import read_state, write_state
+from modules.tensor_files import write_tensors
 from tests.kandinsky5.training_runs import exit_code, lora_bytes, train
 
 STEPS = ("--max_train_steps", 3)
@@ -152,6 +154,40 @@ def test_weights_of_another_rank_are_refused_before_a_model_loads(
     words = ("--network_weights", stopped / "lora.safetensors", "--network_dim", 8)
     assert exit_code(dit, dataset, tmp_path, *STEPS, *words) == 2
     assert "rank 4 in the file, 8 in this run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--base_weights", "--network_weights"])
+def test_a_lora_for_a_model_of_another_size_is_refused_before_a_model_loads(
+    option: str,
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    no_models: None,
+) -> None:
+    layer = "transformer.visual_transformer_blocks.0.feed_forward.in_layer"
+    file = tmp_path / "other.safetensors"
+    write_tensors(
+        file, {f"{layer}.lora_A.weight": torch.ones(4, 64), f"{layer}.lora_B.weight": torch.ones(128, 4)}
+    )
+    assert exit_code(dit, dataset, tmp_path / "out", *STEPS, option, file) == 4
+    assert "made for a model of another size" in capsys.readouterr().err
+
+
+def test_a_state_whose_tensors_are_not_its_own_is_refused_before_a_model_loads(
+    stopped: Path,
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    no_models: None,
+) -> None:
+    state = read_state(stopped / "lora-state")
+    first = next(iter(state.lora))
+    tensors = {**state.lora, first: torch.ones(1, 1)}
+    write_state(tmp_path / "lora-state", state.run, tensors, state.optimizer)
+    assert exit_code(dit, dataset, tmp_path, *RESUME, tmp_path / "lora-state", *SAME) == 4
+    assert "its tensors do not fit what it says of itself" in capsys.readouterr().err
 
 
 def test_what_is_rehearsed_is_said_once(
