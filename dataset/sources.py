@@ -11,6 +11,7 @@ from typing import Any
 
 from dataset.cache_names import Content
 from dataset.config import AnyDatasetConfig
+from dataset.confinement import Confinement
 from dataset.mask_sources import MaskFolder, is_mask
 from dataset.media_files import media_extensions
 from modules.errors import ConfigError, DataError
@@ -76,17 +77,19 @@ class SourceListing:
         return sum(not any(item.captions) for item in self.items)
 
 
-def list_items(dataset: AnyDatasetConfig, *, confine_paths: bool = False) -> SourceListing:
+def list_items(dataset: AnyDatasetConfig, *, confinement: Confinement | None = None) -> SourceListing:
     """List the media of a dataset with their captions; media are not opened.
 
     Args:
-        confine_paths: take a JSONL file's paths from its own folder and refuse those that lead out of it.
+        confinement: refuse what leads out of a folder; the paths of a JSONL file then count from its own.
     Raises:
-        ConfigError: the folder or JSONL file does not exist, or a JSONL line is wrong.
+        ConfigError: the folder or JSONL file does not exist, a JSONL line is wrong, or a path leads out.
         DataError: there is nothing to use, or two media would share one cache file.
     """
+    if confinement is not None:
+        confinement.check(dataset)
     if dataset.jsonl_file is not None:
-        listing = _list_jsonl(dataset, dataset.jsonl_file, confine_paths)
+        listing = _list_jsonl(dataset, dataset.jsonl_file, confinement)
     else:
         assert dataset.directory is not None  # the config has one of the two
         listing = _list_directory(dataset, dataset.directory)
@@ -177,27 +180,25 @@ class _PathRule:
 
     folder: Path
     """The file's own."""
-    is_confined: bool
+    confinement: Confinement | None
 
     def resolve(self, key: str, written: str) -> Path:
         """Relative paths count from the working directory as in musubi-tuner, else from the JSONL's folder.
 
         Raises:
-            ValueError: confined, and the path leads out of the folder, by itself or through a link.
+            ValueError: confined, and the path or a frame in it leads out, by itself or through a link.
         """
         path = Path(written)
-        if not self.is_confined:
+        if self.confinement is None:
             is_beside = not path.is_absolute() and not path.exists() and (self.folder / path).exists()
             return self.folder / path if is_beside else path
         path = self.folder / path
-        root = self.folder.resolve()
-        for inner in (path, *(path.iterdir() if path.is_dir() else ())):
-            if not inner.resolve().is_relative_to(root):
-                raise ValueError(f"{key} {written} leads out of the folder of this file (--confine_paths)")
+        if not self.confinement.holds(path):
+            raise ValueError(f"{key} {written} leads out of {self.confinement.root} (--confine_paths)")
         return path
 
 
-def _list_jsonl(dataset: AnyDatasetConfig, path: Path, confine_paths: bool) -> SourceListing:
+def _list_jsonl(dataset: AnyDatasetConfig, path: Path, confinement: Confinement | None) -> SourceListing:
     if not path.is_file():
         raise ConfigError(f"dataset {dataset.index} ({dataset.origin}): {path}: no such file")
     try:
@@ -207,7 +208,7 @@ def _list_jsonl(dataset: AnyDatasetConfig, path: Path, confine_paths: bool) -> S
     problems: list[str] = []
     entries: list[SourceItem | SkippedItem] = []
     first_line: dict[str, int] = {}
-    rule = _PathRule(path.parent, confine_paths)
+    rule = _PathRule(path.parent, confinement)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -30,6 +30,7 @@ from dataset.cache_index import latent_entry, text_entry, update_index
 from dataset.cache_names import prior_text_cache_name
 from dataset.clips import ClipPlan, LoadedBatch, PlannedClip, cut_batches, load_batches, plan_clips
 from dataset.config import AnyDatasetConfig, DatasetConfig, load_dataset_config
+from dataset.confinement import Confinement
 from dataset.sources import SourceListing, list_items
 from kandinsky5.cache_preview import preview_clips
 from kandinsky5.caching_masks import MaskWork, mask_notes, write_masks
@@ -101,7 +102,7 @@ def cache_latents(config: CacheLatentsConfig) -> None:
 
 def _show(config: CacheLatentsConfig, debug: DebugConfig) -> None:
     for dataset in _read_datasets(config.run).datasets:
-        plan = _plan(dataset, config, list_items(dataset, confine_paths=config.run.confine_paths))
+        plan = _plan(dataset, config, list_items(dataset, confinement=_confinement(config.run)))
         if not preview_clips(dataset, plan.clips, debug, config.run.num_workers):
             return
 
@@ -153,6 +154,10 @@ def _read_datasets(run: CacheRunConfig) -> DatasetConfig:
     return datasets
 
 
+def _confinement(run: CacheRunConfig) -> Confinement | None:
+    return Confinement.to_folder_of(run.dataset_config) if run.confine_paths else None
+
+
 def _plan(dataset: AnyDatasetConfig, config: CacheLatentsConfig, listing: SourceListing) -> ClipPlan:
     plan = plan_clips(dataset, listing, nabla_resize=config.nabla_resize, num_workers=config.run.num_workers)
     for note in (*plan.notes, *mask_notes(dataset, listing)):
@@ -163,7 +168,7 @@ def _plan(dataset: AnyDatasetConfig, config: CacheLatentsConfig, listing: Source
 def _latent_work(
     dataset: AnyDatasetConfig, config: CacheLatentsConfig, fingerprint: str, dtype: torch.dtype
 ) -> _LatentWork:
-    listing = list_items(dataset, confine_paths=config.run.confine_paths)
+    listing = list_items(dataset, confinement=_confinement(config.run))
     plan = _plan(dataset, config, listing)
     metas = {
         clip.cache_name: latent_meta(
@@ -266,8 +271,7 @@ def _cache_text(config: CacheTextConfig, processes: Processes) -> None:
     if problems:
         raise ModelFileError(problems)
     templates = load_prompt_templates(config.prompt_templates)
-    confine = config.run.confine_paths
-    listings = [list_items(dataset, confine_paths=confine) for dataset in datasets]
+    listings = [list_items(dataset, confinement=_confinement(config.run)) for dataset in datasets]
     outcomes = [
         Outcome(
             dataset=dataset,

@@ -99,7 +99,7 @@ def _add_shared(parser: Parser) -> None:
     add(
         "--confine_paths",
         action="store_true",
-        help="take the paths of a JSONL file from its own folder and refuse those that lead out of it",
+        help="refuse folders, files and links that lead out of the dataset file's folder",
     )
 
 

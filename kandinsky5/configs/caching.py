@@ -32,7 +32,7 @@ class CacheRunConfig:
     skip_bad: bool = False
     """Damaged items are skipped without an error."""
     confine_paths: bool = False
-    """Refuse JSONL paths that lead out of the JSONL file's folder."""
+    """Refuse everything that leads out of the dataset file's folder."""
 
     def __post_init__(self) -> None:
         if self.strict and self.skip_bad:

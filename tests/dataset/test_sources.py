@@ -28,12 +28,12 @@ def images(directory: Path, **settings: Any) -> SourceListing:
     return list_items(config)
 
 
-def jsonl(path: Path, *, confine_paths: bool = False) -> SourceListing:
+def jsonl(path: Path) -> SourceListing:
     """The listing of a JSONL file of images."""
     config = ImageDatasetConfig(
         index=0, origin="dataset.toml line 2", cache_directory=path.parent, image_jsonl_file=path
     )
-    return list_items(config, confine_paths=confine_paths)
+    return list_items(config)
 
 
 def add(folder: Path, name: str, caption: str | bytes | None = "a cat") -> None:
@@ -229,38 +229,3 @@ def test_a_jsonl_line_may_list_captions(tmp_path: Path) -> None:
         write_lines(path, {"image_path": str(tmp_path / "a.png"), "caption": wrong})
         with pytest.raises(ConfigError, match="line 1: caption must be a text in quotes or a list"):
             jsonl(path)
-
-
-def test_confined_paths_count_from_the_jsonls_folder_and_do_not_leave_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inside, outside = tmp_path / "set", tmp_path / "elsewhere"
-    for folder in (inside, outside):
-        folder.mkdir()
-        (folder / "a.png").write_bytes(b"x")
-    (inside / "link.png").symlink_to(outside / "a.png")
-    monkeypatch.chdir(outside)
-    path = write_lines(inside / "m.jsonl", {"image_path": "a.png", "caption": "x"})
-    assert jsonl(path).items[0].path == Path("a.png")
-    assert jsonl(path, confine_paths=True).items[0].path == inside / "a.png"
-    for leading_out in ("../elsewhere/a.png", str(outside / "a.png"), "link.png"):
-        line = {"image_path": leading_out, "caption": "x"}
-        assert jsonl(write_lines(path, line)).items
-        with pytest.raises(ConfigError, match=r"line 1: image_path .* leads out of the folder"):
-            jsonl(path, confine_paths=True)
-        write_lines(path, {"image_path": "a.png", "caption": "x", "mask_path": leading_out})
-        with pytest.raises(ConfigError, match=r"line 1: mask_path .* leads out of the folder"):
-            jsonl(path, confine_paths=True)
-    write_lines(path, {"image_path": str(inside / "a.png"), "caption": "x"})
-    assert jsonl(path, confine_paths=True).items
-
-
-def test_a_confined_frame_folder_may_hold_no_links_that_lead_out(tmp_path: Path) -> None:
-    (tmp_path / "set" / "shot").mkdir(parents=True)
-    (tmp_path / "secret.png").write_bytes(b"x")
-    (tmp_path / "set" / "shot" / "0.png").symlink_to(tmp_path / "secret.png")
-    path = write_lines(tmp_path / "set" / "v.jsonl", {"video_path": "shot", "caption": "x"})
-    dataset = VideoDatasetConfig(index=0, origin="", cache_directory=tmp_path, video_jsonl_file=path)
-    assert list_items(dataset).items[0].is_frame_folder
-    with pytest.raises(ConfigError, match="video_path shot leads out"):
-        list_items(dataset, confine_paths=True)

@@ -1,0 +1,66 @@
+"""Keeps a dataset file to its own folder, for files that come from strangers (`--confine_paths`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.config import AnyDatasetConfig
+from modules.errors import ConfigError
+
+_MAX_LISTED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Confinement:
+    """The one folder that a dataset may read from and write to."""
+
+    root: Path
+    """With all links resolved."""
+
+    @classmethod
+    def to_folder_of(cls, dataset_file: Path) -> Confinement:
+        """To the folder that this dataset file lies in; links that lead to the folder are fine."""
+        return cls(Path(os.path.realpath(dataset_file.parent)))
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file or folder lies under the root, and all that a folder lists does so too.
+
+        Links are resolved; what does not exist counts by its name.
+        """
+        return self._holds(path) and all(map(self._holds, _entries(path)))
+
+    def check(self, dataset: AnyDatasetConfig) -> None:
+        """Check what a dataset names and what its folders list: media, captions, masks and caches alike.
+
+        The paths in a JSONL file are not looked at here.
+
+        Raises:
+            ConfigError: something leads out, by itself or through a link.
+        """
+        folders = {
+            f"{dataset.content}_directory": dataset.directory,
+            "mask_directory": dataset.mask_directory,
+            "cache_directory": dataset.cache_directory,
+        }
+        named = {**folders, f"{dataset.content}_jsonl_file": dataset.jsonl_file}
+        wrong = [f"{key} {path}" for key, path in named.items() if path is not None and not self._holds(path)]
+        if not wrong:  # else the folder of a stranger's choice is not even listed
+            paths = (entry for folder in folders.values() if folder is not None for entry in _entries(folder))
+            wrong = [str(path) for path in paths if not self.holds(path)]
+        if wrong:
+            where = f"dataset {dataset.index} ({dataset.origin})"
+            problems = [f"{where}: {what} leads out of {self.root} (--confine_paths)" for what in wrong]
+            rest = [f"... and {len(wrong) - _MAX_LISTED} more"] if len(wrong) > _MAX_LISTED else []
+            raise ConfigError([*problems[:_MAX_LISTED], *rest])
+
+    def _holds(self, path: Path) -> bool:
+        # realpath: unlike Path.resolve it has an answer for links that lead in a circle.
+        return Path(os.path.realpath(path)).is_relative_to(self.root)
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from sorted(folder.iterdir())
