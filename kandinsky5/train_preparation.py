@@ -30,6 +30,7 @@ from kandinsky5.train_resume import (
     is_finished,
     resolve_total_steps,
     resumed_state,
+    without_replaced_weights,
 )
 from kandinsky5.train_samples import PreparedPrompt, are_missing, encode_requests, read_requests
 from kandinsky5.train_setup import RunMark
@@ -75,6 +76,7 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
         stop: what uploads heed.
     """
     saved = resumed_state(config)
+    config = without_replaced_weights(config, saved)
     train_checks.check_files(config)
     requests = read_requests(config)
     accelerator = train_setup.build_accelerator(config)

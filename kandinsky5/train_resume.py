@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from kandinsky5.saved_config import shareable_options
 from kandinsky5.saving import OutputNames, effect_path
 from kandinsky5.train_plan import RunLength, data_order_hash
 from kandinsky5.train_setup import build_schedule
-from kandinsky5.training_state import SavedState, find_state, list_states, read_mark, read_state
+from kandinsky5.training_state import RunState, SavedState, find_state, list_states, read_mark, read_state
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 from modules.optimizer_kinds import takes_relative_steps
@@ -60,6 +61,24 @@ def resumed_state(config: TrainConfig) -> SavedState | None:
         return read_state(fetch_state(resume, hub.huggingface_token))
     path = find_state(config.saving.output_dir, config.saving.output_name, resume)
     return None if path is None else read_state(path)
+
+
+def without_replaced_weights(config: TrainConfig, saved: SavedState | None) -> TrainConfig:
+    """The options without a `--network_weights` that is gone: the weights of the state take its place.
+
+    Raises:
+        ModelFileError: the ranks are to be taken from it.
+    """
+    weights = config.network.network_weights
+    if saved is None or weights is None or weights.is_file():
+        return config
+    if config.network.dim_from_weights:
+        raise ModelFileError(
+            f"--network_weights {weights}: no such LoRA file, and --dim_from_weights takes ranks from it. "
+            "A LoRA that this run has saved has the same: name that one"
+        )
+    log.info("resuming: --network_weights %s is gone and not needed: the state has its own weights", weights)
+    return replace(config, network=replace(config.network, network_weights=None))
 
 
 def is_finished(saving: SavingConfig, saved: SavedState, total_steps: int) -> bool:
@@ -147,9 +166,31 @@ def check_resumed(
                 f"--resume {saved.folder.name}: {what}. "
                 "--allow_changed_data goes on all the same, but not as the same run."
             )
+    problems += _epoch_problems(config, before, length)
     if problems:
         raise ConfigError(problems)
     _say_changes(config, saved, contents, length)
+
+
+def _epoch_problems(config: TrainConfig, before: RunState, length: RunLength) -> list[str]:
+    """Other data may have fewer or more steps per epoch: the new numbers must not fall on old files."""
+    every = config.saving.save_every_n_epochs
+    if every is None or before.steps_per_epoch == length.steps_per_epoch:
+        return []
+    names = OutputNames(config.saving.output_dir, config.saving.output_name)
+    first = before.step // length.steps_per_epoch + 1
+    last = (length.total_steps - 1) // length.steps_per_epoch  # what ends with the run has the final names
+    epochs = [epoch for epoch in range(first, last + 1) if epoch % every == 0]
+    paths = [path for epoch in epochs for path in (names.lora("epoch", epoch), names.state("epoch", epoch))]
+    existing = [path.name for path in paths if path.exists()]
+    if not existing:
+        return []
+    return [
+        f"--allow_changed_data: an epoch had {before.steps_per_epoch} steps and now has "
+        f"{length.steps_per_epoch}, so the next one would be number {first} and {existing[0]} of the earlier "
+        "part would be overwritten. Move such files away, or save by --save_every_n_steps instead of "
+        "--save_every_n_epochs."
+    ]
 
 
 def _say_changes(

@@ -1,4 +1,4 @@
-"""A resumed run notices that what it reads has been replaced under the same names."""
+"""A resumed run notices that what it reads has been replaced, and does not need what it does not read."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from dataset.cache_files import TextCacheMeta, write_text_cache
 from dataset.cache_names import empty_text_cache_name, mask_cache_name
 from dataset.mask_cache import MaskCacheMeta, write_mask_cache
+from kandinsky5 import training
 from kandinsky5.run_contents import changed
 from modules.tensor_files import read_tensors, write_tensors
-from tests.kandinsky5.training_runs import exit_code, metrics, train, write_dataset
+from tests.kandinsky5.training_runs import exit_code, lora_bytes, metrics, train, write_dataset
 
 WORDS = ("--masked_loss", "--caption_dropout_rate", 0.3)
 
@@ -93,3 +94,48 @@ def test_only_what_both_parts_of_a_run_know_is_compared() -> None:
     names = {"a": "A", "b": "B", "c": "C"}
     assert changed({}, {"a": "1"}, names) == []
     assert changed({"a": "1", "b": "1"}, {"a": "2", "c": "1"}, names) == ["A"]
+
+
+def test_epochs_that_are_counted_anew_overwrite_no_file_of_the_earlier_part(
+    dit: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small, large = (
+        write_dataset(tmp_path / name, ((2, 4, 4, 5),) * count) for name, count in (("a", 2), ("b", 3))
+    )
+    output = tmp_path / "out"
+    words = ("--save_every_n_epochs", 1, "--max_train_steps", 8)
+    with monkeypatch.context() as patch:
+        seen = iter(range(1, 99))
+        patch.setattr(training, "take_control_word", lambda _: "stop" if next(seen) == 4 else "")
+        train(dit, small, output, *words)
+    earlier = (output / "lora-000002.safetensors").read_bytes()
+    words = (*words, "--resume", "auto", "--allow_changed_data")
+    assert exit_code(dit, large, output, *words) == 2
+    said = capsys.readouterr().err
+    assert "an epoch had 2 steps and now has 3" in said
+    assert "the next one would be number 2 and lora-000002.safetensors" in said
+    assert (output / "lora-000002.safetensors").read_bytes() == earlier
+    (output / "lora-000002.safetensors").rename(output / "kept.safetensors")
+    train(dit, large, output, *words)
+    assert (output / "lora-000002.safetensors").is_file()
+
+
+def test_a_resumed_run_does_not_need_the_weights_it_began_with(
+    dit: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(dit, data, tmp_path / "first", "--max_train_steps", 1)
+    weights = (tmp_path / "first/lora.safetensors").rename(tmp_path / "begin.safetensors")
+    words = ("--network_weights", weights, "--save_state")
+    train(dit, data, tmp_path / "out", *words, "--max_train_steps", 1)
+    shutil.copytree(tmp_path / "out", tmp_path / "with")
+    words = (*words, "--resume", "auto")
+    train(dit, data, tmp_path / "with", *words, "--max_train_steps", 2)
+    weights.unlink()
+    assert exit_code(dit, data, tmp_path / "new", *words) == 4
+    assert exit_code(dit, data, tmp_path / "out", *words, "--dim_from_weights") == 4
+    assert "A LoRA that this run has saved has the same" in capsys.readouterr().err
+    train(dit, data, tmp_path / "out", *words, "--max_train_steps", 2)
+    assert lora_bytes(tmp_path / "out/lora.safetensors") == lora_bytes(tmp_path / "with/lora.safetensors")
