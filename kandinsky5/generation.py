@@ -98,6 +98,7 @@ def collect_requests(run: Run) -> tuple[list[VideoRequest], list[str]]:
 
     Raises:
         ConfigError: nothing can be made, or the one request of the command line is wrong.
+        DataError: nothing can be made, because images are damaged.
     """
     config = run.config
     if config.from_file is None:
@@ -107,13 +108,15 @@ def collect_requests(run: Run) -> tuple[list[VideoRequest], list[str]]:
         log.info("%s", note)
     requests: list[VideoRequest] = []
     problems = list(prompts.problems)
+    is_data_alone = not problems
     for spec in prompts.specs:
         try:
             requests.append(run.resolve(spec))
         except (ConfigError, DataError) as error:
             problems.append("; ".join(error.problems))
+            is_data_alone &= isinstance(error, DataError)
     if not requests:
-        raise ConfigError(problems)
+        raise (DataError if is_data_alone else ConfigError)(problems)
     for problem in problems:
         log.error("left out: %s", problem)
     return requests, problems

@@ -101,6 +101,7 @@ def read_requests(config: TrainConfig) -> list[VideoRequest]:
 
     Raises:
         ConfigError: everything that is wrong with the prompts, with file and line.
+        DataError: images are damaged, and nothing else is wrong.
     """
     settings, task = config.samples, config.model.task
     if settings.sample_prompts is None:
@@ -112,6 +113,7 @@ def read_requests(config: TrainConfig) -> list[VideoRequest]:
     defaults = PromptSpec(scheduler_scale=config.model.scheduler_scale)
     requests: list[VideoRequest] = []
     problems = list(listed.problems)
+    is_data_alone = not problems
     for spec in listed.specs:
         try:
             request = resolve_request(
@@ -124,11 +126,12 @@ def read_requests(config: TrainConfig) -> list[VideoRequest]:
             )
         except (ConfigError, DataError) as error:
             problems += error.problems
+            is_data_alone &= isinstance(error, DataError)
             continue
         log_size_remarks(request, task)
         requests.append(request)
     if problems:
-        raise ConfigError(problems)
+        raise (DataError if is_data_alone else ConfigError)(problems)
     if any(request.num_frames > 1 for request in requests):
         check_video_encoder()
     return requests

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataset.media import probe_image
+from dataset.media import probe_image, read_image
 from kandinsky5.image_conditions import image_clip_size
 from kandinsky5.prompts import PromptSpec
 from kandinsky5.tasks import MAX_LATENT_FRAMES, MAX_LATENT_SIDE, TASKS, Task
-from modules.errors import ConfigError
+from modules.errors import ConfigError, DataError
 from modules.logs import get_logger
 
 log = get_logger(__name__)
@@ -90,7 +90,7 @@ def resolve_request(
         lora_count: how many multipliers a spec may give at most.
     Raises:
         ConfigError: with all problems of this request.
-        DataError: the conditioning image is damaged.
+        DataError: an image cannot be decoded as a whole.
     """
     problems: list[str] = []
     prefix = f"{spec.where}: " if spec.where else ""
@@ -98,6 +98,7 @@ def resolve_request(
     problems += [prefix + line for line in _image_problems(spec, task, num_frames)]
     if problems:  # a size may have to be read from the image, so its problems come first
         raise ConfigError(problems)
+    _check_images(spec, prefix)
     width, height = _size(spec, task, size_divisor, prefix, problems)
     problems += [prefix + line for line in _number_problems(spec, lora_count)]
     if problems:
@@ -174,6 +175,19 @@ def _image_problems(spec: PromptSpec, task: Task, num_frames: int) -> list[str]:
         problems.append(f"--frames {num_frames}: at least {smallest} are needed with {given[-1][0]}")
     problems += [f"{flag} {path}: no such file" for flag, path in given if not path.is_file()]
     return problems
+
+
+def _check_images(spec: PromptSpec, prefix: str) -> None:
+    """Decode the images once: a header that can be read says nothing about the rest of a file."""
+    problems = []
+    for path in (spec.image, spec.image_last):
+        try:
+            if path is not None:
+                read_image(path)
+        except DataError as error:
+            problems += [prefix + line for line in error.problems]
+    if problems:
+        raise DataError(problems)
 
 
 def _size(spec: PromptSpec, task: Task, divisor: int, prefix: str, problems: list[str]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import kandinsky5.outputs as outputs
@@ -167,6 +168,47 @@ def test_image_to_video_needs_its_image(
     assert "broken.png" in refused(run, 3, capsys, *base, "--image", "broken.png", task=task, size=size)
     image = media / "chelsea.jpg"
     assert "at least 5" in refused(run, 2, capsys, *base, "--image", image, task=task, size=("--frames", "1"))
+
+
+def cut_image(folder: Path, source: Path) -> Path:
+    """A PNG with a whole header whose pixels end halfway."""
+    with Image.open(source) as image:
+        image.convert("RGB").resize((64, 64)).save(folder / "ok.png")
+    content = (folder / "ok.png").read_bytes()
+    (folder / "cut.png").write_bytes(content[: len(content) // 2])
+    return folder / "cut.png"
+
+
+def test_an_image_that_ends_halfway_costs_only_its_prompt(
+    run: Generate, tmp_path: Path, capsys: pytest.CaptureFixture[str], media: Path
+) -> None:
+    cut_image(tmp_path, media / "chelsea.jpg")
+    lines = "one --i ok.png\ntwo --i cut.png\nthree --i ok.png --ei cut.png\n"
+    (tmp_path / "p.txt").write_text(lines, encoding="utf-8")
+    words = ("--from_file", "p.txt", "--output", "many", "--output_type", "latent")
+    size = ("--width", "32", "--height", "32", "--frames", "9", "--steps", "1")
+    message = refused(run, 3, capsys, *words, task="k5-tiny-i2v", size=size)
+    assert "1 of 3 prompts were made" in message
+    assert all(f"p.txt line {number}: cut.png: damaged" in message for number in (2, 3))
+    assert len(list((tmp_path / "many").iterdir())) == 1
+
+
+@pytest.mark.usefixtures("no_models")
+@pytest.mark.parametrize("words", [("--image", "cut.png"), ("--image", "ok.png", "--image_last", "cut.png")])
+def test_an_image_that_ends_halfway_is_found_before_anything_loads(
+    run: Generate,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    media: Path,
+    words: tuple[str, ...],
+) -> None:
+    cut_image(tmp_path, media / "chelsea.jpg")
+    size = ("--frames", "9")
+    base = ("--prompt", "x", "--output", "x.mp4")
+    assert "cut.png: damaged" in refused(run, 3, capsys, *base, *words, task="k5-tiny-i2v", size=size)
+    (tmp_path / "p.txt").write_text("two --i cut.png\n", encoding="utf-8")
+    words = ("--from_file", "p.txt", "--output", "many")
+    assert "line 1: cut.png: damaged" in refused(run, 3, capsys, *words, task="k5-tiny-i2v", size=size)
 
 
 @pytest.mark.usefixtures("no_models")

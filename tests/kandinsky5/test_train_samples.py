@@ -325,6 +325,8 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["a --w x", "b --zz 3"], "k5-tiny-t2v", 2, "line 2: --zz is not a prompt setting"),
         (["a"], "k5-tiny-i2v", 2, "line 1: --task k5-tiny-i2v needs a first frame"),
         (["a --i none.png"], "k5-tiny-i2v", 2, "none.png: no such file"),
+        (["a --i {cut} --f 9"], "k5-tiny-i2v", 3, "line 1: "),
+        (["a --w x", "a --i {cut} --f 9"], "k5-tiny-i2v", 2, "cut.png: damaged"),
         (["a --f 9", "--vae missing"], "k5-tiny-t2v", 4, "missing"),
     ],
 )
@@ -341,7 +343,11 @@ def test_prompts_and_models_are_checked_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [word for line in lines if line.startswith("--") for word in line.split()]
-    prompts = prompt_file(tmp_path, *(line for line in lines if not line.startswith("--")))
+    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
+    content = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])  # the header stays whole
+    texts = [line.format(cut=tmp_path / "cut.png") for line in lines if not line.startswith("--")]
+    prompts = prompt_file(tmp_path, *texts)
     with pytest.raises(SystemExit) as caught:
         train(
             *(dit, dataset, tmp_path, *models, "--sample_prompts", prompts, "--sample_at_first", *words),
