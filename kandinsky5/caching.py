@@ -44,7 +44,7 @@ from kandinsky5.caching_report import (
     handle_unused,
 )
 from kandinsky5.configs.caching import CacheLatentsConfig, CacheRunConfig, CacheTextConfig, DebugConfig
-from kandinsky5.devices import pick_device, vae_dtype
+from kandinsky5.devices import vae_dtype
 from kandinsky5.prompt_templates import PromptTemplates, load_prompt_templates
 from kandinsky5.text_encoders import (
     TextEncoders,
@@ -54,6 +54,7 @@ from kandinsky5.text_encoders import (
     text_encoder_fingerprint,
 )
 from kandinsky5.vae import VideoVAE, encode_or_tile, load_vae, uint8_to_pixels, vae_fingerprint
+from modules.devices import pick_device
 from modules.dtypes import dtype_name
 from modules.errors import ModelFileError
 from modules.interruption import exit_on_signal

@@ -29,12 +29,18 @@ from modules.tensor_files import TensorInfo
 from modules.weight_files import WeightFiles, find_weight_files, open_weight_files
 from networks.lora_files import LoadedLora
 from networks.lora_kandinsky import is_target_name
-from networks.merging import add_deltas, find_scale_name, is_merged_layer, unfit_scales, write_merged
+from networks.merging import (
+    WEIGHT_DTYPES,
+    add_deltas,
+    find_scale_name,
+    is_merged_layer,
+    unfit_scales,
+    write_merged,
+)
 
 log = get_logger(__name__)
 
 _PREFIXES = ("", "model.diffusion_model.")
-_WEIGHT_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, *FP8_DTYPES})
 # What float8 checkpoints in ComfyUI's layouts hold beside the weights.
 _FP8_EXTRAS = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
 _FP8_MARK = "scaled_fp8"
@@ -121,7 +127,7 @@ def _check_tensors(
         _listed(
             path,
             "tensors have a dtype that cannot be used",
-            [f"{key} {dtype_name(i.dtype)}" for key, i in tensors.items() if i.dtype not in _WEIGHT_DTYPES],
+            [f"{key} {dtype_name(i.dtype)}" for key, i in tensors.items() if i.dtype not in WEIGHT_DTYPES],
         ),
         _listed(path, "float8 scales do not fit their weights", unfit_scales(found, prefix)),
     ]
@@ -333,8 +339,7 @@ def save_merged_model(
     """Write the checkpoint with LoRAs added: same keys and dtypes, metadata kept, tensor by tensor.
 
     Raises:
-        ModelFileError: see `check_dit_file`.
-        ConfigError: `output` exists.
+        UserError: see `check_dit_file` and `write_merged`.
     """
     info = check_dit_file(path, params)
     with open_weight_files(info.files) as weights:

@@ -1,4 +1,4 @@
-"""Where to compute and in which dtype, from the words of the command line."""
+"""What a device can multiply and in which dtype it computes, from the words of the command line."""
 
 from __future__ import annotations
 
@@ -7,29 +7,8 @@ import torch
 from kandinsky5.configs.generate import DitConfig
 from kandinsky5.configs.train import ModelConfig
 from modules.dtypes import dtype_from_word
-from modules.errors import ResourceError
 from modules.fp8 import check_fp8_matmul
 from modules.int8 import check_int8_matmul
-
-
-def pick_device(word: str | None, process: int | None = None) -> torch.device:
-    """The device to compute on: the one asked for, else cuda if there is one, else cpu.
-
-    Args:
-        process: number of this process on the machine, where several share the work: each takes another GPU.
-    Raises:
-        ResourceError: it is unknown or not there.
-    """
-    if word is None:
-        word = "cuda" if torch.cuda.is_available() else "cpu"
-    if word == "cuda" and process is not None and torch.cuda.is_available():
-        word = f"cuda:{process % torch.cuda.device_count()}"
-    try:
-        device = torch.device(word)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ResourceError(f"--device {word} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def check_fast_products(settings: DitConfig | ModelConfig, device: torch.device) -> None:

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from kandinsky5.checkpoints import save_merged_model
 from kandinsky5.configs.generate import GenerateConfig
-from kandinsky5.devices import pick_device
 from kandinsky5.generation_models import (
     ModelLoader,
     SamplingModel,
@@ -42,6 +41,7 @@ from kandinsky5.sampling_pipeline import (
 from kandinsky5.vae import VideoVAE, check_vae_file
 from kandinsky5.video_requests import VideoRequest, log_size_remarks, resolve_request
 from modules.byte_sizes import GIB
+from modules.devices import pick_device
 from modules.dtypes import dtype_name
 from modules.errors import ConfigError, DataError, DivergedError, ResourceError
 from modules.logs import get_logger, print_report

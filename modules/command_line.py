@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from modules.errors import ConfigError, UserError
+from modules.file_names import name_problem
+from modules.files import check_folder_unwritten
 from modules.logs import setup_logging
 
 
@@ -79,15 +81,26 @@ def user_errors(
         raise SystemExit(error.exit_code) from None
 
 
-def check_output(path: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
-    """Refuse to write over a file that was not meant.
+def check_output(path: Path, *, overwrite: bool | None, inputs: Sequence[Path] = ()) -> None:
+    """Refuse a name for a file of tensors that cannot be written or read again, or was not meant.
 
+    Args:
+        overwrite: whether an existing file may be replaced; None where there is no option for that.
     Raises:
-        ConfigError: `path` is one of the inputs or a folder, or exists without `overwrite`.
+        ConfigError: `path` is one of the inputs or a folder, exists without `overwrite`, or has an ending by
+            which nothing would read it.
+        ResourceError: its folder cannot be made or written, as far as it shows without writing.
     """
+    problem = name_problem(path.name, room=len("_config_lora.json"))
+    if problem:
+        raise ConfigError(f"{path}: the name {problem}")
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; give the name of a file")
     if any(path.resolve() == source.resolve() for source in inputs):
         raise ConfigError(f"{path}: is an input as well; choose another name for the output")
     if path.exists() and not overwrite:
-        raise ConfigError(f"{path}: exists already; choose another name, or give --overwrite")
+        other_way = "" if overwrite is None else ", or give --overwrite"
+        raise ConfigError(f"{path}: exists already; choose another name{other_way}")
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"{path}: the name must end in .safetensors")
+    check_folder_unwritten(path.parent, "the output folder")

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,23 @@ def check_folder_unwritten(folder: Path, what: str) -> None:
         raise ResourceError(f"{what} {folder}: {nearest} is a file; name a folder")
     if not os.access(nearest, os.W_OK):
         raise ResourceError(f"{what} {folder}: {nearest} cannot be written")
+
+
+def check_free_space(folder: Path, need: int) -> None:
+    """Refuse a disk that is too full, before anything is written.
+
+    Args:
+        folder: where `need` bytes are to go; it need not exist yet.
+    Raises:
+        ResourceError: fewer bytes are free there.
+    """
+    absolute = folder.absolute()
+    nearest = next(path for path in (absolute, *absolute.parents) if path.exists())
+    free = shutil.disk_usage(nearest).free
+    if free < need:
+        raise ResourceError(
+            f"{folder}: {free / 2**20:.0f} MB are free on this disk, {need / 2**20:.0f} MB are needed"
+        )
 
 
 def last_part(path: Path) -> str:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from modules.command_line import Parser, check_output, user_errors
+from modules.errors import ConfigError
+from modules.files import disk_errors
 from modules.logs import get_logger
 from modules.tensor_files import write_tensors
 from networks.factors import LokrFactors, LoraFactors
@@ -23,6 +25,7 @@ log = get_logger(__name__)
 Target = Literal["default", "other", "diffusers", "comfy", "official"]
 TARGETS: tuple[Target, ...] = ("default", "other", "diffusers", "comfy", "official")
 
+_DEFAULT_PREFIX = "diffusion_model"
 _PREFIX_AND_SUFFIX = {
     "diffusers": ("transformer.", ""),
     "comfy": ("diffusion_model.", ""),
@@ -38,22 +41,28 @@ def convert_lora(source: Path, output: Path, target: Target, *, diffusers_prefix
             LoKr keep their tensors and alpha. "other" puts `diffusers_prefix` and a dot before the names.
     Raises:
         ModelFileError: not a LoRA, or keys that belong to no layer of Kandinsky 5.
+        ResourceError: the output cannot be written.
     """
     lora = read_lora(source, known_layer_names())
+    with disk_errors(output, "run the command again"):
+        _write(lora, output, target, diffusers_prefix)
+    return lora
+
+
+def _write(lora: LoadedLora, output: Path, target: Target, diffusers_prefix: str) -> None:
     metadata = {k: v for k, v in lora.metadata.items() if k not in {FOLDED_MARK[0], "lora_adapter_metadata"}}
     if target == "default":
         tensors = _kohya_tensors(lora)
         write_tensors(output, tensors, with_hashes(tensors, metadata))
-        return lora
+        return
     prefix, suffix = _PREFIX_AND_SUFFIX.get(target, (f"{diffusers_prefix}." if diffusers_prefix else "", ""))
     plain = {name: layer for name, layer in lora.layers.items() if isinstance(layer, LoraFactors)}
     if len(plain) == len(lora.layers):
         save_folded(plain, output, save_precision=None, metadata=metadata, prefix=prefix, suffix=suffix)
-        return lora
-    log.warning("%s holds LoHa or LoKr layers: diffusers and the official loader cannot read them", source)
+        return
+    log.warning("%s holds LoHa or LoKr layers: diffusers and the official loader cannot read them", lora.path)
     tensors = _factor_tensors(lora, {name: f"{prefix}{name}" for name in lora.layers})
     write_tensors(output, tensors, with_hashes(tensors, metadata))
-    return lora
 
 
 def _kohya_tensors(lora: LoadedLora) -> dict[str, Tensor]:
@@ -87,16 +96,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             "other: --diffusers_prefix before the names",
         )
         parser.add_argument(
-            "--diffusers_prefix", default="diffusion_model", help="for --target other (default: %(default)s)"
+            "--diffusers_prefix", help=f"for --target other alone (default: {_DEFAULT_PREFIX})"
         )
         parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
         options = parser.parse_args(argv)
+        prefix = options.diffusers_prefix
+        if prefix is not None and options.target != "other":
+            raise ConfigError(
+                f"--diffusers_prefix {prefix}: --target {options.target} has its own; use --target other"
+            )
         check_output(options.output, overwrite=options.overwrite, inputs=[options.input])
         lora = convert_lora(
             options.input,
             options.output,
             cast(Target, options.target),
-            diffusers_prefix=options.diffusers_prefix.rstrip("."),
+            diffusers_prefix=(_DEFAULT_PREFIX if prefix is None else prefix).rstrip("."),
         )
         log.info("wrote %d layers to %s", len(lora.layers), options.output)
 

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from modules.dtypes import dtype_name
 from modules.errors import ConfigError, ModelFileError
 from modules.files import write_json
 from modules.logs import get_logger
@@ -305,6 +306,8 @@ def save_folded(
     Args:
         save_precision: None keeps the dtype of the factors.
         prefix, suffix: what stands before the layer's name and after lora_A / lora_B.
+    Raises:
+        ModelFileError: the scaled lora_B does not fit its dtype.
     """
     rank = max(layer.rank for layer in layers.values())
     tensors = {}
@@ -318,6 +321,10 @@ def save_folded(
             up = torch.nn.functional.pad(up, (0, missing))
         tensors[f"{prefix}{name}.lora_A{suffix}.weight"] = down.to(dtype)
         tensors[f"{prefix}{name}.lora_B{suffix}.weight"] = up.to(dtype)
+        if not bool(up.to(dtype).isfinite().all()):
+            raise ModelFileError(
+                f"{path}: {name}: lora_B times its scale {layer.scale:g} is too large for {dtype_name(dtype)}"
+            )
     marked = {**(metadata or {}), FOLDED_MARK[0]: FOLDED_MARK[1]}
     write_tensors(path, tensors, with_hashes(tensors, marked))
     write_json(lora_config_path(path), _peft_config(layers, rank))

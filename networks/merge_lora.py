@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 
 from modules.command_line import Parser, float_between, user_errors
-from modules.errors import ConfigError, ModelFileError, ResourceError
+from modules.devices import pick_device
+from modules.dtypes import dtype_name
+from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 from modules.tensor_files import TensorInfo
 from modules.weight_files import find_weight_files, open_weight_files
 from networks.lora_files import LayerSizes, read_lora
-from networks.merging import write_merged
+from networks.merging import WEIGHT_DTYPES, unfit_scales, write_merged
 
 log = get_logger(__name__)
 
@@ -44,15 +46,29 @@ def merge_files(
     """Write `dit` with the LoRAs added to `output`: same keys and dtypes, one tensor in memory at a time.
 
     Raises:
-        ModelFileError: the checkpoint or a LoRA cannot be used; see `read_lora`.
+        UserError: the checkpoint or a LoRA cannot be used, or the output not written; see `read_lora` and
+            `write_merged`.
     """
     with open_weight_files(find_weight_files(dit, subfolder="transformer")) as files:
         prefix, sizes = layer_sizes_of_file(files.tensors)
+        _check_weights(dit, files.tensors, prefix)
         loras = [
             read_lora(path, sizes).with_multiplier(multiplier)
             for path, multiplier in zip(lora_paths, multipliers, strict=True)
         ]
         write_merged(files, output, loras, prefix=prefix, device=device)
+
+
+def _check_weights(dit: Path, tensors: Mapping[str, TensorInfo], prefix: str) -> None:
+    problems = [f"float8 scales do not fit their weights: {text}" for text in unfit_scales(tensors, prefix)]
+    problems += [
+        f"nothing can be added to weights of type {dtype_name(info.dtype)}: {name}"
+        for name, info in tensors.items()
+        if name.startswith(prefix) and name.endswith(".weight") and info.dtype not in WEIGHT_DTYPES
+    ]
+    if problems:
+        more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ModelFileError(f"{dit}: {problems[0]}{more}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument("--lora_weight", type=Path, nargs="+", required=True, help="LoRA files")
         parser.add_argument(
             "--lora_multiplier",
-            type=float_between(-1e12, 1e12),
+            type=float_between(-1e3, 1e3),
             nargs="*",
             default=[],
             help="default: 1.0 each",
@@ -76,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError(f"--lora_multiplier: {len(given)} numbers for {count} LoRAs")
         if given and len(given) < count:
             log.info("%d multipliers for %d LoRAs: the rest are 1.0", len(given), count)
-        device = torch.device(options.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ResourceError("--device cuda: no CUDA device found")
+        device = pick_device(options.device)
         multipliers = [*given, *[1.0] * (count - len(given))]
         merge_files(options.dit, options.lora_weight, multipliers, options.save_merged_model, device)
         log.info("wrote %s", options.save_merged_model)

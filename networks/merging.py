@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modules.command_line import check_output
 from modules.dtypes import dtype_name
-from modules.errors import ConfigError
+from modules.errors import ModelFileError
+from modules.files import check_free_space, disk_errors
 from modules.fp8 import FP8_DTYPES, quantise_like
 from modules.logs import get_logger
 from modules.quantised_linear import dequantise, scale_fits
@@ -20,6 +22,8 @@ from networks.lora_files import LoadedLora
 
 log = get_logger(__name__)
 
+WEIGHT_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, *FP8_DTYPES})
+"""Of the weights that checkpoints may hold."""
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 """After a layer's name: where float8 checkpoints keep the scale of its weight."""
 _SCALE_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -55,10 +59,14 @@ def write_merged(
 
     Args:
         prefix: what stands before the layer names in the file's keys.
+    Raises:
+        ConfigError: `output` exists, or its name does not end in .safetensors.
+        ModelFileError: a tensor is not finite with the LoRAs added; nothing is left behind.
+        ResourceError: no space, or a folder that cannot be written.
     """
+    check_output(output, overwrite=None)
+    check_free_space(output.parent, sum(info.end - info.start for info in files.tensors.values()))
     layout = {name: (info.dtype, info.shape) for name, info in files.tensors.items()}
-    if output.exists():
-        raise ConfigError(f"{output}: exists already; choose another name for the merged model")
 
     def read(name: str) -> Tensor:
         layer, role = name.removeprefix(prefix).rpartition(".")[::2]
@@ -68,12 +76,23 @@ def write_merged(
         weight, scale = _merged_tensors(files, f"{prefix}{layer}", layer, loras, device)
         if is_scale:
             assert scale is not None
-            return scale.cpu().to(layout[name][0])
-        return weight.cpu()
+            return _finite(name, scale.to(layout[name][0])).cpu()
+        return _finite(name, weight).cpu()
 
     merged = [{"name": lora.path.name, "multiplier": lora.multiplier} for lora in loras]
     metadata = {**files.metadata, "ss_merged_loras": json.dumps(merged, ensure_ascii=False)}
-    write_tensor_stream(output, layout, read, metadata)
+    with disk_errors(output, "run the command again"):
+        write_tensor_stream(output, layout, read, metadata)
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    values = tensor.half() if tensor.dtype in FP8_DTYPES else tensor  # float8 cannot be tested itself
+    if not bool(values.isfinite().all()):
+        raise ModelFileError(
+            f"{name} holds NaN or infinite values once the LoRAs are added: check the checkpoint, or use "
+            "smaller multipliers"
+        )
+    return tensor
 
 
 def _merged_tensors(

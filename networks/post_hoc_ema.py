@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modules.command_line import Parser, check_output, float_between, user_errors
 from modules.errors import ConfigError, ModelFileError
+from modules.files import disk_errors
 from modules.logs import get_logger
 from modules.tensor_files import write_tensors
 from networks.lora_files import read_adapter_tensors, with_hashes
@@ -131,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path, rate in zip(paths, [0.0, *rates], strict=True):
             log.info("%s enters with weight %.4f", path.name, 1 - rate)
         tensors, metadata = average_files(paths, rates)
-        write_tensors(options.output_file, tensors, with_hashes(tensors, metadata))
+        with disk_errors(options.output_file, "run the command again"):
+            write_tensors(options.output_file, tensors, with_hashes(tensors, metadata))
         log.info("wrote %s", options.output_file)
 
 

@@ -240,6 +240,29 @@ def test_wrong_loras_are_refused_before_anything_loads(
 
 
 @pytest.mark.usefixtures("no_models")
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("new/x.txt", 2, "must end in .safetensors"),
+        ("style.safetensors", 2, "exists already"),
+        ("style.safetensors/x.safetensors", 5, "is a file; name a folder"),
+    ],
+)
+def test_a_merged_model_needs_a_place_where_it_can_be_written_and_read(
+    run: Generate,
+    tmp_path: Path,
+    lora: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    code: int,
+    said: str,
+) -> None:
+    words = ("--lora_weight", lora, "--save_merged_model", name)
+    assert said in refused(run, code, capsys, *words, size=())
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("no_models")
 def test_a_latent_file_must_hold_a_latent(
     run: Generate, models: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +139,178 @@ def test_merging_by_command_adds_the_changes(
     code, text = fails(merge_lora.main, [*argv, "--lora_weight", lora], capsys)
     assert (code, "not a Kandinsky 5 DiT" in text) == (4, True)
     assert not (tmp_path / "new.safetensors").exists()
+
+
+@pytest.fixture
+def merge_words(network: LoRANetwork, tmp_path: Path) -> dict[str, str]:
+    """Options of a merge that works; tests change single ones."""
+    dit = dict(tiny_dit(num_visual_blocks=1, num_text_blocks=1).state_dict())
+    write_tensors(tmp_path / "dit.safetensors", dit)
+    save_lora(network, tmp_path / "lora.safetensors")
+    names = {"--dit": "dit", "--lora_weight": "lora", "--save_merged_model": "merged"}
+    return {option: str(tmp_path / f"{name}.safetensors") for option, name in names.items()}
+
+
+def words_of(options: dict[str, str]) -> list[str]:
+    return [word for pair in options.items() for word in pair]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e40", "1001"])
+def test_multipliers_that_are_no_strengths_are_refused(
+    merge_words: dict[str, str], capsys: pytest.CaptureFixture[str], number: str
+) -> None:
+    words = [*words_of(merge_words), "--lora_multiplier", number]
+    assert fails(merge_lora.main, words, capsys)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "scale"),
+    [
+        (torch.float16, 1.0, None),
+        (torch.bfloat16, float("nan"), None),
+        (torch.float8_e4m3fn, 1.0, float("nan")),
+    ],
+)
+def test_a_merged_tensor_that_is_not_finite_is_named_and_nothing_is_left_behind(
+    network: LoRANetwork,
+    merge_words: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    dtype: torch.dtype,
+    value: float,
+    scale: float | None,
+) -> None:
+    """A strong LoRA in float16, a damaged weight, a damaged scale."""
+    tensors, _ = read_tensors(tmp_path / "dit.safetensors")
+    tensors[f"{TARGET}.weight"] = (tensors[f"{TARGET}.weight"] * value).to(dtype)
+    if scale is not None:
+        tensors[f"{TARGET}.scale_weight"] = torch.tensor(scale)
+    write_tensors(tmp_path / "dit.safetensors", tensors)
+    strong, _ = read_tensors(tmp_path / "lora.safetensors")
+    key = f"transformer.{TARGET}.lora_B.weight"
+    write_tensors(tmp_path / "lora.safetensors", {**strong, key: strong[key].float() * 1e4})
+    words = [*words_of(merge_words), "--lora_multiplier", "1000"]
+    code, text = fails(merge_lora.main, words, capsys)
+    assert code == 4
+    assert f"{TARGET}." in text
+    assert "holds NaN or infinite values once the LoRAs are added" in text
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "dit.safetensors",
+        "lora.safetensors",
+        "lora_config_lora.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weight": torch.ones(4, 4, dtype=torch.int8)}, "weights of type int8"),
+        (
+            {"weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "scale_weight": torch.ones(3)},
+            r"do not fit their weights",
+        ),
+    ],
+)
+def test_weights_that_nothing_can_be_added_to_are_refused(
+    merge_words: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, torch.Tensor],
+    words: str,
+) -> None:
+    tensors, _ = read_tensors(tmp_path / "dit.safetensors")
+    changed = {f"{TARGET}.{role}": tensor for role, tensor in change.items()}
+    write_tensors(tmp_path / "dit.safetensors", {**tensors, **changed})
+    code, text = fails(merge_lora.main, words_of(merge_words), capsys)
+    assert (code, words in text) == (4, True)
+
+
+def test_a_device_that_is_not_there_is_told(
+    merge_words: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = fails(merge_lora.main, [*words_of(merge_words), "--device", "foo"], capsys)
+    assert (code, "--device foo cannot be used" in text) == (5, True)
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "said"),
+    [
+        ("merged.txt", 2, "must end in .safetensors"),
+        ("merged", 2, "must end in .safetensors"),
+        ("file/merged.safetensors", 5, "is a file; name a folder"),
+        (f"{'x' * 250}.safetensors", 2, "bytes long"),
+    ],
+)
+def test_outputs_that_cannot_be_written_or_read_again_are_refused(
+    merge_words: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    output: str,
+    code: int,
+    said: str,
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    place = str(tmp_path / output)
+    found, text = fails(merge_lora.main, words_of({**merge_words, "--save_merged_model": place}), capsys)
+    assert (found, said in text) == (code, True)
+    lora = merge_words["--lora_weight"]
+    words = ["--input", lora, "--output", place, "--target", "comfy"]
+    found, text = fails(convert_lora.main, words, capsys)
+    assert (found, said in text) == (code, True)
+    found, text = fails(post_hoc_ema.main, [lora, lora, "--output_file", place], capsys)
+    assert (found, said in text) == (code, True)
+
+
+def test_a_full_disk_is_told_by_every_tool(
+    merge_words: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lora, place = merge_words["--lora_weight"], str(tmp_path / "new.safetensors")
+    commands = (
+        (merge_lora.main, words_of({**merge_words, "--save_merged_model": place})),
+        (convert_lora.main, ["--input", lora, "--output", place, "--target", "comfy"]),
+        (convert_lora.main, ["--input", lora, "--output", place, "--target", "default"]),
+        (post_hoc_ema.main, [lora, lora, "--output_file", place]),
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+        code, text = fails(*commands[0], capsys)
+        assert (code, "MB are free on this disk" in text) == (5, True)
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for main, words in commands:
+        code, text = fails(main, words, capsys)
+        assert (code, "new.safetensors cannot be written: No space left" in text) == (5, True)
+        assert not Path(place).exists()
+    assert not list(tmp_path.glob(".k5tmp-*"))
+
+
+def test_a_prefix_is_taken_with_the_target_that_has_one(
+    merge_words: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--input", merge_words["--lora_weight"], "--output", str(tmp_path / "new.safetensors")]
+    words += ["--target", "diffusers", "--diffusers_prefix", "foo"]
+    code, text = fails(convert_lora.main, words, capsys)
+    assert (code, "use --target other" in text) == (2, True)
+
+
+def test_a_scale_that_the_dtype_cannot_take_is_not_folded(
+    network: LoRANetwork, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_lora(network, source, lora_format="kohya", save_precision=torch.float16)
+    tensors, _ = read_tensors(source)
+    alphas = {key: torch.tensor(1e7) for key in tensors if key.endswith(".alpha")}
+    write_tensors(source, tensors | alphas)
+    words = ["--input", str(source), "--output", str(output), "--target", "comfy"]
+    code, text = fails(convert_lora.main, words, capsys)
+    assert (code, "too large for float16" in text) == (4, True)
+    assert not output.exists()
 
 
 def test_averages_follow_the_closed_form(network: LoRANetwork, tmp_path: Path) -> None:

@@ -1,0 +1,27 @@
+"""Where to compute, from the word of the command line."""
+
+from __future__ import annotations
+
+import torch
+
+from modules.errors import ResourceError
+
+
+def pick_device(word: str | None, process: int | None = None) -> torch.device:
+    """The device to compute on: the one asked for, else cuda if there is one, else cpu.
+
+    Args:
+        process: number of this process on the machine, where several share the work: each takes another GPU.
+    Raises:
+        ResourceError: it is unknown or not there.
+    """
+    if word is None:
+        word = "cuda" if torch.cuda.is_available() else "cpu"
+    if word == "cuda" and process is not None and torch.cuda.is_available():
+        word = f"cuda:{process % torch.cuda.device_count()}"
+    try:
+        device = torch.device(word)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ResourceError(f"--device {word} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
