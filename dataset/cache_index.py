@@ -6,13 +6,16 @@ another machine.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dataset.cache_names import mask_cache_name, text_cache_name
+from dataset.config import AnyDatasetConfig
+from dataset.places import place_mark
 from dataset.sources import SkippedItem, SourceItem
 from modules.errors import CacheError
 from modules.files import write_json
@@ -33,11 +36,18 @@ class IndexItem:
     files: tuple[str, ...]
     masks: tuple[str, ...] = ()
     """Mask caches of those of its latent caches that have one."""
+    digests: tuple[str, ...] = ()
+    """`metadata_digest` of each of `files`, then of `masks`; empty in indexes of older versions."""
+
+    @property
+    def digest_by_file(self) -> dict[str, str]:
+        """What each file records if it is still the one that was cached for this entry."""
+        return dict(zip((*self.files, *self.masks), self.digests, strict=True)) if self.digests else {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexEntry:
-    """What one run of a cache script found for one dataset configuration."""
+    """What one run of a cache script found for one dataset with one choice of settings."""
 
     items: tuple[IndexItem, ...]
     skipped: tuple[SkippedItem, ...]
@@ -48,36 +58,75 @@ def index_path(cache_directory: Path, kind: CacheKind) -> Path:
     return cache_directory / f"k5_index_{kind}.json"
 
 
-def text_entry(items: Iterable[SourceItem], skipped: Iterable[SkippedItem]) -> IndexEntry:
-    """The entry for the captions of these items."""
-    used = (IndexItem(name=item.base_name, files=(text_cache_name(item.base_name),)) for item in items)
+def source_mark(dataset: AnyDatasetConfig, kind: CacheKind) -> str:
+    """Tells the dataset's source from others that are cached into the same folder."""
+    source = dataset.jsonl_file or dataset.directory
+    masks = dataset.mask_directory if kind == "latents" else None
+    return place_mark(dataset.cache_directory, source, masks)
+
+
+def entry_key(dataset: AnyDatasetConfig, kind: CacheKind) -> str:
+    """Under which name the index keeps the dataset's entry."""
+    return f"{_settings_hash(dataset, kind)}-{source_mark(dataset, kind)}"
+
+
+def fitting_entries(
+    entries: Mapping[str, IndexEntry], dataset: AnyDatasetConfig, kind: CacheKind
+) -> dict[str, IndexEntry]:
+    """The entries with the dataset's settings by source mark; "" is an older version's, which has none."""
+    parts = {key: key.partition("-") for key in entries}
+    settings = _settings_hash(dataset, kind)
+    return {mark: entries[key] for key, (found, _, mark) in parts.items() if found == settings}
+
+
+def _settings_hash(dataset: AnyDatasetConfig, kind: CacheKind) -> str:
+    return dataset.settings_hash if kind == "latents" else dataset.text_settings_hash
+
+
+def metadata_digest(metadata: Mapping[str, str]) -> str:
+    """A short hash of a cache file's metadata, and so of all that the file depends on."""
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def text_entry(
+    items: Iterable[SourceItem], skipped: Iterable[SkippedItem], digests: Mapping[str, str]
+) -> IndexEntry:
+    """The entry for the captions of these items; `digests` by file name."""
+    used = []
+    for item in items:
+        name = text_cache_name(item.base_name)
+        used.append(IndexItem(name=item.base_name, files=(name,), digests=(digests[name],)))
     return IndexEntry(items=tuple(used), skipped=tuple(skipped))
 
 
-def latent_entry(clips: Iterable[PlannedClip], skipped: Iterable[SkippedItem]) -> IndexEntry:
-    """The entry for these clips.
+def latent_entry(
+    clips: Iterable[PlannedClip], skipped: Iterable[SkippedItem], digests: Mapping[str, str]
+) -> IndexEntry:
+    """The entry for these clips; `digests` by file name, those of masks too.
 
     Of a source that is also in `skipped` as broken nothing is listed, not even its whole cuts: frames beside
     damaged ones may be the decoder's guesses. A source that is skipped several times is listed once.
     """
     skipped = tuple(dict.fromkeys(skipped))
     broken = {entry.name for entry in skipped if entry.is_failure}
-    files: dict[str, list[str]] = {}
-    masks: dict[str, list[str]] = {}
+    by_name: dict[str, list[PlannedClip]] = {}
     for clip in clips:
         if clip.item.path.name not in broken:
-            files.setdefault(clip.item.base_name, []).append(clip.cache_name)
-            own = masks.setdefault(clip.item.base_name, [])
-            own += [] if clip.mask is None else [mask_cache_name(clip.cache_name)]
-    items = tuple(
-        IndexItem(name=name, files=tuple(sorted(files[name])), masks=tuple(sorted(masks[name])))
-        for name in sorted(files)
-    )
+            by_name.setdefault(clip.item.base_name, []).append(clip)
+    items = tuple(_latent_item(name, by_name[name], digests) for name in sorted(by_name))
     return IndexEntry(items=items, skipped=skipped)
 
 
+def _latent_item(name: str, clips: Sequence[PlannedClip], digests: Mapping[str, str]) -> IndexItem:
+    files = tuple(sorted(clip.cache_name for clip in clips))
+    masks = tuple(sorted(mask_cache_name(clip.cache_name) for clip in clips if clip.mask is not None))
+    return IndexItem(
+        name=name, files=files, masks=masks, digests=tuple(digests[file] for file in (*files, *masks))
+    )
+
+
 def read_index(cache_directory: Path, kind: CacheKind) -> dict[str, IndexEntry] | None:
-    """All entries of an index by settings hash; None when the folder has no index.
+    """All entries of an index by key; None when the folder has no index.
 
     Raises:
         CacheError: the index is damaged or was made by a newer version of this program.
@@ -103,15 +152,20 @@ def read_index(cache_directory: Path, kind: CacheKind) -> dict[str, IndexEntry] 
     )
 
 
-def update_index(cache_directory: Path, kind: CacheKind, settings_hash: str, entry: IndexEntry) -> None:
-    """Put the entry of one dataset configuration into the folder's index; other entries stay."""
+def update_index(cache_directory: Path, kind: CacheKind, key: str, entry: IndexEntry) -> None:
+    """Put an entry under its `entry_key` into the folder's index; other entries stay.
+
+    That of an older version with the same settings does not: it is this dataset's, or its files are told by
+    nothing from this dataset's.
+    """
     try:
         entries = read_index(cache_directory, kind) or {}
     except CacheError as error:
         if "newer version" in str(error):
             raise
         entries = {}  # a damaged index is made anew: it only holds what the cache scripts can tell again
-    entries[settings_hash] = entry
+    entries.pop(key.partition("-")[0], None)
+    entries[key] = entry
     value = {
         "version": INDEX_VERSION,
         "kind": kind,
@@ -131,6 +185,7 @@ def _entry_to_json(entry: IndexEntry) -> dict[str, Any]:
         "items": [
             {"name": item.name, "files": list(item.files)}
             | ({"masks": list(item.masks)} if item.masks else {})
+            | ({"digests": list(item.digests)} if item.digests else {})
             for item in entry.items
         ],
         "skipped": [
@@ -141,10 +196,7 @@ def _entry_to_json(entry: IndexEntry) -> dict[str, Any]:
 
 
 def _entry_from_json(value: Mapping[str, Any]) -> IndexEntry:
-    items = tuple(
-        IndexItem(name=str(i["name"]), files=_file_names(i["files"]), masks=_file_names(i.get("masks", ())))
-        for i in value["items"]
-    )
+    items = tuple(_item_from_json(item) for item in value["items"])
     skipped = tuple(
         SkippedItem(
             name=str(s["name"]),
@@ -155,6 +207,18 @@ def _entry_from_json(value: Mapping[str, Any]) -> IndexEntry:
         for s in value["skipped"]
     )
     return IndexEntry(items=items, skipped=skipped)
+
+
+def _item_from_json(value: Mapping[str, Any]) -> IndexItem:
+    item = IndexItem(
+        name=str(value["name"]),
+        files=_file_names(value["files"]),
+        masks=_file_names(value.get("masks", ())),
+        digests=tuple(str(digest) for digest in value.get("digests", ())),
+    )
+    if item.digests and len(item.digests) != len(item.files) + len(item.masks):
+        raise ValueError(f"{item.name!r} does not have one digest per file")
+    return item
 
 
 def _file_names(values: Iterable[Any]) -> tuple[str, ...]:

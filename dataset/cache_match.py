@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,13 +12,15 @@ from dataset.cache_files import (
     PIXELS_PER_LATENT,
     LatentCacheInfo,
     TextCacheInfo,
+    cache_origin,
     empty_text_cache_name,
     inspect_latent_cache,
     inspect_text_cache,
     text_cache_name,
     upstream_latent_problem,
 )
-from dataset.cache_index import CacheKind, IndexEntry, read_index
+from dataset.cache_index import CacheKind, IndexEntry, metadata_digest
+from dataset.cache_lookup import cache_commands, find_entry
 from dataset.cache_names import (
     LATENT_SUFFIX,
     Content,
@@ -29,6 +31,7 @@ from dataset.cache_names import (
     prior_text_cache_name,
 )
 from dataset.config import AnyDatasetConfig, DatasetConfig, ImageDatasetConfig, VideoDatasetConfig
+from dataset.frames import fps_rules
 from dataset.mask_cache import inspect_mask_cache
 from dataset.sources import SkippedItem
 from modules.errors import CacheError
@@ -134,11 +137,13 @@ def match_caches(config: DatasetConfig, options: MatchOptions) -> MatchedCaches:
     if options.use_masks and items and not any(item.mask_path for item in items) and not problems:
         problems.append(
             "--masked_loss: no clip has a mask. Set mask_directory in the dataset file, or mask_path in the "
-            f"JSONL file.\n{_commands(config.path, ('latents',))}"
+            f"JSONL file.\n{cache_commands(config.path, ('latents',))}"
         )
     if not items and not problems:
         counts = "; ".join(f"dataset {m.dataset.index}: {m.counts()}" for m in matchers)
-        problems.append(f"no item can be trained on. {counts}\n{_commands(config.path, ('latents', 'text'))}")
+        problems.append(
+            f"no item can be trained on. {counts}\n{cache_commands(config.path, ('latents', 'text'))}"
+        )
     if problems:
         raise CacheError(problems)
     return MatchedCaches(
@@ -163,22 +168,9 @@ def _mixed_encoders(matchers: Sequence[_Matcher]) -> list[str]:
             path = matchers[0].config_path
             problems.append(
                 f"the {kind.removesuffix('s')} caches were made with {len(found)} different {what} "
-                f"(encoder_fingerprint: {', '.join(sorted(found))})\n{_commands(path, (kind,))}"
+                f"(encoder_fingerprint: {', '.join(sorted(found))})\n{cache_commands(path, (kind,))}"
             )
     return problems
-
-
-def _commands(config_path: Path, kinds: Iterable[CacheKind]) -> str:
-    lines = ["Create the caches, then start the training again:"]
-    for kind in kinds:
-        if kind == "text":
-            lines.append(
-                f"  python kandinsky5_cache_text_encoder_outputs.py --dataset_config {config_path} "
-                "--text_encoder_qwen <path or model id> --text_encoder_clip <path or model id>"
-            )
-        else:
-            lines.append(f"  python kandinsky5_cache_latents.py --dataset_config {config_path} --vae <path>")
-    return "\n".join(lines)
 
 
 @dataclass(slots=True)
@@ -197,7 +189,7 @@ class _Problems:
         return "\n".join([
             f"{where}: {len(self.lines)} {self.title}:",
             *shown,
-            _commands(config_path, (self.kind,)),
+            cache_commands(config_path, (self.kind,)),
         ])
 
 
@@ -217,6 +209,8 @@ class _Matcher:
         self.extra_text_origins: list[str] = []
         self._mask_names: frozenset[str] | None = None
         """As the index lists them; None without an index."""
+        self._digests: dict[str, str] = {}
+        """Of files that an index lists, by name."""
         self._used_names: set[str] = set()
         self._labels: Counter[str] = Counter()
         self._bad_latents = _Problems("latent caches cannot be used", "latents")
@@ -240,9 +234,10 @@ class _Matcher:
                 self._missing(base_name, left_out, NO_TEXT, self._no_texts)
                 continue
             text = self._check_text(texts[base_name])
-            if text is not None:
-                for path in latents[base_name]:
-                    self._add(base_name, path, texts[base_name], text)
+            for path in latents[base_name]:
+                info = self._check_latents(path)
+                if text is not None and info is not None:
+                    self._add(base_name, path, info, texts[base_name], text)
         for base_name in sorted(set(texts) - set(latents)):
             self._missing(base_name, left_out, NO_LATENTS, self._no_latents)
         self._check_extra_texts()
@@ -253,7 +248,7 @@ class _Matcher:
     def _latent_files(self) -> tuple[dict[str, list[Path]], Sequence[SkippedItem]]:
         """Latent files by the base name as it stands in file names, from the index or by looking."""
         folder = self.dataset.cache_directory
-        entry = self._entry("latents", self.dataset.settings_hash)
+        entry = self._entry("latents")
         if entry is not None:
             self._mask_names = frozenset(name for item in entry.items for name in item.masks)
             files = {cache_base_name(i.name): [folder / name for name in i.files] for i in entry.items}
@@ -284,23 +279,29 @@ class _Matcher:
     def _text_files(self, latents: dict[str, list[Path]]) -> tuple[dict[str, Path], Sequence[SkippedItem]]:
         """Text file by base name, for the items of the index, or for those that have latents."""
         folder = self.dataset.cache_directory
-        entry = self._entry("text", self.dataset.text_settings_hash)
+        entry = self._entry("text")
         if entry is None:
             paths = {name: folder / text_cache_name(name) for name in latents}
             return {name: path for name, path in paths.items() if path.is_file()}, ()
         return {cache_base_name(i.name): folder / i.files[0] for i in entry.items if i.files}, entry.skipped
 
-    def _entry(self, kind: CacheKind, settings_hash: str) -> IndexEntry | None:
-        entries = read_index(self.dataset.cache_directory, kind)
-        if entries is None:
+    def _entry(self, kind: CacheKind) -> IndexEntry | None:
+        entry, note = find_entry(self.dataset, kind, self.config_path)
+        if note is not None:
+            self.notes.append(note)
+        for item in entry.items if entry is not None else ():
+            self._digests |= item.digest_by_file
+        return entry
+
+    def _replaced(self, path: Path, metadata: Mapping[str, str]) -> str | None:
+        """Why a file that the index lists is not the one it was listed as, or None."""
+        expected = self._digests.get(path.name)
+        if expected is None or expected == metadata_digest(metadata):
             return None
-        if settings_hash not in entries:
-            what = "latents" if kind == "latents" else "captions"
-            raise CacheError(
-                f"dataset {self.dataset.index}: the {what} in {self.dataset.cache_directory} were cached "
-                f"with other settings than {self.config_path} has now\n{_commands(self.config_path, (kind,))}"
-            )
-        return entries[settings_hash]
+        return (
+            "was made again since it was cached for this dataset file: by another one with the same "
+            "cache_directory (give each its own), or by a run that did not finish"
+        )
 
     def _missing(self, base_name: str, left_out: set[str], reason: str, problems: _Problems) -> None:
         if base_name in left_out:
@@ -316,7 +317,7 @@ class _Matcher:
         except CacheError as error:
             self._bad_texts.lines.extend(error.problems)
             return None
-        problem = self._text_problem(info)
+        problem = self._text_problem(info) or self._replaced(path, info.metadata)
         if problem is not None:
             self._bad_texts.lines.append(f"{path}: {problem}")
             return None
@@ -341,23 +342,28 @@ class _Matcher:
         )
         return None
 
-    def _add(self, base_name: str, path: Path, text_path: Path, text: TextCacheInfo) -> None:
-        """Check one latent cache and put it into the items."""
+    def _check_latents(self, path: Path) -> LatentCacheInfo | None:
+        """What a latent cache holds; None if it cannot be used."""
         try:
             info = inspect_latent_cache(path, self.dataset.content)
         except CacheError as error:
             self._bad_latents.lines.extend(error.problems)
-            return
-        name = parse_latent_name(path.name, self.dataset.content)
-        assert name is not None  # inspect_latent_cache has read it
-        problem = self._latent_problem(path, name, info)
+            return None
+        problem = self._latent_problem(path, _parsed(path, self.dataset), info)
+        problem = problem or self._replaced(path, info.metadata)
         if problem is not None:
             self._bad_latents.lines.append(f"{path}: {problem}")
-            return
+            return None
         if info.is_ours:
             self.vae_fingerprints.add(info.metadata.get("encoder_fingerprint", ""))
+        return info
+
+    def _add(
+        self, base_name: str, path: Path, info: LatentCacheInfo, text_path: Path, text: TextCacheInfo
+    ) -> None:
+        """Put a clip into the items."""
         mask_path, mask_origin = self._mask_of(path, info) if self.options.use_masks else (None, "")
-        num_frames = name.num_frames or 1
+        num_frames = _parsed(path, self.dataset).num_frames or 1
         self._used_names.add(base_name)
         self._labels[f"{info.shape[2] * 8}x{info.shape[1] * 8}x{num_frames}"] += 1
         self.items.append(
@@ -386,13 +392,16 @@ class _Matcher:
         if mask.name not in self._mask_names if self._mask_names is not None else not mask.is_file():
             return None, ""
         try:
-            shape, origin = inspect_mask_cache(mask)
+            shape, header = inspect_mask_cache(mask)
         except CacheError as error:
             self._bad_latents.lines.extend(error.problems)
             return None, ""
+        problem = self._replaced(mask, header.metadata)
         if shape != info.shape:
-            self._bad_latents.lines.append(f"{mask}: is {shape}, its latents are {info.shape}")
-        return mask, origin
+            problem = f"is {shape}, its latents are {info.shape}"
+        if problem is not None:
+            self._bad_latents.lines.append(f"{mask}: {problem}")
+        return mask, cache_origin(header)
 
     def _latent_problem(self, path: Path, name: LatentName, info: LatentCacheInfo) -> str | None:
         if not info.is_ours:
@@ -438,9 +447,9 @@ class _Matcher:
                 return f"frame_count was {name.num_frames}, is at most {dataset.max_frames} (max_frames)"
         elif name.num_frames not in dataset.target_frames:
             return f"frame_count was {name.num_frames}, is one of {list(dataset.target_frames)}"
-        target = f"-> {dataset.rates[1]}" if dataset.rates else "all"
-        if info.is_ours and not info.metadata.get("fps", "").endswith(target):
-            return f"fps was {info.metadata.get('fps')!r}, is {target!r} by source_fps and target_fps"
+        rules = fps_rules(dataset.rates)
+        if info.is_ours and info.metadata.get("fps") not in rules:
+            return f"fps was {info.metadata.get('fps')!r}, is {rules[0]!r} by source_fps and target_fps"
         return None
 
     def _empty_text_path(self) -> Path:
@@ -534,6 +543,12 @@ class _Matcher:
             buckets=tuple(sorted(self._labels.items())),
             batches=batches,
         )
+
+
+def _parsed(path: Path, dataset: AnyDatasetConfig) -> LatentName:
+    name = parse_latent_name(path.name, dataset.content)
+    assert name is not None  # inspect_latent_cache has read it
+    return name
 
 
 def summary_table(summaries: Sequence[DatasetSummary]) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from dataset.buckets import PIXEL_STEP, Size, bucket_sizes, choose_bucket, nabla_size
 from dataset.cache_names import LATENT_SUFFIX, image_cache_name, video_cache_name
 from dataset.config import AnyDatasetConfig, ImageDatasetConfig, VideoDatasetConfig
-from dataset.frames import are_even, cut_frames, resample_by_time, resample_even, round_frames
+from dataset.frames import are_even, cut_frames, fps_rules, resample_by_time, resample_even, round_frames
 from dataset.masks import PlannedMask, plan_mask
 from dataset.media import (
     CHANGED,
@@ -261,12 +261,13 @@ def _damaged(item: SourceItem, error: MediaError) -> SkippedItem:
 
 def _resampled(dataset: VideoDatasetConfig, times: Sequence[Fraction]) -> tuple[Sequence[int], str]:
     """The frame numbers that stay at the target rate, and how they were chosen."""
+    even, *uneven = fps_rules(dataset.rates)
     if dataset.rates is None:
-        return range(len(times)), "all"
+        return range(len(times)), even
     source, target = dataset.rates
     if are_even(times):
-        return resample_even(len(times), source, target), f"{source} -> {target}"
-    return resample_by_time(times, target), f"time stamps -> {target}"
+        return resample_even(len(times), source, target), even
+    return resample_by_time(times, target), uneven[0]
 
 
 def _notes(dataset: AnyDatasetConfig, results: Sequence[_ItemResult]) -> Iterator[str]:

@@ -109,6 +109,14 @@ def resample_by_time(times: Sequence[Fraction], target_fps: Fraction = MODEL_FPS
     return kept
 
 
+def fps_rules(rates: tuple[Fraction, Fraction] | None) -> tuple[str, ...]:
+    """What caches record for (source, target) rates: of evenly spaced clips, then of those cut by time."""
+    if rates is None:
+        return ("all",)
+    source, target = rates
+    return f"{source} -> {target}", f"time stamps -> {target}"
+
+
 def are_even(times: Sequence[Fraction]) -> bool:
     """Whether frame times are evenly spaced, to within what rounding to the file's clock explains.
 

@@ -13,13 +13,12 @@ from torch import Tensor
 from dataset.cache_files import (
     CacheMeta,
     NewerCacheError,
-    cache_origin,
     checked_header,
     read_cached,
     written_metadata,
 )
 from modules.errors import CacheError
-from modules.tensor_files import write_tensors
+from modules.tensor_files import TensorFileHeader, write_tensors
 
 if TYPE_CHECKING:  # training reads caches and needs no media libraries
     from dataset.clips import PlannedClip
@@ -66,13 +65,13 @@ def mask_cache_problem(path: Path, expected: MaskCacheMeta) -> str | None:
     return expected.difference(checked_header(path)[0].metadata)
 
 
-def inspect_mask_cache(path: Path) -> tuple[tuple[int, int, int], str]:
-    """The shape (latent_frames, latent_height, latent_width) and the `cache_origin` of a mask cache.
+def inspect_mask_cache(path: Path) -> tuple[tuple[int, int, int], TensorFileHeader]:
+    """The shape (latent_frames, latent_height, latent_width) of a mask cache, and its header.
 
     Raises:
         CacheError: it is damaged or foreign.
     """
-    return _key_and_shape(path)[1], cache_origin(checked_header(path)[0])
+    return _key_and_shape(path)[1], checked_header(path)[0]
 
 
 def _key_and_shape(path: Path) -> tuple[str, tuple[int, int, int]]:

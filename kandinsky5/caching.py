@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.cache_files import (
+    CacheMeta,
     LatentCacheMeta,
     TextCacheMeta,
     empty_text_cache_name,
@@ -25,12 +26,14 @@ from dataset.cache_files import (
     text_cache_problem,
     write_latent_cache,
     write_text_cache,
+    written_metadata,
 )
-from dataset.cache_index import latent_entry, text_entry, update_index
-from dataset.cache_names import prior_text_cache_name
+from dataset.cache_index import entry_key, latent_entry, metadata_digest, text_entry, update_index
+from dataset.cache_names import mask_cache_name, prior_text_cache_name
 from dataset.clips import ClipPlan, LoadedBatch, PlannedClip, cut_batches, load_batches, plan_clips
 from dataset.config import AnyDatasetConfig, DatasetConfig, load_dataset_config
 from dataset.confinement import Confinement
+from dataset.mask_cache import mask_meta
 from dataset.sources import SourceListing, list_items
 from kandinsky5.cache_preview import preview_clips
 from kandinsky5.caching_masks import MaskWork, mask_notes, write_masks
@@ -140,11 +143,22 @@ def _cache_latents(config: CacheLatentsConfig, processes: Processes) -> None:
         if not processes.is_main:
             return
         for work in works:
-            entry = latent_entry(work.plan.clips, work.outcome.skipped)
+            entry = latent_entry(work.plan.clips, work.outcome.skipped, _latent_digests(work))
             with disk_errors(work.dataset.cache_directory):
-                update_index(work.dataset.cache_directory, "latents", work.dataset.settings_hash, entry)
+                update_index(
+                    work.dataset.cache_directory, "latents", entry_key(work.dataset, "latents"), entry
+                )
         handle_unused(outcomes, "latents", config.run)
     finish(outcomes, "latents", config.run)
+
+
+def _latent_digests(work: _LatentWork) -> dict[str, str]:
+    """What each cache of a dataset must record, masks too, by file name."""
+    metas: dict[str, CacheMeta] = dict(work.metas)
+    for clip in work.plan.clips:
+        if clip.mask is not None:
+            metas[mask_cache_name(clip.cache_name)] = mask_meta(clip)
+    return {name: metadata_digest(written_metadata(meta)) for name, meta in metas.items()}
 
 
 def _read_datasets(run: CacheRunConfig) -> DatasetConfig:
@@ -253,6 +267,8 @@ class _TextWork:
     batches: tuple[tuple[_TextTarget, ...], ...]
     """Cut from the full list; batches without a stale cache are left out."""
     stale: frozenset[Path]
+    digests: dict[str, str]
+    """What each text cache of an item must record, by file name."""
 
 
 def cache_text(config: CacheTextConfig) -> None:
@@ -309,9 +325,9 @@ def _cache_text(config: CacheTextConfig, processes: Processes) -> None:
             return
         for work in works:
             dataset = work.outcome.dataset
-            entry = text_entry(work.listing.items, work.listing.skipped)
+            entry = text_entry(work.listing.items, work.listing.skipped, work.digests)
             with disk_errors(dataset.cache_directory):
-                update_index(dataset.cache_directory, "text", dataset.text_settings_hash, entry)
+                update_index(dataset.cache_directory, "text", entry_key(dataset, "text"), entry)
         handle_unused(outcomes, "text", config.run)
     finish(outcomes, "text", config.run)
 
@@ -365,7 +381,8 @@ def _text_work(
         if not config.run.skip_existing or text_cache_problem(target.path, target.meta) is not None
     )
     chosen = tuple(batch for batch in batches if any(target.path in stale for target in batch))
-    return _TextWork(listing=listing, outcome=outcome, batches=chosen, stale=stale)
+    digests = {target.path.name: metadata_digest(written_metadata(target.meta)) for target in targets}
+    return _TextWork(listing=listing, outcome=outcome, batches=chosen, stale=stale, digests=digests)
 
 
 def _encode_captions(encoders: TextEncoders, work: _TextWork, *, is_quiet: bool) -> None:

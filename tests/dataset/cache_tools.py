@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from dataset.cache_files import LatentCacheMeta, TextCacheMeta, write_latent_cache, write_text_cache
-from dataset.cache_index import IndexEntry, IndexItem, update_index
+from dataset.cache_index import IndexEntry, IndexItem, entry_key, metadata_digest, update_index
 from dataset.cache_names import Content, text_cache_name, video_cache_name
 from dataset.config import AnyDatasetConfig
 from dataset.sources import SkippedItem
 from modules.seeding import generator_for
+from modules.tensor_files import read_header
 
 
 def add_video_latents(
@@ -24,6 +25,7 @@ def add_video_latents(
     size: tuple[int, int] = (64, 48),
     vae: str = "vae",
     fps: str = "all",
+    source: str = "1-a",
 ) -> str:
     """One latent cache of a video; returns its file name."""
     width, height = size
@@ -39,7 +41,7 @@ def add_video_latents(
         fps=fps,
         dtype="float32",
         vae_tile="none",
-        source_fingerprint="1-a",
+        source_fingerprint=source,
         encoder_fingerprint=vae,
     )
     latents = torch.randn(shape, generator=generator)
@@ -82,22 +84,30 @@ def write_indexes(
     *,
     texts: Sequence[str] | None = None,
     skipped: Sequence[SkippedItem] = (),
+    with_digests: bool = False,
 ) -> None:
     """Both indexes of a dataset: latent files by base name, and the names that have a text cache."""
-    items = tuple(IndexItem(name=name, files=tuple(sorted(files[name]))) for name in sorted(files))
-    update_index(
-        dataset.cache_directory,
-        "latents",
-        dataset.settings_hash,
-        IndexEntry(items=items, skipped=tuple(skipped)),
-    )
-    write_text_index(dataset, sorted(files if texts is None else texts), skipped)
+    folder = dataset.cache_directory
+    items = tuple(_item(folder, name, sorted(files[name]), with_digests) for name in sorted(files))
+    entry = IndexEntry(items=items, skipped=tuple(skipped))
+    update_index(folder, "latents", entry_key(dataset, "latents"), entry)
+    write_text_index(dataset, sorted(files if texts is None else texts), skipped, with_digests=with_digests)
 
 
 def write_text_index(
-    dataset: AnyDatasetConfig, names: Sequence[str], skipped: Sequence[SkippedItem] = ()
+    dataset: AnyDatasetConfig,
+    names: Sequence[str],
+    skipped: Sequence[SkippedItem] = (),
+    *,
+    with_digests: bool = False,
 ) -> None:
     """The index of text caches for these names."""
-    items = tuple(IndexItem(name=name, files=(text_cache_name(name),)) for name in names)
+    folder = dataset.cache_directory
+    items = tuple(_item(folder, name, [text_cache_name(name)], with_digests) for name in names)
     entry = IndexEntry(items=items, skipped=tuple(skipped))
-    update_index(dataset.cache_directory, "text", dataset.text_settings_hash, entry)
+    update_index(folder, "text", entry_key(dataset, "text"), entry)
+
+
+def _item(folder: Path, name: str, files: Sequence[str], with_digests: bool) -> IndexItem:
+    digests = [metadata_digest(read_header(folder / file).metadata) for file in files if with_digests]
+    return IndexItem(name=name, files=tuple(files), digests=tuple(digests))

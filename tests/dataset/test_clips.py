@@ -164,7 +164,8 @@ def test_a_source_with_hidden_damage_is_left_out_of_the_index_altogether(tmp_pat
     assert [len(batch.clips) for batch in loaded] == [2, 1]
     damaged = [skipped for batch in loaded for skipped in batch.damaged]
     assert [s.name for s in damaged] == ["bad.mp4"]
-    entry = latent_entry(result.clips, [*result.skipped, *damaged, *damaged])
+    digests = {clip.cache_name: "digest" for clip in result.clips}
+    entry = latent_entry(result.clips, [*result.skipped, *damaged, *damaged], digests)
     assert [item.name for item in entry.items] == ["good"]
     assert len(entry.skipped) == 1
 
