@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from tqdm import tqdm
 from kandinsky5.checkpoints import save_merged_model
 from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.generation_models import (
+    ENCODER_ADVICE,
+    VAE_ADVICE,
     ModelLoader,
     SamplingModel,
     check_models,
@@ -25,8 +27,10 @@ from kandinsky5.generation_models import (
 )
 from kandinsky5.generation_plan import GenerationPlanner, budget_remark, fit_budget, largest_request
 from kandinsky5.generation_report import generation_report
+from kandinsky5.latent_decoding import decode_saved_latents
 from kandinsky5.magcache import MagCache
-from kandinsky5.outputs import OutputNames, OutputPaths, check_free_space, read_latents, write_outputs
+from kandinsky5.memory_advice import memory_advice
+from kandinsky5.outputs import OutputNames, check_free_space, keep_latents, write_outputs
 from kandinsky5.prompt_templates import load_prompt_templates
 from kandinsky5.prompts import PromptSpec, read_prompt_file
 from kandinsky5.run_settings import latent_metadata, repeat_command, settings_metadata, used_multipliers
@@ -38,12 +42,13 @@ from kandinsky5.sampling_pipeline import (
     encode_prompts,
     sample_latents,
 )
-from kandinsky5.vae import VideoVAE, check_vae_file
+from kandinsky5.vae import VideoVAE
+from kandinsky5.vae_files import check_vae_values
 from kandinsky5.video_requests import VideoRequest, log_size_remarks, resolve_request
 from modules.byte_sizes import GIB
 from modules.devices import pick_device
 from modules.dtypes import dtype_name
-from modules.errors import ConfigError, DataError, DivergedError, ResourceError
+from modules.errors import ConfigError, DataError, DivergedError, ResourceError, UserError
 from modules.logs import get_logger, print_report
 
 log = get_logger(__name__)
@@ -197,26 +202,40 @@ class Run:
         log_size_remarks(request, config.task)
         return request
 
-    def make(self, requests: Sequence[VideoRequest]) -> list[Path]:
-        """Run all stages, each model loaded once and gone before the next; returns the files written."""
+    def make(self, requests: Sequence[VideoRequest]) -> None:
+        """Run all stages, each model loaded once and gone before the next.
+
+        Raises:
+            UserError: something failed; what was finished is written, if only as latents.
+        """
         for request in requests:
             log.info("to make this again:\n  %s", repeat_command(self.config, request))
-        with _memory_advice("encoding the prompts", "--fp8_llm, --quantized_qwen or --text_encoder_cpu"):
-            encoders = self.loader.text_encoders()
+        self.check_vae_values(requests)
+        encoders = self.loader.text_encoders()
+        with memory_advice("encoding the prompts", ENCODER_ADVICE):
             texts = encode_prompts(encoders, requests, self.triggers)
         encoders.free()
         del encoders
         empty_device_cache(self.device)
         vae, images = self._encode_images(requests)
-        with _memory_advice("loading the DiT", "--fp8_base or --blocks_to_swap N"):
-            model = self.loader.dit()
-        done, failures = self._sample_all(model, requests, texts, images)
-        del model
-        empty_device_cache(self.device)
-        written = self._decode_all(vae, done)
-        if failures:
-            raise DivergedError(failures)
-        return written
+        model = self.loader.dit()
+        finished: deque[Sampled] = deque()
+        with self.keeping(finished):
+            failures = self._sample_all(model, requests, texts, images, finished)
+            del model
+            empty_device_cache(self.device)
+            failures += self.decode_all(lambda: self._bring_back(vae), finished)
+        raise_together(failures)
+
+    def check_vae_values(self, requests: Sequence[VideoRequest] = ()) -> None:
+        """Read the VAE through before hours of sampling, unless images of `requests` need it before that.
+
+        Raises:
+            ModelFileError: it holds NaN or infinity.
+        """
+        loads_early = any(request.image is not None for request in requests)
+        if self.needs_pixels() and not loads_early and not self.config.dit.no_weight_check:
+            check_vae_values(self.config.models.vae)
 
     def sample(
         self, model: SamplingModel, request: VideoRequest, text: RequestText, image_latents: Tensor | None
@@ -228,7 +247,7 @@ class Run:
         size = f"{request.width}x{request.height}, {request.num_frames} frames"
         advice = "--fp8_base, --blocks_to_swap N, fewer --frames or a smaller --width and --height"
         with (
-            _memory_advice(f"sampling {size}", advice),
+            memory_advice(f"sampling {size}", advice),
             tqdm(total=request.steps, desc=size, unit="step") as progress,
         ):
 
@@ -251,14 +270,43 @@ class Run:
             log.info("MagCache skipped %d of %d passes", sum(magcache.skipped), len(magcache.skipped))
         return Sampled(request, latents.cpu())
 
-    def write(self, vae: VideoVAE | None, sampled: Sampled) -> list[Path]:
-        """Decode as far as the output type needs it, and write."""
+    def decode_all(self, load_vae: Callable[[], VideoVAE], finished: deque[Sampled]) -> list[UserError]:
+        """Decode and write what is finished, taking it out; returns what went wrong.
+
+        A full disk or a failed encoder does not cost the other clips.
+        """
+        vae = load_vae() if finished and self.needs_pixels() else None
+        failures: list[UserError] = []
+        while finished:
+            try:
+                self._write(vae, finished[0])
+            except ResourceError as error:  # what can be kept of it is kept by now
+                failures.append(error)
+            finished.popleft()
+        return failures
+
+    @contextmanager
+    def keeping(self, finished: deque[Sampled]) -> Iterator[None]:
+        """However the block ends, the latents of what is still in `finished` then are saved."""
+        try:
+            yield
+        finally:
+            while finished:
+                log.warning("%s", self._keep(finished.popleft()))
+
+    def _keep(self, sampled: Sampled) -> str:
+        paths = self.names.rescue_paths(sampled.request.seed)
+        return keep_latents(paths, sampled.latents, self._latent_metadata(sampled.request))
+
+    def _write(self, vae: VideoVAE | None, sampled: Sampled) -> None:
         config, request = self.config, sampled.request
         paths = self.names.paths(request.seed, request.num_frames)
-        settings = self._metadata(request)
         frames: np.ndarray | None = None
         if vae is not None and paths.needs_pixels():
-            frames = self._decode_or_keep(vae, sampled, paths)
+            try:
+                frames = decode_frames(vae, sampled.latents, tile_px=config.vae.tile_px)
+            except ResourceError as error:
+                raise ResourceError([*error.problems, self._keep(sampled)]) from error
             frames = frames[: len(frames) - config.output.trim_tail_frames]
         written = write_outputs(
             paths,
@@ -266,12 +314,11 @@ class Run:
             latents=sampled.latents,
             fps=config.output.fps,
             crf=config.output.crf,
-            metadata=settings,
-            latent_metadata=latent_metadata(request, settings) if settings else {},
+            metadata=self._metadata(request),
+            latent_metadata=self._latent_metadata(request),
         )
         for path in written:
             log.info("wrote %s", path)
-        return written
 
     def needs_pixels(self) -> bool:
         return self.config.output.output_type != "latent"
@@ -295,16 +342,27 @@ class Run:
         dtype = dtype_name(self.loader.compute_dtype)
         return settings_metadata(self.config, request, dtype=dtype, triggers=self.triggers)
 
+    def _latent_metadata(self, request: VideoRequest) -> dict[str, str]:
+        settings = self._metadata(request)
+        return latent_metadata(request, settings) if settings else {}
+
     def _encode_images(self, requests: Sequence[VideoRequest]) -> tuple[VideoVAE | None, list[Tensor | None]]:
         """Latents of the given images; the VAE waits in host memory for the decoding."""
         if all(request.image is None for request in requests):
             return None, [None] * len(requests)
         vae = self.loader.vae()
-        images = [encode_images(vae, request, tile_px=self.config.vae.tile_px) for request in requests]
+        with memory_advice("encoding the images", VAE_ADVICE):
+            images = [encode_images(vae, request, tile_px=self.config.vae.tile_px) for request in requests]
         if self.device.type != "cpu":
             vae.to("cpu")
             empty_device_cache(self.device)
         return vae, images
+
+    def _bring_back(self, vae: VideoVAE | None) -> VideoVAE:
+        if vae is None:
+            return self.loader.vae()
+        with memory_advice("moving the VAE to the device", VAE_ADVICE):
+            return vae.to(self.device)
 
     def _sample_all(
         self,
@@ -312,95 +370,28 @@ class Run:
         requests: Sequence[VideoRequest],
         texts: Sequence[RequestText],
         images: Sequence[Tensor | None],
-    ) -> tuple[list[Sampled], list[str]]:
-        done: list[Sampled] = []
-        failures: list[str] = []
+        finished: deque[Sampled],
+    ) -> list[UserError]:
+        """Sample all requests into `finished`; returns what went wrong with the others."""
+        failures: list[UserError] = []
         for number, (request, text, image) in enumerate(zip(requests, texts, images, strict=True), start=1):
             if len(requests) > 1:
                 log.info("%d of %d: %s", number, len(requests), request.prompt)
             try:
-                done.append(self.sample(model, request, text, image))
-            except DivergedError as error:  # the others may well come out
-                failures += [f"{request.where}: {line}" if request.where else line for line in error.problems]
-            except KeyboardInterrupt:
-                if not done:
-                    raise
-                log.warning("interrupted: writing the %d finished", len(done))
-                failures.append(f"interrupted at prompt {number} of {len(requests)}")
-                break
-        return done, failures
-
-    def _decode_all(self, vae: VideoVAE | None, done: Sequence[Sampled]) -> list[Path]:
-        if done and self.needs_pixels():
-            vae = self.loader.vae() if vae is None else vae.to(self.device)
-        written: list[Path] = []
-        problems: list[str] = []
-        for sampled in done:
-            try:
-                written += self.write(vae, sampled)
-            except ResourceError as error:  # one full disk or failed encoder must not cost the other clips
-                problems += error.problems
-        if problems:
-            raise ResourceError(problems)
-        return written
-
-    def _decode_or_keep(self, vae: VideoVAE, sampled: Sampled, paths: OutputPaths) -> np.ndarray:
-        """Decode; if that fails for good, keep the latents, which took the time."""
-        try:
-            return decode_frames(vae, sampled.latents, tile_px=self.config.vae.tile_px)
-        except ResourceError as error:
-            target = paths.video or paths.image or paths.frames
-            assert target is not None
-            kept = replace(OutputPaths(), latent=target.with_name(f"{target.stem}_latent.safetensors"))
-            write_outputs(
-                kept,
-                frames=None,
-                latents=sampled.latents,
-                fps=self.config.output.fps,
-                crf=self.config.output.crf,
-                metadata={},
-                latent_metadata=latent_metadata(sampled.request, self._metadata(sampled.request)),
-            )
-            raise ResourceError([*error.problems, f"The latents were kept in {kept.latent}"]) from error
+                finished.append(self.sample(model, request, text, image))
+            except (DivergedError, ResourceError) as error:  # the others may well come out
+                where = f"{request.where}: " if request.where else ""
+                failures.append(type(error)([f"{where}{line}" for line in error.problems]))
+                if len(requests) > 1:
+                    log.error("%s", failures[-1])
+                empty_device_cache(self.device)
+        return failures
 
 
-def decode_saved_latents(config: GenerateConfig, path: Path, device: torch.device) -> None:
-    """Decode a latent file that an earlier run saved; no DiT and no text encoder is touched.
-
-    Raises:
-        ConfigError: the output type needs no decoding.
-        ModelFileError: the file or the VAE cannot be used.
-    """
-    if config.output.output_type == "latent":
-        raise ConfigError("--latent_path decodes a latent: --output_type video or images is wanted")
-    latents, metadata = read_latents(path)
-    check_vae_file(config.models.vae)
-    names = OutputNames(config.output, makes_many=False)
-    seed = int(metadata["seeds"]) if metadata.get("seeds", "").isdigit() else 0
-    num_frames = 4 * latents.shape[2] - 3
-    paths = names.paths(seed, num_frames)
-    vae = ModelLoader(config, (), device, None).vae()
-    frames = decode_frames(vae, latents, tile_px=config.vae.tile_px)
-    written = write_outputs(
-        replace(paths, latent=None),  # it is there already
-        frames=frames[: max(1, len(frames) - config.output.trim_tail_frames)],
-        latents=None,
-        fps=config.output.fps,
-        crf=config.output.crf,
-        metadata={} if config.output.no_metadata else metadata,
-        latent_metadata={},
-    )
-    for result in written:
-        log.info("wrote %s", result)
-
-
-@contextmanager
-def _memory_advice(doing: str, advice: str) -> Iterator[None]:
-    """Turn running out of device memory into advice."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(f"device memory ran out while {doing}: use {advice}") from error
+def raise_together(failures: Sequence[UserError]) -> None:
+    """Raise what was put off, as one error of the first one's kind; nothing if the list is empty."""
+    if failures:
+        raise type(failures[0])([line for error in failures for line in error.problems])
 
 
 def _bytes_needed(requests: Sequence[VideoRequest]) -> int:

@@ -13,6 +13,7 @@ from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.devices import check_fast_products, compute_dtype, vae_dtype
 from kandinsky5.dit import DiffusionTransformer3D
 from kandinsky5.magcache import task_ratios
+from kandinsky5.memory_advice import memory_advice
 from kandinsky5.nabla import DensityReport
 from kandinsky5.offload import host_placement, max_blocks_to_swap, stream_weights
 from kandinsky5.prompt_templates import PromptTemplates
@@ -31,6 +32,10 @@ from networks.lora_files import LoadedLora, read_lora
 from networks.lora_kandinsky import create_network_from_weights, is_target_name, linear_layer_sizes
 
 log = get_logger(__name__)
+
+ENCODER_ADVICE = "--fp8_llm, --quantized_qwen or --text_encoder_cpu"
+VAE_ADVICE = "--vae_dtype float16, or close other programs on the device"
+_DIT_ADVICE = "--fp8_base or --blocks_to_swap N"
 
 
 def check_models(config: GenerateConfig, device: torch.device) -> None:
@@ -183,25 +188,31 @@ class ModelLoader:
         device = torch.device("cpu") if self.config.text.text_encoder_cpu else self.device
         log.info("loading the text encoders")
         params = self.config.task.dit_params
-        return load_text_encoders(
-            self.config.models.text_encoder_qwen,
-            self.config.models.text_encoder_clip,
-            device=device,
-            dtype=default_qwen_dtype(device),
-            qwen_max_length=self.config.task.qwen_max_length,
-            clip_max_length=self.config.task.clip_max_length,
-            require_official_crop=not self.config.task.is_tiny,
-            quantization=self.config.text.quantization,
-            expected_dims=(params.in_text_dim, params.in_text_dim2),
-            templates=self.templates,
-        )
+        with memory_advice("loading the text encoders", ENCODER_ADVICE):
+            return load_text_encoders(
+                self.config.models.text_encoder_qwen,
+                self.config.models.text_encoder_clip,
+                device=device,
+                dtype=default_qwen_dtype(device),
+                qwen_max_length=self.config.task.qwen_max_length,
+                clip_max_length=self.config.task.clip_max_length,
+                require_official_crop=not self.config.task.is_tiny,
+                quantization=self.config.text.quantization,
+                expected_dims=(params.in_text_dim, params.in_text_dim2),
+                templates=self.templates,
+            )
 
     def vae(self) -> VideoVAE:
         log.info("loading the VAE")
         dtype = vae_dtype(self.config.vae.vae_dtype, self.device)
-        return load_vae(self.config.models.vae, dtype=dtype, device=self.device)
+        with memory_advice("loading the VAE", VAE_ADVICE):
+            return load_vae(self.config.models.vae, dtype=dtype, device=self.device)
 
     def dit(self) -> SamplingModel:
+        with memory_advice("loading the DiT", _DIT_ADVICE):
+            return self._dit()
+
+    def _dit(self) -> SamplingModel:
         if self.device.type != "meta":
             log.info("loading the DiT")
         is_merged = self.config.lora.lora_mode == "merge"

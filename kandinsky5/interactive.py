@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from kandinsky5.generation import Run
+from kandinsky5.generation import Run, raise_together
 from kandinsky5.generation_models import SamplingModel, empty_device_cache
+from kandinsky5.memory_advice import memory_advice
 from kandinsky5.offload import resident_weights_on_host
 from kandinsky5.prompts import parse_prompt_line
 from kandinsky5.run_settings import repeat_command
@@ -14,6 +16,7 @@ from kandinsky5.sampling_pipeline import encode_images, encode_prompts
 from kandinsky5.text_encoders import TextEncoders
 from kandinsky5.vae import VideoVAE
 from modules.errors import UserError
+from modules.interruption import keyboard_interrupts
 from modules.logs import get_logger
 
 log = get_logger(__name__)
@@ -70,7 +73,13 @@ def run_interactive(run: Run, read_line: Callable[[], str] | None = None) -> Non
     """
     read = read_line or _console()
     models = _HeldModels(run)
+    run.check_vae_values()
     log.info("%s", _HELP)
+    with keyboard_interrupts():
+        _serve(run, models, read)
+
+
+def _serve(run: Run, models: _HeldModels, read: Callable[[], str]) -> None:
     while True:
         try:
             line = read().strip()
@@ -85,22 +94,29 @@ def run_interactive(run: Run, read_line: Callable[[], str] | None = None) -> Non
         except UserError as error:
             for problem in error.problems:
                 log.error("%s", problem)
+            empty_device_cache(run.device)
         except KeyboardInterrupt:
             log.warning("stopped; the models stay loaded")
 
 
 def _make(run: Run, models: _HeldModels, line: str) -> None:
-    (spec,) = parse_prompt_line(line, "prompt").checked()
+    prompts = parse_prompt_line(line, "prompt")
+    for note in prompts.notes:
+        log.info("%s", note)
+    (spec,) = prompts.checked()
     request = run.resolve(spec)
     log.info("to make this again:\n  %s", repeat_command(run.config, request))
-    (text,) = encode_prompts(models.encoders(), [request], run.triggers)
-    image = (
-        None
-        if request.image is None
-        else encode_images(models.vae(), request, tile_px=run.config.vae.tile_px)
-    )
-    sampled = run.sample(models.model(), request, text, image)
-    run.write(models.vae() if run.needs_pixels() else None, sampled)
+    with memory_advice("making this one", "--fp8_base, --blocks_to_swap N or --offload_dit_during_sampling"):
+        (text,) = encode_prompts(models.encoders(), [request], run.triggers)
+        image = (
+            None
+            if request.image is None
+            else encode_images(models.vae(), request, tile_px=run.config.vae.tile_px)
+        )
+        finished = deque([run.sample(models.model(), request, text, image)])
+        with run.keeping(finished):
+            failures = run.decode_all(models.vae, finished)
+    raise_together(failures)
 
 
 def _console() -> Callable[[], str]:

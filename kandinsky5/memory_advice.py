@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ from kandinsky5.memory_plan import TrainingPlanner
 from kandinsky5.memory_rehearsal import Batch
 from kandinsky5.offload import max_blocks_to_swap
 from modules.byte_sizes import size_text
+from modules.errors import ResourceError
 
 _SHOWN = 3
 
@@ -39,6 +41,21 @@ def out_of_memory_message(
     lines.append("Fewer frames or a smaller resolution in the dataset file help in any case.")
     lines.append("States saved before stay; go on with --resume auto.")
     return "\n".join(lines)
+
+
+@contextmanager
+def memory_advice(doing: str, advice: str) -> Iterator[None]:
+    """Within the block running out of device memory becomes a message.
+
+    Args:
+        advice: the options to use.
+    Raises:
+        ResourceError: instead of torch.OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(f"device memory ran out while {doing}: use {advice}") from error
 
 
 def out_of_memory_while_loading(error: torch.OutOfMemoryError) -> str:

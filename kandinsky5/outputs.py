@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -17,16 +16,22 @@ import torch
 from torch import Tensor
 
 from kandinsky5.configs.generate import OutputConfig
-from kandinsky5.video_files import check_video_encoder, write_frames, write_png, write_video
+from kandinsky5.video_files import (
+    check_video_encoder,
+    remove_frame_strays,
+    write_frames,
+    write_png,
+    write_video,
+)
 from modules.errors import ConfigError, ModelFileError, ResourceError
-from modules.files import check_folder_unwritten
+from modules.files import check_folder_unwritten, remove_strays
 from modules.logs import get_logger
 from modules.tensor_files import read_tensors, write_tensors
 
 log = get_logger(__name__)
 
 LATENT_KEY = "latent"
-_FRAME_NAME = re.compile(r"\d{5}\.png")
+_LATENT_ENDING = "_latent.safetensors"
 # What encoders, muxers and disks raise: after hours of sampling every one of them has to leave the frames.
 _WRITE_ERRORS = (av.FFmpegError, OSError, RuntimeError, ValueError, MemoryError)
 
@@ -35,6 +40,9 @@ _WRITE_ERRORS = (av.FFmpegError, OSError, RuntimeError, ValueError, MemoryError)
 class OutputPaths:
     """The files of one result; None for what was not asked for."""
 
+    folder: Path
+    stem: str
+    """What is saved instead, if that fails, is named after it."""
     video: Path | None = None
     image: Path | None = None
     frames: Path | None = None
@@ -77,6 +85,8 @@ class OutputNames:
             check_folder_unwritten(self.folder, "the output folder")
         else:
             check_folder(self.folder)
+            remove_strays(self.folder)
+            remove_frame_strays(self.folder)
         if self._suffix != ".png" and config.output_type in {"video", "both"}:
             check_video_encoder()
 
@@ -87,10 +97,7 @@ class OutputNames:
 
     def paths(self, seed: int, num_frames: int) -> OutputPaths:
         """Free names for one result in `folder` (with --overwrite the given name, free or not)."""
-        stem = self._stem
-        if stem is None:
-            now = datetime.now()
-            stem = f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}_{seed}"
+        stem = self._stem_for(seed)
         wanted = self._paths(stem, num_frames)
         may_replace = self._config.overwrite and self._stem is not None
         if may_replace or not wanted.existing():
@@ -107,14 +114,24 @@ class OutputNames:
                 return paths
         raise AssertionError("unreachable")
 
+    def rescue_paths(self, seed: int) -> OutputPaths:
+        """For a result of which nothing is written but what can be kept."""
+        return OutputPaths(self.folder, self._stem_for(seed))
+
+    def _stem_for(self, seed: int) -> str:
+        if self._stem is not None:
+            return self._stem
+        now = datetime.now()
+        return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}_{seed}"
+
     def _paths(self, stem: str, num_frames: int) -> OutputPaths:
         kind = self._config.output_type
         is_image = self._suffix == ".png" or (self._suffix == "" and self._stem is None and num_frames == 1)
         makes_video = kind in {"video", "both"}
-        latent_name = (
-            f"{stem}.safetensors" if self._suffix == ".safetensors" else f"{stem}_latent.safetensors"
-        )
+        latent_name = f"{stem}.safetensors" if self._suffix == ".safetensors" else f"{stem}{_LATENT_ENDING}"
         return OutputPaths(
+            self.folder,
+            stem,
             video=self.folder / f"{stem}.mp4" if makes_video and not is_image else None,
             image=self.folder / f"{stem}.png" if makes_video and is_image else None,
             frames=self.folder / stem if kind in {"images", "latent_images"} else None,
@@ -165,7 +182,7 @@ def write_outputs(
         latents: [1, 16, F, H, W]; needed for latent files.
     Raises:
         ResourceError: something could not be written. The frames are then saved as PNG files (or, failing
-            that, as one tensor), and the message says where.
+            that, the latents), and the message says where.
     """
     written: list[Path] = []
     try:
@@ -176,9 +193,8 @@ def write_outputs(
             written += _write_pixels(paths, frames, fps=fps, crf=crf, metadata=metadata)
     except _WRITE_ERRORS as error:
         target = paths.video or paths.image or paths.frames or paths.latent
-        raise ResourceError(
-            f"{target} could not be written: {error}\n{_rescue(paths, frames, latents, metadata)}"
-        ) from error
+        kept = _rescue(paths, frames, latents, metadata, latent_metadata)
+        raise ResourceError(f"{target} could not be written: {error}\n{kept}") from error
     return written
 
 
@@ -216,37 +232,47 @@ def _write_pixels(
         write_png(paths.image, frames[0], metadata)
         written.append(paths.image)
     if paths.frames is not None:
-        _remove_old_frames(paths.frames)
         write_frames(paths.frames, frames, metadata)
         written.append(paths.frames)
     return written
 
 
-def _remove_old_frames(folder: Path) -> None:
-    """A longer clip that stood here before must not lend its tail to the new one."""
-    if folder.is_dir():
-        for old in folder.iterdir():
-            if _FRAME_NAME.fullmatch(old.name):
-                old.unlink()
-
-
 def _rescue(
-    paths: OutputPaths, frames: np.ndarray | None, latents: Tensor | None, metadata: Mapping[str, str]
+    paths: OutputPaths,
+    frames: np.ndarray | None,
+    latents: Tensor | None,
+    metadata: Mapping[str, str],
+    latent_metadata: Mapping[str, str],
 ) -> str:
     """Save the result in another form, in another place if need be; returns what to tell the user."""
-    target = paths.video or paths.image or paths.frames or paths.latent
-    name = target.stem if target is not None else "result"
-    home = target.parent if target is not None else Path()
-    for folder in (home, Path(tempfile.gettempdir())):
-        try:
-            if frames is not None:
-                place = folder / f"{name}_frames"
+    if frames is not None:
+        for folder in (paths.folder, Path(tempfile.gettempdir())):
+            place = _free_path(folder, paths.stem, "_frames")
+            try:
                 write_frames(place, frames, metadata)
+            except _WRITE_ERRORS as error:
+                log.warning("%s: keeping the frames there failed too: %s", folder, error)
+            else:
                 return f"The {len(frames)} frames were kept as PNG files in {place}"
-            if latents is not None:
-                place = folder / f"{name}_latent.safetensors"
-                write_latents(place, latents, {})
-                return f"The latents were kept in {place}; decode them with --latent_path"
+    if latents is None:
+        return "Keeping the frames in another form failed as well"
+    return keep_latents(paths, latents, latent_metadata)
+
+
+def keep_latents(paths: OutputPaths, latents: Tensor, metadata: Mapping[str, str]) -> str:
+    """Save latents [1, 16, F, H, W] that nothing else was made of; returns what to tell the user."""
+    for folder in (paths.folder, Path(tempfile.gettempdir())):
+        place = _free_path(folder, paths.stem, _LATENT_ENDING)
+        try:
+            write_latents(place, latents, metadata)
         except _WRITE_ERRORS as error:
-            log.warning("%s: keeping the result there failed too: %s", folder, error)
-    return "Keeping the frames in another form failed as well"
+            log.warning("%s: keeping the latents there failed: %s", folder, error)
+        else:
+            return f"The latents were kept in {place}; decode them with --latent_path"
+    return "Keeping the latents failed as well"
+
+
+def _free_path(folder: Path, stem: str, ending: str) -> Path:
+    """The first of <stem><ending>, <stem>-1<ending>, ... that is not there: a rescue replaces nothing."""
+    marks = ("" if number == 0 else f"-{number}" for number in itertools.count())
+    return next(path for mark in marks if not (path := folder / f"{stem}{mark}{ending}").exists())

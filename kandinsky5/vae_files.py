@@ -60,6 +60,25 @@ def check_vae_file(path: Path) -> None:
     _check_tensors(file, config, _read_shapes(file))
 
 
+def check_vae_values(path: Path) -> None:
+    """Read all weights of a VAE once, and keep none.
+
+    Raises:
+        ModelFileError: some hold NaN or infinity, or the file is damaged.
+    """
+    file = _find_weights(path)
+    finite = FiniteCheck()
+    for name, tensor in _iterate_tensors(file):
+        finite.add(name, tensor)
+    _refuse_bad_values(file, finite)
+
+
+def _refuse_bad_values(file: Path, finite: FiniteCheck) -> None:
+    bad = finite.bad_names()
+    if bad:
+        raise ModelFileError(f"{file}: {not_finite_message(bad)}")
+
+
 def vae_fingerprint(path: Path) -> str:
     """Stands for configuration and weights in caches; independent of paths, quick to take, without loading.
 
@@ -91,9 +110,7 @@ def read_vae(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
     for name, tensor in _iterate_tensors(file):
         tensors[name] = tensor.to(device, dtype)
         finite.add(name, tensor)  # as the file has it: what overflows in `dtype` is not the file's fault
-    bad = finite.bad_names()
-    if bad:
-        raise ModelFileError(f"{file}: {not_finite_message(bad)}")
+    _refuse_bad_values(file, finite)
     return vae_from_config(config, tensors)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from modules.errors import ResourceError
-from modules.files import atomic_writer
+from modules.files import atomic_writer, sync_folder
+from modules.strays import find_strays, stray_name
 
 DEFAULT_CRF = 14
 _CODEC = "libx264"
@@ -22,6 +24,7 @@ _BT709 = 1
 """Colour primaries and transfer function in ITU-T H.273."""
 # The encoder's output depends on its number of threads: a fixed one gives equal files on every machine.
 _ENCODER_THREADS = "4"
+_FRAMES_PREFIX = ".k5frames-"
 
 
 def check_video_encoder() -> None:
@@ -90,11 +93,29 @@ def write_png(path: Path, pixels: np.ndarray, metadata: Mapping[str, str] | None
         Image.fromarray(pixels).save(stream, format="png", pnginfo=info)
 
 
-def write_frames(
-    folder: Path, frames: np.ndarray, metadata: Mapping[str, str] | None = None
-) -> Sequence[Path]:
-    """Write frames uint8 [F, H, W, 3] as 00000.png, 00001.png, ... into `folder`."""
-    paths = [folder / f"{index:05d}.png" for index in range(len(frames))]
-    for path, pixels in zip(paths, frames, strict=True):
-        write_png(path, pixels, metadata)
-    return paths
+def write_frames(folder: Path, frames: np.ndarray, metadata: Mapping[str, str] | None = None) -> list[Path]:
+    """Write frames uint8 [F, H, W, 3] as 00000.png, 00001.png, ... into a new folder, there once it is whole.
+
+    Raises:
+        OSError: the disk failed, or something of that name is there; nothing new is left.
+    """
+    names = [f"{index:05d}.png" for index in range(len(frames))]
+    building = folder.parent / stray_name(_FRAMES_PREFIX)
+    building.mkdir(parents=True)
+    try:
+        for name, pixels in zip(names, frames, strict=True):
+            write_png(building / name, pixels, metadata)
+        building.rename(folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+    return [folder / name for name in names]
+
+
+def remove_frame_strays(folder: Path) -> None:
+    """Delete the frames that killed processes left half-written in `folder`."""
+    for stray in find_strays(folder, _FRAMES_PREFIX):
+        if stray.is_abandoned():
+            # What cannot be deleted now is so at the next start.
+            shutil.rmtree(stray.path, ignore_errors=True)

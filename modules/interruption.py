@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
@@ -74,6 +74,13 @@ def exit_on_signal() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def keyboard_interrupts() -> Iterator[None]:
+    """Within the block Ctrl+C raises KeyboardInterrupt: it stops a part of the work, not the process."""
+    with _handled_by(signal.default_int_handler, [signal.SIGINT]):
+        yield
+
+
 def leave_at_once(code: int) -> NoReturn:
     """End the process without waiting for the threads of libraries, which Python would join first."""
     sys.stdout.flush()
@@ -88,9 +95,11 @@ def ignore_signals() -> None:
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _handled_by(
+    handler: Callable[[int, FrameType | None], Any], numbers: Sequence[int] = _SIGNALS
+) -> Iterator[None]:
     before: dict[int, Any] = {}
-    for number in _SIGNALS:
+    for number in numbers:
         # What is switched off stays off: so `nohup` and shells protect what runs in the background.
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, handler)

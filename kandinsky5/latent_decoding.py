@@ -1,0 +1,48 @@
+"""`--latent_path`: pixels from a latent file that an earlier run saved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from kandinsky5.configs.generate import GenerateConfig
+from kandinsky5.generation_models import ModelLoader
+from kandinsky5.outputs import OutputNames, read_latents, write_outputs
+from kandinsky5.sampling_pipeline import decode_frames
+from kandinsky5.vae import check_vae_file
+from modules.errors import ConfigError
+from modules.logs import get_logger
+
+log = get_logger(__name__)
+
+
+def decode_saved_latents(config: GenerateConfig, path: Path, device: torch.device) -> None:
+    """Decode a latent file that an earlier run saved; no DiT and no text encoder is touched.
+
+    Raises:
+        ConfigError: the output type needs no decoding.
+        ModelFileError: the file or the VAE cannot be used.
+    """
+    if config.output.output_type == "latent":
+        raise ConfigError("--latent_path decodes a latent: --output_type video or images is wanted")
+    latents, metadata = read_latents(path)
+    check_vae_file(config.models.vae)
+    names = OutputNames(config.output, makes_many=False)
+    seed = int(metadata["seeds"]) if metadata.get("seeds", "").isdigit() else 0
+    num_frames = 4 * latents.shape[2] - 3
+    paths = names.paths(seed, num_frames)
+    vae = ModelLoader(config, (), device, None).vae()
+    frames = decode_frames(vae, latents, tile_px=config.vae.tile_px)
+    written = write_outputs(
+        replace(paths, latent=None),  # it is there already
+        frames=frames[: max(1, len(frames) - config.output.trim_tail_frames)],
+        latents=None,
+        fps=config.output.fps,
+        crf=config.output.crf,
+        metadata={} if config.output.no_metadata else metadata,
+        latent_metadata={},
+    )
+    for result in written:
+        log.info("wrote %s", result)
