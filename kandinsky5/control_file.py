@@ -10,6 +10,18 @@ log = get_logger(__name__)
 CONTROL_WORDS = ("save", "sample", "stop")
 
 
+def remove_old_word(names: OutputNames) -> None:
+    """Remove what was written before this run began: it was meant for another."""
+    try:
+        names.control.unlink()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("%s is older than this run and cannot be removed: %s", names.control, error)
+        return
+    log.info("%s: older than this run, removed", names.control.name)
+
+
 def take_control_word(names: OutputNames) -> str:
     """The word in the run's control file, which is then deleted; "" if there is none."""
     try:

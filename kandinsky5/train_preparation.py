@@ -13,6 +13,7 @@ from dataset.cached_dataset import CachedDataset
 from dataset.config import DatasetConfig
 from kandinsky5 import train_checks, train_memory, train_setup
 from kandinsky5.configs.train import TrainConfig
+from kandinsky5.control_file import remove_old_word
 from kandinsky5.devices import check_fast_products
 from kandinsky5.hub import HubUploads
 from kandinsky5.machine_notes import machine_notes
@@ -141,6 +142,7 @@ def _take_output(config: TrainConfig, held: ExitStack) -> None:
         train_checks.check_output_unwritten(config, is_resuming=is_resuming)
         return
     train_checks.prepare_output(config, held, is_resuming=is_resuming)
+    remove_old_word(OutputNames(config.saving.output_dir, config.saving.output_name))
     remove_strays(config.saving.output_dir)
     remove_stray_states(config.saving.output_dir)
 

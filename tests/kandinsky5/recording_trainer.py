@@ -10,10 +10,15 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from kandinsky5_train_network import main
 from tests.kandinsky5.step_record import recorded
+from tests.kandinsky5.training_runs import write_word_while_loading
+
+WORD = "CONTROL_WORD_WHILE_LOADING"
+"""Environment variable: what the user writes into the control file while the model loads."""
 
 
 def _main() -> None:
@@ -21,7 +26,9 @@ def _main() -> None:
     words = sys.argv[1:]
     folder = Path(words[words.index("--output_dir") + 1]) / "ranks"
     folder.mkdir(parents=True, exist_ok=True)
-    with recorded() as records:
+    with recorded() as records, pytest.MonkeyPatch.context() as patch:
+        if os.environ[WORD]:
+            write_word_while_loading(folder.parent, os.environ[WORD], patch)
         main(words)
     assert int(os.environ["WORLD_SIZE"]) == torch.distributed.get_world_size()
     lines = "".join(json.dumps(record) + "\n" for record in records)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from modules.tensor_files import read_header, read_tensors, write_tensors
+from tests.kandinsky5.recording_trainer import WORD
 from tests.kandinsky5.test_resume_matrix import write_two_datasets
 from tests.kandinsky5.training_runs import metrics, train
 from tests.tiny import tiny_dit
@@ -40,7 +41,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_two_datasets(tmp_path_factory.mktemp("data"))
 
 
-def launch(dit: Path, dataset: Path, output: Path, root: Path, *extra: object) -> None:
+def launch(dit: Path, dataset: Path, output: Path, root: Path, *extra: object, word: str = "") -> None:
     words = (
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2),
         *("--num_machines", 1, "--num_cpu_threads_per_process", 1, "--main_process_port", 0),
@@ -50,7 +51,7 @@ def launch(dit: Path, dataset: Path, output: Path, root: Path, *extra: object) -
         *("--timestep_sampling", "shift", "--discrete_flow_shift", 5.0, "--max_data_loader_n_workers", 0),
         *("--gradient_accumulation_steps", 3, *OPTIONS, *extra),
     )
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", WORD: word}
     subprocess.run([str(word) for word in words], check=True, timeout=300, env=environment)
 
 
@@ -106,9 +107,7 @@ def test_two_processes_resume_as_if_they_had_not_stopped(
 ) -> None:
     launch(dit, dataset, tmp_path / "whole", root)
     output = tmp_path / "parts"
-    output.mkdir()
-    (output / "lora.control").write_text("stop", encoding="utf-8")
-    launch(dit, dataset, output, root)
+    launch(dit, dataset, output, root, word="stop")
     parts = [rank_records(output, rank) for rank in (0, 1)]
     assert [len(records) for records in parts] == [1, 1]
     launch(dit, dataset, output, root, "--resume", "auto")

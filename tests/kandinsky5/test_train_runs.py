@@ -15,7 +15,14 @@ from kandinsky5 import objective, train_setup
 from kandinsky5.train_plan import reader_problem
 from modules.locks import sole_user
 from modules.tensor_files import read_header, read_tensors
-from tests.kandinsky5.training_runs import exit_code, lora_bytes, metrics, train, write_dataset
+from tests.kandinsky5.training_runs import (
+    exit_code,
+    lora_bytes,
+    metrics,
+    train,
+    write_dataset,
+    write_word_while_loading,
+)
 
 
 def test_the_same_command_twice_gives_the_same_bytes(dit: Path, dataset: Path, tmp_path: Path) -> None:
@@ -296,8 +303,20 @@ def test_a_killed_reader_is_recognised_under_the_error_of_what_it_interrupted() 
     assert reader_problem(RuntimeError("unexpected pos 64 vs 0")) is None
 
 
-def test_a_control_file_stops_the_run_in_good_order(dit: Path, dataset: Path, tmp_path: Path) -> None:
-    (tmp_path / "lora.control").write_text("stop\n", encoding="utf-8")
+def test_a_word_that_is_older_than_the_run_is_removed_unread(
+    dit: Path, dataset: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "lora.control").write_text("stop", encoding="utf-8")
+    train(dit, dataset, tmp_path, "--max_train_steps", 2)
+    assert "lora.control: older than this run, removed" in said.text
+    assert len(metrics(tmp_path, "step")) == 2
+    assert not (tmp_path / "lora.control").exists()
+
+
+def test_a_control_file_stops_the_run_in_good_order(
+    dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_word_while_loading(tmp_path, "stop\n", monkeypatch)
     train(dit, dataset, tmp_path, "--max_train_steps", 5)
     assert len(metrics(tmp_path, "step")) == 1
     assert (tmp_path / "lora-step00000001-state" / "manifest.json").is_file()

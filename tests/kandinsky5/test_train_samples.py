@@ -17,7 +17,14 @@ from kandinsky5.sample_files import SampleNames, write_grid, write_sample
 from kandinsky5.text_encoders import TextEncoders
 from modules.errors import DivergedError
 from tests.kandinsky5.generation_kit import frames_of
-from tests.kandinsky5.training_runs import exit_code, lora_bytes, metrics, train, write_dataset
+from tests.kandinsky5.training_runs import (
+    exit_code,
+    lora_bytes,
+    metrics,
+    train,
+    write_dataset,
+    write_word_while_loading,
+)
 
 SMALL = "--w 32 --h 32 --f 5 --s 2 --g 1"
 
@@ -301,10 +308,9 @@ def test_the_word_stop_interrupts_samples_and_the_resumed_run_makes_them(
 
 
 def test_the_word_sample_in_the_control_file_makes_samples(
-    dit: Path, dataset: Path, models: tuple[object, ...], tmp_path: Path
+    dit: Path, dataset: Path, models: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/lora.control").write_text("sample", encoding="utf-8")
+    write_word_while_loading(tmp_path / "out", "sample", monkeypatch)
     prompts = prompt_file(tmp_path, f"a {SMALL}")
     train(dit, dataset, tmp_path / "out", *models, "--sample_prompts", prompts, "--max_train_steps", 3)
     assert [record["step"] for record in metrics(tmp_path / "out", "sample")] == [1]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kandinsky5 import training
+from kandinsky5 import training, validation
 from kandinsky5.validation import NUM_BINS, Validation, draw_levels
 from kandinsky5.validation_plot import write_validation_plot
 from modules.errors import CacheError
@@ -116,6 +116,24 @@ def test_a_resumed_run_makes_the_same_checks_and_measures_the_base_model_once(
     assert measured == [False, True, True, True]
     pictures = [(tmp_path / name / "lora_validation.png").read_bytes() for name in ("parts", "whole")]
     assert pictures[0] == pictures[1]
+
+
+def test_the_word_stop_is_heard_during_a_check(
+    dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other words wait for the end of the next step."""
+    plain = validation.draw_noise
+    words = iter(["save", "stop"])
+
+    def draw_noise(*given: Any) -> torch.Tensor:
+        (tmp_path / "lora.control").write_text(next(words), encoding="utf-8")
+        return plain(*given)
+
+    monkeypatch.setattr(validation, "draw_noise", draw_noise)
+    train(dit, dataset, tmp_path, "--max_train_steps", 6, "--validate_every_n_steps", 2, *SPLIT)
+    assert [record["step"] for record in metrics(tmp_path, "step")] == [1, 2]
+    assert checks(tmp_path) == []
+    assert (tmp_path / "lora-step00000002-state").is_dir()
 
 
 def test_other_model_settings_are_another_measurement(dit: Path, dataset: Path, tmp_path: Path) -> None:

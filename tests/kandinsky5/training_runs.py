@@ -13,6 +13,7 @@ import torch
 
 from dataset.cache_files import LatentCacheMeta, TextCacheMeta, write_latent_cache, write_text_cache
 from dataset.cache_names import text_cache_name, video_cache_name
+from kandinsky5 import train_setup
 from kandinsky5_train_network import main
 from modules.tensor_files import read_tensors, write_tensors
 from tests.tiny import tiny_dit
@@ -96,6 +97,17 @@ def train(
     )
     main([str(word) for word in (*base, *settings, *extra)])
     return metrics(output)
+
+
+def write_word_while_loading(output: Path, word: str, patch: pytest.MonkeyPatch) -> None:
+    """What a user writes into the control file of a run whose model loads."""
+    plain = train_setup.load_model
+
+    def load_model(*given: Any) -> Any:
+        (output / "lora.control").write_text(word, encoding="utf-8")
+        return plain(*given)
+
+    patch.setattr(train_setup, "load_model", load_model)
 
 
 def exit_code(*arguments: Any, **named: str) -> int | str | None:
