@@ -1,7 +1,8 @@
 """The training loop: accumulate, clip, step, log, save, and stop in good order.
 
 One optimizer step needs one transfer from the device: its loss, its gradient norm and whether anybody asks to
-stop travel together, after the backward passes and before the weights move.
+stop travel together, after the backward passes and before the weights move. Several processes agree once more
+when the step is done, so that all of them stop after the same one.
 """
 
 from __future__ import annotations
