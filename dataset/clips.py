@@ -131,7 +131,7 @@ class _ItemResult:
     clips: tuple[PlannedClip, ...] = ()
     skipped: SkippedItem | None = None
     total_frames: int | None = None
-    fps: Fraction | None = None
+    video: VideoInfo | None = None
 
 
 class _Planner:
@@ -175,7 +175,7 @@ class _Planner:
     def _plan_video(self, item: SourceItem, dataset: VideoDatasetConfig) -> _ItemResult:
         info = probe_video(item.path)
         numbers, fps = _resampled(dataset, info.times)
-        fingerprint = source_fingerprint(item.path)
+        fingerprint = source_fingerprint(item.path) + info.treatment
         mask = _mask(item, info.size, info.num_frames)
         return self._cut(item, dataset, info.size, numbers, fps, fingerprint, video=info, mask=mask)
 
@@ -230,7 +230,7 @@ class _Planner:
             clips=clips,
             skipped=skipped,
             total_frames=len(numbers),
-            fps=video.fps if video else None,
+            video=video,
         )
 
     def _sizes(self, item: SourceItem, size: Size) -> dict[str, Size]:
@@ -281,12 +281,23 @@ def _notes(dataset: AnyDatasetConfig, results: Sequence[_ItemResult]) -> Iterato
             f"{list(dataset.target_frames)} and give only the shorter clips, "
             f"for example {short[0].name} ({short[0].total_frames} frames)"
         )
+    known = [(r.name, r.video) for r in results if r.video is not None]
+    flat = [(name, video) for name, video in known if video.square != video.stored]
+    if flat:
+        name, video = flat[0]
+        stored, square = ("{}x{}".format(*size) for size in (video.stored, video.square))
+        yield (
+            f"dataset {dataset.index}: {len(flat)} videos have pixels that are not square and are scaled to "
+            f"the shape that players show, for example {name} ({stored} to {square})"
+        )
     if dataset.source_fps is None:
-        other = [r for r in results if r.fps is not None and abs(r.fps - 24) > Fraction(1, 2)]
+        rates = [(name, video.fps) for name, video in known if video.fps is not None]
+        other = [(name, fps) for name, fps in rates if abs(fps - 24) > Fraction(1, 2)]
         if other:
+            name, fps = other[0]
             yield (
                 f"dataset {dataset.index}: {len(other)} videos are not at about 24 frames a second, for "
-                f"example {other[0].name} ({float(other[0].fps or 0):g}); every frame is used as it is, so "
+                f"example {name} ({float(fps):g}); every frame is used as it is, so "
                 "motion changes its speed. Set source_fps to have frames dropped down to 24 a second"
             )
 
@@ -414,6 +425,8 @@ def _load_frames(clips: _Segment) -> dict[int, Frame]:
         frames = {n: resize_and_crop(frame, first.crop) for n, frame in _source_frames(first, numbers)}
     is_folder = first.item.is_frame_folder
     fingerprint = frames_fingerprint(frame_paths(path)) if is_folder else source_fingerprint(path)
+    if first.video is not None:
+        fingerprint += first.video.treatment
     if fingerprint != first.source_fingerprint:
         raise MediaError(first.item.path, CHANGED, "start again when it is complete")
     return frames

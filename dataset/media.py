@@ -169,10 +169,13 @@ def _to_rgb(image: Image.Image) -> Frame:
     if image.mode == "F":
         raise ValueError("floating point images have no agreed range")
     if image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, rgba)
+        image = over_white(image.convert("RGBA"))
     return np.asarray(image.convert("RGB")).copy()
+
+
+def over_white(rgba: Image.Image) -> Image.Image:
+    """What is seen of a picture with transparent parts; RGBA, opaque."""
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
 
 
 def _grey_to_rgb(values: NDArray[np.int64]) -> Frame:
@@ -192,12 +195,13 @@ def resize_and_crop(frame: Frame, target: Size) -> Frame:
         return frame
     plan = plan_crop(source, target)
     if plan.resized != source:
-        frame = _resize(frame, plan.resized, enlarges=plan.enlarges)
+        frame = resize(frame, plan.resized, enlarges=plan.enlarges)
     x, y = plan.offset
     return np.ascontiguousarray(frame[y : y + target[1], x : x + target[0]])
 
 
-def _resize(frame: Frame, size: Size, *, enlarges: bool) -> Frame:
+def resize(frame: Frame, size: Size, *, enlarges: bool) -> Frame:
+    """Bring a frame to `size` (width, height), whatever its shape was."""
     if enlarges:
         return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
     return cv2.resize(frame, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)

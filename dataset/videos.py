@@ -2,7 +2,8 @@
 
 A damaged file is an error, never a shorter clip: cut files are found from their packets, before anything but
 the first frame is decoded, and frames that the decoder had to guess are refused. What no reader can notice is
-changed bytes that still make a valid stream, and an MPEG program stream cut between two packets.
+changed bytes that still make a valid stream, and a file without an index (an MPEG program stream, FLV, a live
+recording, a fragmented MP4) that was cut exactly between two packets.
 """
 
 from __future__ import annotations
@@ -19,11 +20,22 @@ from typing import Any
 import av
 import numpy as np
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
+from PIL import Image
 
 from dataset.buckets import Size
-from dataset.media import DAMAGED, UNREADABLE, Frame, MediaError, check_pixel_count
+from dataset.container_ends import ends_early
+from dataset.media import (
+    DAMAGED,
+    UNREADABLE,
+    Frame,
+    MediaError,
+    check_pixel_count,
+    over_white,
+    resize,
+)
 
 Turn = tuple[int, int, int, int]
 """The display matrix (a, b, c, d), each -1, 0 or 1: a pixel at (x, y) is shown at (a*x + c*y, b*x + d*y)."""
@@ -31,6 +43,10 @@ Turn = tuple[int, int, int, int]
 _UPRIGHT: Turn = (1, 0, 0, 1)
 _CLOCK = re.compile(r"([0-9]{1,4}):([0-9]{2}):([0-9]{2}(?:\.[0-9]{1,12})?)")
 """How Matroska writes a duration: 00:00:01.960000000; tags that look otherwise promise nothing."""
+_ROUNDING = Fraction(1, 200)
+"""By how much sums of rounded times may differ, in seconds."""
+_LONGEST_STEP = Fraction(1, 10)
+"""How long a frame is taken to be shown where nothing tells, in seconds."""
 _SEEK_WORTHWHILE = 32
 """Frames before the first wanted one from which seeking beats decoding them."""
 
@@ -39,15 +55,30 @@ _SEEK_WORTHWHILE = 32
 class VideoInfo:
     """A whole video, looked at without decoding more than its first frame."""
 
-    size: Size
-    """(width, height) when it stands upright."""
+    stored: Size
+    """(width, height) of a decoded frame, before it is turned."""
+    square: Size
+    """The same once its pixels are square; larger than `stored` if they are stored narrow or flat."""
     turn: Turn
+    has_alpha: bool
+    """Parts of it may be transparent, and are shown over white."""
     times: tuple[Fraction, ...]
     """Presentation time of every frame in seconds, ascending: its length is the number of frames."""
     pts: tuple[int, ...] | None
     """The same in the file's clock; None when the packets do not tell, and frames have to be counted."""
     fps: Fraction | None
     """Average frame rate."""
+
+    @property
+    def size(self) -> Size:
+        """(width, height) as it is shown: upright, with square pixels."""
+        return self.square if self.turn[0] else (self.square[1], self.square[0])
+
+    @property
+    def treatment(self) -> str:
+        """What is done to the decoded pixels besides turning them; "" for nearly all files."""
+        scaled = "" if self.square == self.stored else "-square{}x{}".format(*self.square)
+        return scaled + ("-over-white" if self.has_alpha else "")
 
     @property
     def num_frames(self) -> int:
@@ -66,7 +97,9 @@ def probe_video(path: Path) -> VideoInfo:
             stream = _video_stream(path, container)
             check_pixel_count(path, (stream.codec_context.width, stream.codec_context.height))
             packets = _Packets.read(container, stream)
-        _refuse_cut_file(path, packets)
+            if packets.is_cut or ends_early(path, container.format.name):
+                raise MediaError(path, DAMAGED, "the file ends early")
+        _refuse_early_end(path, packets)
         with av.open(str(path)) as container:
             stream = _video_stream(path, container)
             if packets.can_be_trusted:
@@ -74,19 +107,32 @@ def probe_video(path: Path) -> VideoInfo:
                 times = None
             else:
                 first, times = _count_frames(container.decode(stream), packets)
+            aspect = stream.sample_aspect_ratio
     except (av.FFmpegError, OSError, ValueError, ArithmeticError) as error:
         raise MediaError(path, UNREADABLE, _reason(path, error)) from error
     if first is None:
         raise MediaError(path, DAMAGED, "no frame can be decoded")
-    return _describe(path, packets, first, times)
-
-
-def _describe(
-    path: Path, packets: _Packets, first: VideoFrame, times: tuple[Fraction, ...] | None
-) -> VideoInfo:
     if first.is_corrupt:
         raise MediaError(path, DAMAGED, "the first frame is corrupt")
-    turn = _turn(first)
+    stored = (first.width, first.height)
+    square = _square_size(stored, aspect)
+    check_pixel_count(path, square)
+    pts, times, fps = _timing(path, packets, first, times)
+    return VideoInfo(
+        stored=stored,
+        square=square,
+        turn=_turn(first),
+        has_alpha=_has_alpha(first),
+        times=times,
+        pts=pts,
+        fps=fps,
+    )
+
+
+def _timing(
+    path: Path, packets: _Packets, first: VideoFrame, times: tuple[Fraction, ...] | None
+) -> tuple[tuple[int, ...] | None, tuple[Fraction, ...], Fraction | None]:
+    """`pts`, `times` and `fps` of the VideoInfo."""
     pts = None
     if times is None:
         # Frames before the first that can be decoded (leading frames of an open group) are never shown.
@@ -100,8 +146,19 @@ def _describe(
         fps = (len(times) - 1) / (times[-1] - times[0])
     else:
         fps = packets.average_rate
-    size = (first.width, first.height) if turn[0] else (first.height, first.width)
-    return VideoInfo(size=size, turn=turn, times=times, pts=pts, fps=fps)
+    return pts, times, fps
+
+
+def _square_size(stored: Size, aspect: Fraction | None) -> Size:
+    """The size that shows the stored pixels in their shape, width to height; it is smaller in no direction.
+
+    Shapes within a hundredth of a square are rounding in the file: they are not worth resampling for.
+    """
+    width, height = stored
+    if aspect is None or aspect <= 0 or abs(aspect - 1) <= Fraction(1, 100):
+        return stored
+    half = Fraction(1, 2)
+    return (int(width * aspect + half), height) if aspect > 1 else (width, int(height / aspect + half))
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -113,9 +170,13 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
-    if not container.streams.video:
-        raise MediaError(path, UNREADABLE, "holds no video")
-    stream = container.streams.video[0]
+    shown = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not shown:
+        cover = " but a cover picture" if container.streams.video else ""
+        raise MediaError(path, UNREADABLE, f"holds no video{cover}")
+    stream = shown[0]
+    if stream.codec_context is None:  # as FFmpeg leaves it where it knows no decoder
+        raise MediaError(path, UNREADABLE, "its codec is not known, or the file is damaged")
     # With several threads per frame FFmpeg loses the mark of corrupt frames; files are read side by side.
     stream.codec_context.thread_count = 1
     return stream
@@ -157,10 +218,11 @@ class _Packets:
                 durations[packet.pts] = packet.duration or 0
         pts.sort()
         time_base = stream.time_base or Fraction(1)
+        step = _frame_step(pts, time_base, stream.average_rate)
         end = Fraction(0)
         if pts:
-            end = (pts[-1] + (durations[pts[-1]] or _typical_step(pts))) * time_base
-        declared_end, slack = _declared_end(container, stream, _typical_step(pts) * time_base)
+            end = pts[-1] * time_base + (durations[pts[-1]] * time_base or step)
+        declared_end, slack = _declared_end(container, stream, step)
         # VP8 and old AVI files hold packets that show nothing.
         is_odd = stream.codec_context.name == "vp8" or "avi" in container.format.name.split(",")
         return cls(
@@ -176,9 +238,12 @@ class _Packets:
         )
 
 
-def _typical_step(pts: Sequence[int]) -> int:
+def _frame_step(pts: Sequence[int], time_base: Fraction, average_rate: Fraction | None) -> Fraction:
+    """Seconds from one frame to the next, or how long the only one is shown."""
     steps = [b - a for a, b in itertools.pairwise(pts)]
-    return int(statistics.median(steps)) if steps else 0
+    if steps:
+        return int(statistics.median(steps)) * time_base
+    return 1 / average_rate if average_rate else _LONGEST_STEP
 
 
 def _lost_its_end(container: InputContainer, stream: VideoStream) -> bool:
@@ -190,21 +255,23 @@ def _declared_end(
     container: InputContainer, stream: VideoStream, step: Fraction
 ) -> tuple[Fraction | None, Fraction]:
     """When the last frame should end, as far as the header tells, and how exact that is; in seconds."""
+    exact = max(step / 2, _ROUNDING)
     tag = _CLOCK.fullmatch(stream.metadata.get("DURATION", ""))
     if tag is not None:
         hours, minutes, seconds = (Fraction(part) for part in tag.groups())
-        return hours * 3600 + minutes * 60 + seconds, step / 2
+        return hours * 3600 + minutes * 60 + seconds, exact
     if stream.duration is not None and stream.time_base is not None:
-        return (stream.duration + (stream.start_time or 0)) * stream.time_base, step / 2
-    if container.duration is not None and len(container.streams) == 1:
-        end = Fraction(container.duration + max(container.start_time or 0, 0), av.time_base)
+        # Some files count a late start into the duration, others do not; an early one is always counted.
+        return (stream.duration + min(stream.start_time or 0, 0)) * stream.time_base, exact
+    # FLV does not tell how long its last frame is shown, and counts that in.
+    length = None if container.format.name == "flv" else container.duration
+    if length is not None and len(container.streams) == 1:
+        end = Fraction(length + max(container.start_time or 0, 0), av.time_base)
         return end, max(2 * step, Fraction(1, 10))
     return None, step
 
 
-def _refuse_cut_file(path: Path, packets: _Packets) -> None:
-    if packets.is_cut:
-        raise MediaError(path, DAMAGED, "the file ends early")
+def _refuse_early_end(path: Path, packets: _Packets) -> None:
     if packets.declared_end is None or not packets.pts:
         return
     if packets.declared_end - packets.end > packets.slack:
@@ -289,16 +356,29 @@ def _by_pts(
 
 
 def _upright(path: Path, frame: VideoFrame, info: VideoInfo) -> Frame:
-    pixels: Frame = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+    pixels = _rgb(frame)
+    found = (pixels.shape[1], pixels.shape[0])
+    if found != info.stored:
+        raise MediaError(path, DAMAGED, "the frame size changes to {}x{}".format(*found))
+    if info.square != info.stored:
+        pixels = resize(pixels, info.square, enlarges=True)
     a, b, c, d = info.turn
     if a:
         pixels = pixels[:: d or 1, ::a]
     else:
         pixels = pixels.transpose(1, 0, 2)[::b, ::c]
-    if (pixels.shape[1], pixels.shape[0]) != info.size:
-        found = f"{pixels.shape[1]}x{pixels.shape[0]}"
-        raise MediaError(path, DAMAGED, f"the frame size changes to {found}")
     return np.ascontiguousarray(pixels)
+
+
+def _has_alpha(frame: VideoFrame) -> bool:
+    return any(component.is_alpha for component in frame.format.components)
+
+
+def _rgb(frame: VideoFrame) -> Frame:
+    if _has_alpha(frame):
+        rgba = Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA")
+        return np.asarray(over_white(rgba).convert("RGB"))
+    return frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
 
 
 def _turn(frame: VideoFrame) -> Turn:

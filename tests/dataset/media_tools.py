@@ -23,13 +23,19 @@ def write_video(
     pts_ms: Sequence[int] | None = None,
     codec_options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
+    aspect: Fraction | None = None,
 ) -> Path:
-    """Encode uint8 RGB frames nearly without loss; `pts_ms` gives each frame its own time."""
+    """Encode uint8 RGB frames nearly without loss.
+
+    `pts_ms` gives each frame its own time, `aspect` is the width of a pixel divided by its height.
+    """
     options = codec_options or ({"crf": "4", "g": "12"} if codec == "libx264" else {})
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv444p" if frames[0].shape[1] % 2 or frames[0].shape[0] % 2 else "yuv420p"
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         if codec == "mpeg4":
             stream.bit_rate = 4_000_000
         if pts_ms is not None:

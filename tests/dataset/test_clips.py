@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -325,3 +326,16 @@ def test_a_file_that_the_memory_is_too_small_for_does_not_end_the_others(
     (loaded,) = load_batches(cut_batches(clips, 3))
     assert [clip.item.path.name for clip in loaded.clips] == ["a.png", "c.png"]
     assert [(bad.name, bad.is_failure) for bad in loaded.damaged] == [("b.png", True)]
+
+
+def test_a_video_with_flat_pixels_is_planned_at_its_shown_shape_and_that_is_said(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", numbered_frames(5, 64, 64), aspect=Fraction(16, 9))
+    write_video(tmp_path / "b.mp4", numbered_frames(5, 64, 64))
+    made = plan(videos(tmp_path, resolution=(64, 64), enable_bucket=True, target_frames=(5,)))
+    flat, square = sorted(made.clips, key=lambda clip: clip.item.path.name)
+    assert (flat.source_size, flat.bucket, square.bucket) == ((114, 64), (80, 48), (64, 64))
+    assert numbers(flat) == numbers(square) == list(range(5))
+    assert flat.source_fingerprint.endswith("-square114x64")  # a cache of squeezed pixels no longer fits
+    (note,) = made.notes
+    assert "1 videos have pixels that are not square" in note
+    assert "a.mp4 (64x64 to 114x64)" in note

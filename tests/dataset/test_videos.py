@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import struct
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from dataset.frames import are_even, resample_by_time
-from dataset.media import DAMAGED, UNREADABLE, MediaError
-from dataset.videos import probe_video, read_frames
+from dataset.media import DAMAGED, TOO_LARGE, UNREADABLE, MediaError
+from dataset.videos import VideoInfo, probe_video, read_frames
 from tests.dataset.media_tools import (
     cut_file,
     flip_bytes,
@@ -217,3 +220,125 @@ def test_a_duration_tag_that_is_no_time_promises_nothing(tmp_path: Path, tag: st
     with av.open(str(path)) as container:
         assert container.streams.video[0].metadata["DURATION"] == tag
     assert numbers_of(read_all(path)) == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.mp4", "libx264"),
+        ("a.mkv", "libx264"),
+        ("a.webm", "libvpx-vp9"),
+        ("a.webm", "libvpx"),
+        ("a.wmv", "msmpeg4"),
+        ("a.avi", "mpeg4"),
+        ("a.flv", "flv"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_shortest_videos_are_whole(tmp_path: Path, name: str, codec: str, count: int) -> None:
+    path = write_video(tmp_path / name, numbered_frames(count), codec=codec)
+    assert probe_video(path).num_frames == count
+    assert len(read_all(path)) == count
+
+
+def test_a_start_after_zero_is_not_missed_at_the_end(tmp_path: Path) -> None:
+    """Fragmented files with B-frames start late and count that into their length."""
+    path = tmp_path / "a.mp4"
+    options = {"movflags": "dash+frag_keyframe+global_sidx"}
+    write_video(path, numbered_frames(40), codec_options={"bf": "3", "g": "12"}, container_options=options)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].start_time
+    assert probe_video(path).num_frames == 40
+
+
+def test_a_last_frame_that_is_shown_long_is_not_the_end_of_a_cut_file(tmp_path: Path) -> None:
+    """As screen recordings end; FLV has no other word on it than the length of the whole."""
+    path = tmp_path / "a.flv"
+    write_video(path, numbered_frames(6), codec="flv", pts_ms=[0, 40, 80, 120, 160, 200])
+    content = bytearray(path.read_bytes())
+    at = content.index(b"duration") + len(b"duration") + 1
+    content[at : at + 8] = struct.pack(">d", 2.5)
+    path.write_bytes(content)
+    assert probe_video(path).num_frames == 6
+
+
+def with_cover(path: Path, *, is_first: bool, has_video: bool) -> Path:
+    """A white cover picture, beside a black clip of 3 frames or beside sound alone."""
+    with av.open(str(path), "w") as container:
+
+        def add(codec: str, brightness: int, count: int) -> list[av.Packet]:
+            stream = container.add_stream(codec, rate=24)
+            stream.width, stream.height = 64, 48
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            if codec == "mjpeg":
+                stream.disposition = Disposition.attached_pic
+            picture = np.full((48, 64, 3), brightness, np.uint8)
+            frames = [av.VideoFrame.from_ndarray(picture, format="rgb24") for _ in range(count)]
+            for number, frame in enumerate(frames):
+                frame.pts = number
+            return [packet for frame in (*frames, None) for packet in stream.encode(frame)]
+
+        plan = [("mjpeg", 255, 1)] + ([("libx264", 0, 3)] if has_video else [])
+        packets = [add(*entry) for entry in (plan if is_first else plan[::-1])]
+        for packet in itertools.chain(*packets):
+            container.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_cover_picture_is_not_the_video(tmp_path: Path, is_first: bool) -> None:
+    path = with_cover(tmp_path / "a.mp4", is_first=is_first, has_video=True)
+    assert probe_video(path).num_frames == 3
+    assert read_all(path).mean() < 20
+
+
+def test_a_song_with_a_cover_picture_is_no_video(tmp_path: Path) -> None:
+    path = with_cover(tmp_path / "a.mp4", is_first=True, has_video=False)
+    assert refused(path).detail == "holds no video but a cover picture"
+
+
+def test_hidden_colours_of_transparent_video_are_not_seen(tmp_path: Path) -> None:
+    path = tmp_path / "a.mov"
+    pixels = np.zeros((48, 64, 4), np.uint8)
+    pixels[:, :32] = (255, 0, 0, 255)
+    pixels[:, 32:] = (0, 255, 0, 0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("qtrle", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "argb"
+        container.mux(
+            stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba").reformat(format="argb"))
+        )
+        container.mux(stream.encode())
+    shown = read_all(path)[0]
+    assert shown[10, 10].tolist() == [255, 0, 0]
+    assert shown[10, 50].tolist() == [255, 255, 255]
+    assert probe_video(path).treatment == "-over-white"
+
+
+def test_pixels_that_are_not_square_are_scaled_to_the_shape_that_is_shown(tmp_path: Path) -> None:
+    def shown(aspect: Fraction, *, turned: bool = False) -> tuple[VideoInfo, np.ndarray]:
+        path = write_video(tmp_path / "a.mp4", numbered_frames(2, 64, 64), aspect=aspect)
+        if turned:
+            set_display_matrix(path, 0, 1, -1, 0)
+        return probe_video(path), read_all(path)
+
+    info, plain = shown(Fraction(1))
+    assert (info.size, info.treatment) == ((64, 64), "")
+    info, wide = shown(Fraction(16, 9))
+    assert (info.size, info.treatment, wide.shape) == ((114, 64), "-square114x64", (2, 64, 114, 3))
+    assert numbers_of(wide) == [0, 1]
+    info, turned = shown(Fraction(16, 9), turned=True)
+    assert (info.size, turned.shape) == ((64, 114), (2, 114, 64, 3))
+    assert shown(Fraction(3, 4))[0].size == (64, 85)
+    info, rounded = shown(Fraction(200, 201))  # what encoders write for sizes that do not divide
+    assert info.size == (64, 64)
+    assert np.array_equal(rounded, plain)
+
+
+def test_pixels_of_an_absurd_shape_are_refused(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", numbered_frames(1, 640, 480), aspect=Fraction(16, 9))
+    content = bytearray(path.read_bytes())
+    at = content.index(b"pasp") + 4
+    content[at : at + 8] = struct.pack(">II", 3000, 1)
+    path.write_bytes(content)
+    assert refused(path).reason == TOO_LARGE
