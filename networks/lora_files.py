@@ -183,10 +183,13 @@ def _check_matches(
 
 def _build_layer(path: Path, layer: str, roles: dict[str, Tensor], peft: PeftScale) -> LayerFactors:
     alpha = roles.pop("alpha", None)
-    odd = [role for role, tensor in roles.items() if tensor.ndim != 2]
+    if alpha is not None and alpha.numel() != 1:
+        raise ModelFileError(f"{path}: layer {layer}: alpha has {alpha.numel()} elements instead of one")
+    odd = [role for role, tensor in roles.items() if tensor.ndim != 2 or not tensor.numel()]
     factors = None if odd else factors_from_roles(roles, 1.0)
     if factors is None:
-        raise ModelFileError(f"{path}: the weights of layer {layer} are incomplete: found {sorted(roles)}")
+        shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in sorted(roles.items()))
+        raise ModelFileError(f"{path}: the weights of layer {layer} are incomplete: found {shapes}")
     if isinstance(factors, LoraFactors) and factors.up.shape[1] != factors.rank:
         raise ModelFileError(
             f"{path}: layer {layer}: lora_down has rank {factors.rank}, lora_up {factors.up.shape[1]}"

@@ -29,11 +29,13 @@ class PeftScale:
     """Divide by the square root of the rank."""
 
     def factor(self, layer: str, rank: int) -> float:
-        """What up @ down is multiplied by in this layer."""
-        alpha = self.lora_alpha
-        for pattern, value in self.alpha_pattern.items():
-            if layer == pattern or layer.endswith("." + pattern):
-                alpha = value
+        """What up @ down is multiplied by in this layer; the first pattern that fits counts, as in PEFT."""
+        fitting = (
+            value
+            for pattern, value in self.alpha_pattern.items()
+            if layer == pattern or layer.endswith("." + pattern)
+        )
+        alpha = next(fitting, self.lora_alpha)
         if alpha is None:
             return 1.0
         return alpha / (rank**0.5 if self.use_rslora else rank)
@@ -61,6 +63,7 @@ def find_scale(path: Path, metadata: Mapping[str, str]) -> PeftScale:
         return _peft_scale({name.removeprefix("transformer."): v for name, v in settings.items()}, where)
     for config in (lora_config_path(path), path.with_name("config_lora.json")):
         if config.is_file():
+            log.info("%s: no alpha in the file, so its scale is that of %s beside it", path.name, config.name)
             return _peft_scale(_parse_settings(_read_config(config), str(config)), str(config))
     log.info("%s: no alpha in the file or beside it, so it is used at scale 1", path.name)
     return PeftScale()

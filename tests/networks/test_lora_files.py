@@ -20,6 +20,7 @@ from modules.tensor_files import read_tensors, write_tensors
 from networks.lora import LoRANetwork
 from networks.lora_files import LoadedLora, load_weights, read_lora, save_lora
 from networks.lora_kandinsky import create_network, linear_layer_sizes
+from networks.lora_scales import PeftScale, find_scale
 from tests.tiny import tiny_dit
 
 TARGET = "visual_transformer_blocks.1.cross_attention.to_key"
@@ -232,9 +233,25 @@ def keep_no_adapter_key(tensors: dict[str, Tensor]) -> None:
     tensors["blocks.0.weight"] = torch.ones(2)
 
 
+def alpha_of(count: int) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"transformer.{TARGET}.alpha"] = torch.ones(count)
+
+    return change
+
+
+def take_all_ranks(tensors: dict[str, Tensor]) -> None:
+    for half, dimension in (("A", 0), ("B", 1)):
+        key = f"transformer.{TARGET}.lora_{half}.weight"
+        tensors[key] = tensors[key].narrow(dimension, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (alpha_of(0), f"layer {TARGET}: alpha has 0 elements instead of one"),
+        (alpha_of(2), f"layer {TARGET}: alpha has 2 elements instead of one"),
+        (take_all_ranks, rf"layer {TARGET} are incomplete: found lora_down \[0, \d+\]"),
         (rename_all, r"0 of 104 keys match"),
         (drop_one_half, f"layer {TARGET} are incomplete"),
         (widen, r"another size: .* is \[128, 128\] in this model, \[128, 1792\] in the file"),
@@ -353,3 +370,23 @@ def test_underscored_names_are_looked_up_and_not_split(sizes: dict[str, tuple[in
     assert names.find("lora_unet_" + TARGET.replace(".", "_")) == TARGET
     assert names.find("base_model.model.transformer." + TARGET) == TARGET
     assert names.find("visual.transformer.blocks.1.cross.attention.to.key") is None
+
+
+def test_of_two_patterns_that_fit_a_layer_the_first_counts_as_in_peft(tmp_path: Path) -> None:
+    from peft.utils.other import get_pattern_key
+
+    name = "visual_transformer_blocks.0.self_attention.to_query"
+    for patterns in ({name: 8, "to_query": 16}, {"to_query": 16, name: 8}):
+        scale = PeftScale(4.0, patterns)
+        assert scale.factor(name, 4) == patterns[get_pattern_key(list(patterns), name)] / 4
+    assert scale.factor("visual_transformer_blocks.0.self_attention.to_key", 4) == 1
+
+
+@pytest.mark.parametrize("name", ["config_lora.json", "a_config_lora.json"])
+def test_a_scale_from_a_file_beside_the_lora_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    (tmp_path / name).write_text('{"r": 4, "lora_alpha": 2}', encoding="utf-8")
+    with caplog.at_level("INFO"):
+        assert find_scale(tmp_path / "a.safetensors", {}).factor("x", 4) == 0.5
+    assert f"a.safetensors: no alpha in the file, so its scale is that of {name}" in caplog.text
