@@ -21,6 +21,7 @@ from kandinsky5.generation_models import (
     SamplingModel,
     check_models,
     empty_device_cache,
+    log_trigger_words,
     magcache_ratios,
     read_loras,
     trigger_words,
@@ -147,7 +148,7 @@ class Run:
         check_models(config, device)
         loras = read_loras(config)
         self.templates = load_prompt_templates(config.text.prompt_templates)
-        self.triggers = trigger_words(config, loras)
+        log_trigger_words(config, loras)
         self.loader = ModelLoader(config, loras, device, self.templates)
 
     def planner(self) -> GenerationPlanner:
@@ -200,7 +201,16 @@ class Run:
         if problems:
             raise ConfigError([f"{spec.where}: {line}" if spec.where else line for line in problems])
         log_size_remarks(request, config.task)
-        return request
+        return replace(request, triggers=self._triggers(request))
+
+    def _triggers(self, request: VideoRequest) -> tuple[str, ...]:
+        multipliers = used_multipliers(self.config, request)
+        own, count = request.lora_multiplier, len(multipliers)
+        if own is not None and len(own) < count:
+            rest = ", ".join(f"{multiplier:g}" for multiplier in multipliers[len(own) :])
+            prefix = f"{request.where}: " if request.where else ""
+            log.info("%s%d multipliers for %d LoRAs: the rest are %s", prefix, len(own), count, rest)
+        return trigger_words(self.config, self.loader.loras, multipliers)
 
     def make(self, requests: Sequence[VideoRequest]) -> None:
         """Run all stages, each model loaded once and gone before the next.
@@ -213,7 +223,7 @@ class Run:
         self.check_vae_values(requests)
         encoders = self.loader.text_encoders()
         with memory_advice("encoding the prompts", ENCODER_ADVICE):
-            texts = encode_prompts(encoders, requests, self.triggers)
+            texts = encode_prompts(encoders, requests)
         encoders.free()
         del encoders
         empty_device_cache(self.device)
@@ -340,7 +350,7 @@ class Run:
         if self.config.output.no_metadata:
             return {}
         dtype = dtype_name(self.loader.compute_dtype)
-        return settings_metadata(self.config, request, dtype=dtype, triggers=self.triggers)
+        return settings_metadata(self.config, request, dtype=dtype)
 
     def _latent_metadata(self, request: VideoRequest) -> dict[str, str]:
         settings = self._metadata(request)

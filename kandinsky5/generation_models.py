@@ -145,13 +145,23 @@ def _check_runtime(lora: LoadedLora) -> None:
         )
 
 
-def trigger_words(config: GenerateConfig, loras: Sequence[LoadedLora]) -> tuple[str, ...]:
-    """The words that the LoRAs in use want before the prompt."""
-    triggers = tuple(lora.trigger for lora in loras if lora.trigger and lora.multiplier != 0)
+def trigger_words(
+    config: GenerateConfig, loras: Sequence[LoadedLora], multipliers: Sequence[float]
+) -> tuple[str, ...]:
+    """The words that the LoRAs want before a prompt for which they have these multipliers."""
+    if config.lora.no_lora_trigger:
+        return ()
+    pairs = zip(loras, multipliers, strict=True)
+    return tuple(lora.trigger for lora, multiplier in pairs if lora.trigger and multiplier != 0)
+
+
+def log_trigger_words(config: GenerateConfig, loras: Sequence[LoadedLora]) -> None:
+    """Say once which words there are and what becomes of them."""
+    triggers = [lora.trigger for lora in loras if lora.trigger]
     if triggers:
-        what = "not used (--no_lora_trigger)" if config.lora.no_lora_trigger else "put before the prompt"
+        declined, used = "not used (--no_lora_trigger)", "put before the prompt where its strength is not 0"
+        what = declined if config.lora.no_lora_trigger else used
         log.info("trigger words of the LoRA, %s: %s", what, ", ".join(triggers))
-    return () if config.lora.no_lora_trigger else triggers
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,9 @@ def _serve(run: Run, models: _HeldModels, read: Callable[[], str]) -> None:
             line = read().strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            log.error("prompt: the line is no UTF-8 text; type it again")
+            continue
         except KeyboardInterrupt:
             continue  # nothing is running: only the half-typed line goes
         if not line:
@@ -107,7 +110,7 @@ def _make(run: Run, models: _HeldModels, line: str) -> None:
     request = run.resolve(spec)
     log.info("to make this again:\n  %s", repeat_command(run.config, request))
     with memory_advice("making this one", "--fp8_base, --blocks_to_swap N or --offload_dit_during_sampling"):
-        (text,) = encode_prompts(models.encoders(), [request], run.triggers)
+        (text,) = encode_prompts(models.encoders(), [request])
         image = (
             None
             if request.image is None

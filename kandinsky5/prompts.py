@@ -136,7 +136,8 @@ class _Reader:
     def add(self, prompt: str, settings: Mapping[str, str], where: str, spell: Callable[[str], str]) -> None:
         """Read `settings` (key -> word); `spell` writes a key the way the file does."""
         values: dict[str, Any] = {}
-        problems = []
+        texts = {"prompt": prompt, **{spell(key): word for key, word in settings.items()}}
+        problems = [f"{where}: {line}" for line in text_problems(texts)]
         for key in sorted(settings, key=list(_FLAG_BY_KEY).index):
             flag = _FLAG_BY_KEY[key]
             try:
@@ -198,6 +199,24 @@ class _Reader:
         return PromptList(tuple(self.specs), tuple(self.problems), tuple(self.notes))
 
 
+def text_problems(texts: Mapping[str, str | None]) -> list[str]:
+    """What is wrong with texts that hold bytes or halves of characters that UTF-8 cannot write.
+
+    Args:
+        texts: what was typed, by what to call it.
+    """
+    problems = []
+    for name, text in texts.items():
+        try:
+            (text or "").encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            problems.append(
+                f"{name}: U+{code:04X} at character {error.start + 1} is no character; give the text in UTF-8"
+            )
+    return problems
+
+
 def parse_prompt_line(line: str, where: str) -> PromptList:
     """One line `text --w 512 --n what to avoid ...`, as in a .txt file: one spec, or its problems."""
     reader = _Reader()
@@ -224,7 +243,8 @@ def read_prompt_file(path: Path) -> PromptList:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     reader = _Reader()
     if path.suffix.lower() == ".txt":
-        for number, line in enumerate(text.splitlines(), start=1):
+        # Not splitlines, which also ends lines at characters that a prompt may hold, such as U+2028.
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip() and not line.lstrip().startswith("#"):
                 # No strip at the left alone: a line may consist of settings only.
                 reader.add_line(" " + line.strip(), f"{path} line {number}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from kandinsky5.configs.generate import DitConfig, GenerateConfig
@@ -18,17 +18,16 @@ SCRIPT = "kandinsky5_generate_video.py"
 
 def used_multipliers(config: GenerateConfig, request: VideoRequest) -> tuple[float, ...]:
     """One per LoRA: the request's own, else the command line's, else 1."""
-    given = config.lora.lora_multiplier if request.lora_multiplier is None else request.lora_multiplier
-    return full_multipliers(given, len(config.lora.lora_weight))
+    own = request.lora_multiplier or ()
+    usual = full_multipliers(config.lora.lora_multiplier, len(config.lora.lora_weight))
+    return (*own, *usual[len(own) :])
 
 
-def settings_metadata(
-    config: GenerateConfig, request: VideoRequest, *, dtype: str, triggers: Sequence[str]
-) -> dict[str, str]:
+def settings_metadata(config: GenerateConfig, request: VideoRequest, *, dtype: str) -> dict[str, str]:
     """The settings that make the video, as text; of files only the names, so nothing private gets out."""
     settings: dict[str, str] = {
         "task": config.task.name,
-        "prompt": full_prompt(request, triggers),
+        "prompt": full_prompt(request),
         "negative_prompt": request.negative_prompt,
         "width": str(request.width),
         "height": str(request.height),

@@ -51,14 +51,12 @@ class RequestText:
     """None when guidance is 1 and no second pass is run."""
 
 
-def full_prompt(request: VideoRequest, triggers: Sequence[str] = ()) -> str:
+def full_prompt(request: VideoRequest) -> str:
     """The prompt with the trigger words of the LoRAs before it."""
-    return " ".join([*(trigger.strip() for trigger in triggers), request.prompt]).strip()
+    return " ".join([*(trigger.strip() for trigger in request.triggers), request.prompt]).strip()
 
 
-def encode_prompts(
-    encoders: TextEncoders, requests: Sequence[VideoRequest], triggers: Sequence[str] = ()
-) -> list[RequestText]:
+def encode_prompts(encoders: TextEncoders, requests: Sequence[VideoRequest]) -> list[RequestText]:
     """Encode the prompts of all requests, each different text once and by itself.
 
     One text at a time: a caption's embedding must not depend on its neighbours, to the last bit.
@@ -76,7 +74,7 @@ def encode_prompts(
 
     return [
         RequestText(
-            encode(full_prompt(request, triggers), request),
+            encode(full_prompt(request), request),
             encode(request.negative_prompt, request) if uses_guidance(request.guidance) else None,
         )
         for request in requests

@@ -55,6 +55,9 @@ class VideoRequest:
     has_own_size: bool = True
     """False: the size follows from the image, which is then scaled to it without a crop."""
     lora_multiplier: tuple[float, ...] | None = None
+    """The prompt's own, as many as were given; None leaves all to the command line."""
+    triggers: tuple[str, ...] = ()
+    """Words of the LoRAs in use that come before the prompt."""
     where: str = ""
 
     @property

@@ -40,7 +40,7 @@ from kandinsky5.configs.generate import (
     VaeConfig,
 )
 from kandinsky5.configs.text_encoders import qwen_quantization
-from kandinsky5.prompts import PromptSpec
+from kandinsky5.prompts import PromptSpec, text_problems
 from kandinsky5.tasks import NablaParams, Task, get_task
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
@@ -90,6 +90,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
     problems += _pattern_problems(args)
     problems += _magcache_problems(args)
     problems += dit_weight_problems(args)
+    problems += text_problems({"--prompt": args.prompt, "--negative_prompt": args.negative_prompt})
     if problems:
         raise ConfigError(problems)
     for destination, remark in _WITHOUT_EFFECT.items():

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import kandinsky5.interactive as interactive
 import kandinsky5.outputs as outputs
 import kandinsky5.sampling_pipeline as pipeline
 from kandinsky5.dit import DiffusionTransformer3D
@@ -154,6 +155,35 @@ def test_impossible_requests_say_what_is_possible(
 ) -> None:
     message = refused(run, 2, capsys, "--prompt", "x", "--output", "x.mp4", *words)
     assert all(hint in message for hint in hints)
+
+
+@pytest.mark.usefixtures("no_models")
+@pytest.mark.parametrize("option", ["--prompt", "--negative_prompt"])
+def test_bytes_that_are_no_text_are_refused_as_a_prompt(
+    run: Generate, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    """As the system hands over bytes that are not UTF-8."""
+    words = ("--prompt", "x", "--output", "x.mp4", option, "bad \udcff")
+    assert f"{option}: U+DCFF at character 5" in refused(run, 2, capsys, *words)
+
+
+def test_a_line_that_is_no_text_is_reported_and_the_session_goes_on(
+    run: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    lines = iter([b"bad \xff", b"\xff", b"good"])
+
+    def read() -> str:
+        try:
+            line = next(lines)
+        except StopIteration:
+            raise EOFError from None
+        return line.decode("utf-8", "surrogateescape" if b"bad" in line else "strict")  # as locales differ
+
+    monkeypatch.setattr(interactive, "_console", lambda: read)
+    run("--interactive", "--output", "out", "--output_type", "latent", "--steps", 1)
+    assert "prompt: prompt: U+DCFF at character 5" in said.text
+    assert "prompt: the line is no UTF-8 text" in said.text
+    assert len(list((tmp_path / "out").iterdir())) == 1
 
 
 @pytest.mark.usefixtures("no_models")

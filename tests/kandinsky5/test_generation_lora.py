@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import kandinsky5.sampling_pipeline as pipeline
 from kandinsky5.checkpoints import build_meta_dit
+from kandinsky5.outputs import read_latents
 from kandinsky5.tasks import TINY_PARAMS
-from modules.tensor_files import write_tensors
+from modules.tensor_files import read_tensors, write_tensors
 from networks.lora_kandinsky import is_target_name, linear_layer_sizes
 from tests.kandinsky5.generation_kit import Generate, latents_of
 
@@ -72,3 +74,52 @@ def test_the_multiplier_goes_from_nothing_to_everything(
     )
     assert torch.equal(none, base)
     assert float((half - base).norm() / (whole - base).norm()) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fills up with the texts that are encoded."""
+    texts: list[str] = []
+    encode = pipeline.TextEncoders.encode
+    monkeypatch.setattr(
+        pipeline.TextEncoders,
+        "encode",
+        lambda self, captions, content: texts.extend(captions) or encode(self, captions, content),
+    )
+    return texts
+
+
+@pytest.mark.parametrize("usual", [0, 1])
+def test_trigger_words_follow_the_strength_that_a_prompt_gives_its_lora(
+    run: Generate, tmp_path: Path, lora: Path, seen: list[str], usual: int
+) -> None:
+    write_tensors(lora, read_tensors(lora)[0], {"trigger": "arcshot"})
+    lines = ["plain", "off --m 0", "on --m 1"]
+    (tmp_path / "p.txt").write_text("\n".join(lines), encoding="utf-8")
+    words = ("--lora_weight", lora, "--lora_multiplier", usual, "--lora_mode", "runtime", "--steps", 1)
+    words = (*words, "--from_file", "p.txt", "--output", "out", "--output_type", "latent", "--guidance", 1)
+    run(*words)
+    assert seen == ["arcshot plain" if usual else "plain", "off", "arcshot on"]
+    prompts = [read_latents(path)[1]["prompt"] for path in (tmp_path / "out").iterdir()]
+    assert sorted(prompts) == sorted(seen)
+    seen.clear()
+    run(*words, "--no_lora_trigger")
+    assert seen == ["plain", "off", "on"]
+
+
+@pytest.mark.parametrize(("given", "rest"), [((0.5, 0.25), "0.25"), ((0.5,), "1"), ((), "1")])
+def test_a_prompt_with_fewer_multipliers_than_loras_leaves_the_rest_to_the_command_line(
+    run: Generate,
+    tmp_path: Path,
+    lora: Path,
+    said: pytest.LogCaptureFixture,
+    given: tuple[float, ...],
+    rest: str,
+) -> None:
+    (tmp_path / "p.txt").write_text("x --m 0.5\n", encoding="utf-8")
+    words = ("--lora_weight", lora, lora, "--lora_mode", "runtime", "--steps", 1, "--output_type", "latent")
+    run(*words, *(("--lora_multiplier", *given) if given else ()), "--from_file", "p.txt", "--output", "out")
+    assert f"p.txt line 1: 1 multipliers for 2 LoRAs: the rest are {rest}" in said.text
+    run(*words, "--prompt", "x", "--lora_multiplier", 0.5, rest, "--output", "whole.safetensors")
+    (made,) = (tmp_path / "out").iterdir()
+    assert torch.equal(latents_of(made), latents_of(tmp_path / "whole.safetensors"))

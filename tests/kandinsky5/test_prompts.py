@@ -113,3 +113,36 @@ def test_unknown_keys_and_wrong_types_are_named(tmp_path: Path) -> None:
 def test_the_command_line_fills_the_gaps() -> None:
     merged = one("a --w 64").over(PromptSpec(width=512, height=256, negative_prompt="bad", where="elsewhere"))
     assert (merged.width, merged.height, merged.negative_prompt, merged.where) == (64, 256, "bad", "line")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("cat \udcff", ("prompt: U+DCFF at character 5",)),
+        ("cat --n bad \ud800", ("--n: U+D800",)),
+        ("cat --i \udcff.png", ("--i: U+DCFF",)),
+    ],
+)
+def test_texts_that_are_no_text_are_refused(line: str, words: tuple[str, ...]) -> None:
+    result = parse_prompt_line(line, "prompt")
+    assert not result.specs
+    assert all(word in result.problems[0] for word in words)
+
+
+def test_half_a_character_in_json_costs_its_prompt_alone(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(
+        '["a", "bad \\ud800", {"prompt": "c", "negative_prompt": "\\udfff"}, "\\ud83d\\ude00"]', "utf-8"
+    )
+    result = read_prompt_file(path)
+    assert [spec.prompt for spec in result.specs] == ["a", "\N{GRINNING FACE}"]
+    assert ["prompt 1" in result.problems[0], "prompt 2" in result.problems[1]] == [True, True]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x0c", "\x0b", "\x85", "\x1c"])
+def test_a_text_file_is_cut_at_line_ends_alone(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes(f"one{mark}still one --d 1\r\ntwo\n".encode())
+    specs = read_prompt_file(path).checked()
+    assert [(spec.prompt, spec.seed) for spec in specs] == [(f"one{mark}still one", 1), ("two", None)]
+    assert [spec.where for spec in specs] == [f"{path} line 1", f"{path} line 2"]
