@@ -131,6 +131,25 @@ class LokrFactors(LayerFactors):
         return self.tensors[f"{role}_a"].float() @ self.tensors[f"{role}_b"].float()
 
 
+def product_problem(tensors: Mapping[str, Tensor]) -> str | None:
+    """Which matrices of a layer cannot be multiplied, with their shapes; None when all fit.
+
+    Args:
+        tensors: matrices by role, a set that `factors_from_roles` takes.
+    """
+    pairs = [(role, f"{role[:-1]}b") for role in tensors if role.endswith("_a")]
+    pairs += [("lora_up", "lora_down")] if "lora_up" in tensors else []
+    for left, right in pairs:
+        if tensors[left].shape[1] != tensors[right].shape[0]:
+            shapes = [list(tensors[role].shape) for role in (left, right)]
+            return f"{left} {shapes[0]} does not fit {right} {shapes[1]}: their ranks differ"
+    if "hada_w1_a" in tensors:
+        first, second = ((tensors[f"hada_w{i}_a"].shape[0], tensors[f"hada_w{i}_b"].shape[1]) for i in (1, 2))
+        if first != second:
+            return f"the two products are of sizes {list(first)} and {list(second)}"
+    return None
+
+
 def factors_from_roles(tensors: Mapping[str, Tensor], scale: float) -> LayerFactors | None:
     """The factors that a set of role names makes up; None when it is incomplete or mixed."""
     roles = set(tensors)

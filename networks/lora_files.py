@@ -29,7 +29,7 @@ from modules.errors import ConfigError, ModelFileError
 from modules.files import write_json
 from modules.logs import get_logger
 from modules.tensor_files import encode_header, file_order, read_tensors, tensor_bytes, write_tensors
-from networks.factors import LayerFactors, LoraFactors, factors_from_roles
+from networks.factors import LayerFactors, LoraFactors, factors_from_roles, product_problem
 from networks.lora import LoRANetwork
 from networks.lora_keys import LayerNames, group_keys, is_dora_key, parse_key, underscored
 from networks.lora_scales import FOLDED_MARK, PeftScale, find_scale, lora_config_path
@@ -190,10 +190,9 @@ def _build_layer(path: Path, layer: str, roles: dict[str, Tensor], peft: PeftSca
     if factors is None:
         shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in sorted(roles.items()))
         raise ModelFileError(f"{path}: the weights of layer {layer} are incomplete: found {shapes}")
-    if isinstance(factors, LoraFactors) and factors.up.shape[1] != factors.rank:
-        raise ModelFileError(
-            f"{path}: layer {layer}: lora_down has rank {factors.rank}, lora_up {factors.up.shape[1]}"
-        )
+    problem = product_problem(roles)
+    if problem:
+        raise ModelFileError(f"{path}: layer {layer}: {problem}")
     if alpha is None:
         # LyCORIS files without alpha mean scale 1; plain ones may have PEFT settings.
         scale = peft.factor(layer, factors.rank) if isinstance(factors, LoraFactors) else 1.0

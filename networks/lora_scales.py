@@ -16,6 +16,7 @@ log = get_logger(__name__)
 FOLDED_MARK = ("k5_lora_scale", "folded")
 """Metadata of files whose whole factor is inside lora_B already."""
 _MAX_CONFIG_BYTES = 2**20
+_MAX_ALPHA = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,4 +104,6 @@ def _peft_scale(settings: Mapping[str, Any], where: str) -> PeftScale:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """JSON as Python reads it may hold NaN, Infinity and numbers of any length."""
+    is_numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_numeric and -_MAX_ALPHA <= value <= _MAX_ALPHA

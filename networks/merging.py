@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modules.command_line import check_output
 from modules.dtypes import dtype_name
-from modules.errors import ModelFileError
+from modules.errors import ModelFileError, ResourceError
 from modules.files import check_free_space, disk_errors
 from modules.fp8 import FP8_DTYPES, quantise_like
 from modules.logs import get_logger
@@ -62,7 +62,7 @@ def write_merged(
     Raises:
         ConfigError: `output` exists, or its name does not end in .safetensors.
         ModelFileError: a tensor is not finite with the LoRAs added; nothing is left behind.
-        ResourceError: no space, or a folder that cannot be written.
+        ResourceError: no space, a folder that cannot be written, or a device without memory.
     """
     check_output(output, overwrite=None)
     check_free_space(output.parent, sum(info.end - info.start for info in files.tensors.values()))
@@ -81,8 +81,11 @@ def write_merged(
 
     merged = [{"name": lora.path.name, "multiplier": lora.multiplier} for lora in loras]
     metadata = {**files.metadata, "ss_merged_loras": json.dumps(merged, ensure_ascii=False)}
-    with disk_errors(output, "run the command again"):
-        write_tensor_stream(output, layout, read, metadata)
+    try:
+        with disk_errors(output, "run the command again"):
+            write_tensor_stream(output, layout, read, metadata)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError("device memory ran out while merging: use --device cpu") from error
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from modules.errors import ConfigError
+from modules.errors import ConfigError, ModelFileError
+from modules.tensor_files import write_tensors
 from networks.factors import LohaFactors, LokrFactors
 from networks.lokr import LokrAdapter, split_size
 from networks.lora import LoRANetwork
@@ -120,6 +121,33 @@ def test_saved_files_are_read_merged_and_trained_on(
     again = build(module, args, dim=dim, alpha=8.0)
     load_weights(again, lora)
     torch.testing.assert_close(again.adapters[TARGET].factors().delta(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (
+            {"hada_w1_a": (8, 4), "hada_w1_b": (3, 6), "hada_w2_a": (8, 4), "hada_w2_b": (4, 6)},
+            r"hada_w1_a \[8, 4\] does not fit hada_w1_b \[3, 6\]",
+        ),
+        (
+            {"hada_w1_a": (8, 4), "hada_w1_b": (4, 6), "hada_w2_a": (8, 4), "hada_w2_b": (4, 3)},
+            r"the two products are of sizes \[8, 6\] and \[8, 3\]",
+        ),
+        (
+            {"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (3, 3)},
+            r"lokr_w2_a \[4, 2\] does not fit lokr_w2_b \[3, 3\]",
+        ),
+    ],
+)
+def test_factors_that_cannot_be_multiplied_are_refused_by_name(
+    tmp_path: Path, shapes: dict[str, tuple[int, int]], words: str
+) -> None:
+    path, layer = tmp_path / "x.safetensors", "visual_transformer_blocks.0.self_attention.to_query"
+    name = f"lycoris_{layer.replace('.', '_')}"
+    write_tensors(path, {f"{name}.{role}": torch.ones(shape) for role, shape in shapes.items()})
+    with pytest.raises(ModelFileError, match=f"layer {layer}: {words}"):
+        read_lora(path, [layer])
 
 
 def test_settings_that_a_kind_does_not_have_are_errors() -> None:

@@ -332,7 +332,19 @@ def test_a_missing_file_or_a_folder_is_named(
         read_lora(tmp_path / name, sizes)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '{"lora_alpha": "8"}', '{"use_dora": true}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "{",
+        '{"lora_alpha": "8"}',
+        '{"lora_alpha": NaN}',
+        '{"lora_alpha": 1, "alpha_pattern": {"to_key": Infinity}}',
+        '{"lora_alpha": 1' + "0" * 400 + "}",
+        '{"use_dora": true}',
+        "[" * 100_000,
+    ],
+)
 def test_settings_beside_the_file_that_cannot_be_used_are_errors(
     network: LoRANetwork, sizes: dict[str, tuple[int, int]], tmp_path: Path, text: str
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from modules.tensor_files import read_tensors, write_tensors
-from networks import convert_lora, inspect_lora, merge_lora, post_hoc_ema
+from networks import convert_lora, inspect_lora, merge_lora, merging, post_hoc_ema
 from networks.convert_lora import TARGETS
 from networks.lora import LoRANetwork
 from networks.lora_files import read_lora, save_lora, with_hashes
@@ -230,6 +230,18 @@ def test_a_device_that_is_not_there_is_told(
 ) -> None:
     code, text = fails(merge_lora.main, [*words_of(merge_words), "--device", "foo"], capsys)
     assert (code, "--device foo cannot be used" in text) == (5, True)
+
+
+def test_a_device_without_memory_for_one_tensor_is_told(
+    merge_words: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("patched")
+
+    monkeypatch.setattr(merging, "add_deltas", fail)
+    code, text = fails(merge_lora.main, words_of(merge_words), capsys)
+    assert (code, "use --device cpu" in text) == (5, True)
+    assert not Path(merge_words["--save_merged_model"]).exists()
 
 
 @pytest.mark.parametrize(
