@@ -16,11 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dataset.cache_index import CacheKind, listed_files, read_index
 from dataset.cache_names import (
-    LATENT_SUFFIX,
-    MASK_SUFFIX,
-    TEXT_SUFFIX,
     Content,
     empty_text_cache_name,
     image_cache_name,
@@ -45,7 +41,6 @@ __all__ = [
     "TextCache",
     "TextCacheInfo",
     "TextCacheMeta",
-    "UnusedCaches",
     "checked_header",
     "empty_text_cache_name",
     "image_cache_name",
@@ -58,7 +53,6 @@ __all__ = [
     "read_text_cache",
     "text_cache_name",
     "text_cache_problem",
-    "unused_caches",
     "upstream_latent_problem",
     "video_cache_name",
     "write_latent_cache",
@@ -218,6 +212,8 @@ class TextCacheInfo:
     """For each caption the keys of its token embeddings and of its pooled one."""
     embed_dims: tuple[int, int]
     """Width of the token embeddings and of the pooled one."""
+    num_tokens: int
+    """Of its longest caption."""
     metadata: Mapping[str, str]
     is_ours: bool
     origin: str
@@ -333,6 +329,7 @@ def inspect_text_cache(path: Path) -> TextCacheInfo:
     return TextCacheInfo(
         keys=captions,
         embed_dims=dims.pop(),
+        num_tokens=max(header.tensors[embeds].shape[0] for embeds, _ in captions),
         metadata=header.metadata,
         # musubi-tuner writes no template, because it knows only one.
         is_ours="template" in header.metadata,
@@ -555,43 +552,3 @@ def read_cached(path: Path, *keys: str) -> list[Tensor]:
         if not torch.isfinite(tensor.float()).all():
             raise CacheError(f"{path}: {key} holds numbers that are not finite; cache this item again")
     return tensors
-
-
-# ------------------------------------------------------------------------------------------------- unused
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UnusedCaches:
-    """Cache files in a folder that no entry of its index uses."""
-
-    files: tuple[Path, ...]
-    """Carry our mark, which is also musubi-tuner's for Kandinsky 5: may be deleted."""
-    foreign: tuple[Path, ...]
-    """Without that mark, or too damaged to show it: left alone."""
-
-    @property
-    def total_bytes(self) -> int:
-        """Size of `files`."""
-        return sum(path.stat().st_size for path in self.files)
-
-
-def unused_caches(cache_directory: Path, kind: CacheKind) -> UnusedCaches:
-    """The caches of one kind that the folder's index does not list; all of them when there is no index."""
-    used = listed_files(read_index(cache_directory, kind) or {})
-    suffixes = (LATENT_SUFFIX, MASK_SUFFIX) if kind == "latents" else (TEXT_SUFFIX,)
-    if not cache_directory.is_dir():
-        return UnusedCaches(files=(), foreign=())
-    files: list[Path] = []
-    foreign: list[Path] = []
-    for path in sorted(cache_directory.iterdir()):
-        if not path.name.endswith(suffixes) or path.name in used or not path.is_file():
-            continue
-        (files if _has_our_mark(path) else foreign).append(path)
-    return UnusedCaches(files=tuple(files), foreign=tuple(foreign))
-
-
-def _has_our_mark(path: Path) -> bool:
-    try:
-        return read_header(path).metadata.get("architecture") == ARCHITECTURE
-    except ModelFileError:
-        return False  # a damaged file does not tell whose it is

@@ -33,6 +33,8 @@ class IndexItem:
     """A media item that was cached: its base name and its files in the cache folder."""
 
     name: str
+    key: str = ""
+    """Tells it from other media of the same base name; empty in indexes of older versions."""
     files: tuple[str, ...]
     masks: tuple[str, ...] = ()
     """Mask caches of those of its latent caches that have one."""
@@ -95,7 +97,7 @@ def text_entry(
     used = []
     for item in items:
         name = text_cache_name(item.base_name)
-        used.append(IndexItem(name=item.base_name, files=(name,), digests=(digests[name],)))
+        used.append(IndexItem(name=item.base_name, key=item.key, files=(name,), digests=(digests[name],)))
     return IndexEntry(items=tuple(used), skipped=tuple(skipped))
 
 
@@ -108,10 +110,10 @@ def latent_entry(
     damaged ones may be the decoder's guesses. A source that is skipped several times is listed once.
     """
     skipped = tuple(dict.fromkeys(skipped))
-    broken = {entry.name for entry in skipped if entry.is_failure}
+    broken = {entry.key for entry in skipped if entry.is_failure}
     by_name: dict[str, list[PlannedClip]] = {}
     for clip in clips:
-        if clip.item.path.name not in broken:
+        if clip.item.key not in broken:
             by_name.setdefault(clip.item.base_name, []).append(clip)
     items = tuple(_latent_item(name, by_name[name], digests) for name in sorted(by_name))
     return IndexEntry(items=items, skipped=skipped)
@@ -121,7 +123,11 @@ def _latent_item(name: str, clips: Sequence[PlannedClip], digests: Mapping[str, 
     files = tuple(sorted(clip.cache_name for clip in clips))
     masks = tuple(sorted(mask_cache_name(clip.cache_name) for clip in clips if clip.mask is not None))
     return IndexItem(
-        name=name, files=files, masks=masks, digests=tuple(digests[file] for file in (*files, *masks))
+        name=name,
+        key=clips[0].item.key,
+        files=files,
+        masks=masks,
+        digests=tuple(digests[file] for file in (*files, *masks)),
     )
 
 
@@ -184,12 +190,14 @@ def _entry_to_json(entry: IndexEntry) -> dict[str, Any]:
     return {
         "items": [
             {"name": item.name, "files": list(item.files)}
+            | ({"key": item.key} if item.key else {})
             | ({"masks": list(item.masks)} if item.masks else {})
             | ({"digests": list(item.digests)} if item.digests else {})
             for item in entry.items
         ],
         "skipped": [
             {"name": s.name, "reason": s.reason, "detail": s.detail, "is_failure": s.is_failure}
+            | ({"key": s.key} if s.key else {})
             for s in entry.skipped
         ],
     }
@@ -203,6 +211,7 @@ def _entry_from_json(value: Mapping[str, Any]) -> IndexEntry:
             reason=str(s["reason"]),
             detail=str(s["detail"]),
             is_failure=bool(s["is_failure"]),
+            key=str(s.get("key", "")),
         )
         for s in value["skipped"]
     )
@@ -212,6 +221,7 @@ def _entry_from_json(value: Mapping[str, Any]) -> IndexEntry:
 def _item_from_json(value: Mapping[str, Any]) -> IndexItem:
     item = IndexItem(
         name=str(value["name"]),
+        key=str(value.get("key", "")),
         files=_file_names(value["files"]),
         masks=_file_names(value.get("masks", ())),
         digests=tuple(str(digest) for digest in value.get("digests", ())),

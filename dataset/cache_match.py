@@ -30,12 +30,12 @@ from dataset.cache_names import (
     parse_latent_name,
     prior_text_cache_name,
 )
+from dataset.cache_summary import DatasetSummary
 from dataset.config import AnyDatasetConfig, DatasetConfig, ImageDatasetConfig, VideoDatasetConfig
 from dataset.frames import fps_rules
 from dataset.mask_cache import inspect_mask_cache
 from dataset.sources import SkippedItem
 from modules.errors import CacheError
-from modules.logs import format_table
 
 NO_LATENTS = "no latent cache"
 NO_TEXT = "no text cache"
@@ -53,6 +53,7 @@ class MatchOptions:
     strict: bool = False
     use_masks: bool = False
     use_prior: bool = False
+    text_limits: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,25 +90,6 @@ class CachedItem:
     def bucket(self) -> str:
         """Width x height x frames in pixels."""
         return f"{self.shape[2] * PIXELS_PER_LATENT}x{self.shape[1] * PIXELS_PER_LATENT}x{self.num_frames}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DatasetSummary:
-    """What became of one dataset's items."""
-
-    index: int
-    content: Content
-    found: int
-    """Media items that the cache scripts saw."""
-    used: int
-    """Media items with both caches."""
-    clips: int
-    """Clips cut from them."""
-    skipped: tuple[SkippedItem, ...]
-    buckets: tuple[tuple[str, int], ...]
-    """("width x height x frames", clips without repeats)."""
-    batches: int
-    """Batches per epoch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,7 +160,8 @@ class _Problems:
     """Problems of one kind, told together with the command that mends them."""
 
     title: str
-    kind: CacheKind
+    kinds: tuple[CacheKind, ...]
+    """Which scripts mend them."""
     lines: list[str] = field(default_factory=list)
 
     def message(self, where: str, config_path: Path) -> str:
@@ -189,7 +172,7 @@ class _Problems:
         return "\n".join([
             f"{where}: {len(self.lines)} {self.title}:",
             *shown,
-            cache_commands(config_path, (self.kind,)),
+            cache_commands(config_path, self.kinds),
         ])
 
 
@@ -211,12 +194,18 @@ class _Matcher:
         """As the index lists them; None without an index."""
         self._digests: dict[str, str] = {}
         """Of files that an index lists, by name."""
+        self._keys: dict[str, str] = {}
+        """Of items that an index lists, by base name."""
+        self._skipped_by_name: dict[str, list[SkippedItem]] = {}
         self._used_names: set[str] = set()
         self._labels: Counter[str] = Counter()
-        self._bad_latents = _Problems("latent caches cannot be used", "latents")
-        self._bad_texts = _Problems("text caches cannot be used", "text")
-        self._no_latents = _Problems("items have no latent cache", "latents")
-        self._no_texts = _Problems("items have no text cache", "text")
+        self._bad_latents = _Problems("latent caches cannot be used", ("latents",))
+        self._bad_texts = _Problems("text caches cannot be used", ("text",))
+        # An item that only one index lists is new or has left the dataset: both scripts together mend either.
+        both: tuple[CacheKind, ...] = ("latents", "text")
+        self._no_latents = _Problems("items have no latent cache", both)
+        self._no_texts = _Problems("items have no text cache", both)
+        self._no_extra_texts = _Problems("captions that belong to no item have no cache", ("text",))
 
     def run(self) -> list[str]:
         """Fill the fields above; returns what is wrong."""
@@ -226,12 +215,12 @@ class _Matcher:
         except CacheError as error:
             return error.problems
         self.skipped = list(dict.fromkeys([*latents_skipped, *texts_skipped]))
-        left_out = {
-            cache_base_name(name) for entry in self.skipped for name in (entry.name, Path(entry.name).stem)
-        }
+        for skipped in self.skipped:
+            for name in {skipped.name, Path(skipped.name).stem}:
+                self._skipped_by_name.setdefault(cache_base_name(name), []).append(skipped)
         for base_name in sorted(latents):
             if base_name not in texts:
-                self._missing(base_name, left_out, NO_TEXT, self._no_texts)
+                self._missing(base_name, NO_TEXT, self._no_texts)
                 continue
             text = self._check_text(texts[base_name])
             for path in latents[base_name]:
@@ -239,7 +228,7 @@ class _Matcher:
                 if text is not None and info is not None:
                     self._add(base_name, path, info, texts[base_name], text)
         for base_name in sorted(set(texts) - set(latents)):
-            self._missing(base_name, left_out, NO_LATENTS, self._no_latents)
+            self._missing(base_name, NO_LATENTS, self._no_latents)
         self._check_extra_texts()
         self._note_masks()
         self._note_captions()
@@ -291,6 +280,7 @@ class _Matcher:
             self.notes.append(note)
         for item in entry.items if entry is not None else ():
             self._digests |= item.digest_by_file
+            self._keys[cache_base_name(item.name)] = item.key
         return entry
 
     def _replaced(self, path: Path, metadata: Mapping[str, str]) -> str | None:
@@ -303,12 +293,18 @@ class _Matcher:
             "cache_directory (give each its own), or by a run that did not finish"
         )
 
-    def _missing(self, base_name: str, left_out: set[str], reason: str, problems: _Problems) -> None:
-        if base_name in left_out:
-            return  # a cache script has left it out and said why
+    def _missing(self, base_name: str, reason: str, problems: _Problems) -> None:
+        if self._is_left_out(base_name):
+            return
         self.skipped.append(SkippedItem(name=base_name, reason=reason))
         if not self.options.allow_missing:
             problems.lines.append(base_name)
+
+    def _is_left_out(self, base_name: str) -> bool:
+        """Whether a cache script has left this item out and said why: this one, not one of its name."""
+        key = self._keys.get(base_name, "")
+        skipped = self._skipped_by_name.get(base_name, [])
+        return any(not key or not entry.key or entry.key == key for entry in skipped)
 
     def _check_text(self, path: Path) -> TextCacheInfo | None:
         """What a text cache holds; None if it cannot be used."""
@@ -330,7 +326,9 @@ class _Matcher:
         template = self.dataset.template
         if info.is_ours:
             found = info.metadata["template"]
-            return None if found == template else f"template was {found!r}, is {template!r}"
+            if found != template:
+                return f"template was {found!r}, is {template!r}"
+            return _limit_problem(info, self.options.text_limits)
         if template == "video" and not self.options.allow_upstream_text_cache:
             return (
                 "made by musubi-tuner with the prompt template for images "
@@ -473,7 +471,7 @@ class _Matcher:
         for path, (what, caption) in needed.items() if self.items else ():
             if not path.is_file():
                 hint = "with --skip_existing the command makes nothing else"
-                self._no_texts.lines.append(f"{path.name}: {what} ({hint})")
+                self._no_extra_texts.lines.append(f"{path.name}: {what} ({hint})")
                 continue
             info = self._check_text(path)
             if info is None:
@@ -507,11 +505,9 @@ class _Matcher:
 
     def _messages(self) -> list[str]:
         where = f"dataset {self.dataset.index} ({self.dataset.cache_directory})"
-        problems = [
-            kind.message(where, self.config_path)
-            for kind in (self._bad_latents, self._bad_texts, self._no_latents, self._no_texts)
-            if kind.lines
-        ]
+        missing = (self._no_latents, self._no_texts, self._no_extra_texts)
+        kinds = (self._bad_latents, self._bad_texts, *missing)
+        problems = [kind.message(where, self.config_path) for kind in kinds if kind.lines]
         if self.options.strict and self.skipped:
             shown = "\n".join(f"  {entry}" for entry in self.skipped[:_MAX_LISTED])
             problems.append(f"{where}: --strict: {len(self.skipped)} items were skipped:\n{shown}")
@@ -545,28 +541,20 @@ class _Matcher:
         )
 
 
+def _limit_problem(info: TextCacheInfo, limits: tuple[int, int] | None) -> str | None:
+    """Why a caption is not cut as generation cuts it, or None. CLIP's tokens cannot be counted in a cache."""
+    if limits is None:
+        return None
+    qwen, clip = (info.metadata.get(name) for name in ("qwen_max_length", "clip_max_length"))
+    if qwen != str(limits[0]) and (info.num_tokens > limits[0] or str(info.num_tokens) == qwen):
+        return (
+            f"qwen_max_length was {qwen}, is {limits[0]} in generation, which cuts this caption of "
+            f"{info.num_tokens} tokens elsewhere"
+        )
+    return None if clip == str(limits[1]) else f"clip_max_length was {clip}, is {limits[1]} in generation"
+
+
 def _parsed(path: Path, dataset: AnyDatasetConfig) -> LatentName:
     name = parse_latent_name(path.name, dataset.content)
     assert name is not None  # inspect_latent_cache has read it
     return name
-
-
-def summary_table(summaries: Sequence[DatasetSummary]) -> str:
-    """Items found, used and skipped by reason per dataset, then clips per bucket, as two text tables."""
-    rows: list[list[object]] = []
-    buckets: list[list[object]] = []
-    for summary in summaries:
-        reasons = Counter(entry.reason for entry in summary.skipped)
-        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none"
-        rows.append([
-            summary.index,
-            summary.content,
-            summary.found,
-            summary.used,
-            summary.clips,
-            summary.batches,
-            skipped,
-        ])
-        buckets.extend([summary.index, label, count] for label, count in summary.buckets)
-    headers = ["dataset", "content", "found", "used", "clips", "batches", "skipped"]
-    return f"{format_table(headers, rows)}\n\n{format_table(['dataset', 'bucket', 'clips'], buckets)}"

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.cache_files import TextCache, read_latent_cache, read_text_cache
-from dataset.cache_match import CachedItem, DatasetSummary, MatchOptions, match_caches, summary_table
+from dataset.cache_match import CachedItem, MatchOptions, match_caches
 from dataset.cache_names import Content
+from dataset.cache_summary import DatasetSummary, summary_table
 from dataset.config import AnyDatasetConfig, DatasetConfig
 from dataset.mask_cache import read_mask_cache
 from modules.errors import CacheError
@@ -82,6 +83,7 @@ class CachedDataset(Dataset[CachedBatch]):
         num_timestep_buckets: int | None = None,
         use_masks: bool = False,
         use_prior: bool = False,
+        text_limits: tuple[int, int] | None = None,
     ) -> None:
         """Find and check every cache file by its header; no source is opened.
 
@@ -95,6 +97,7 @@ class CachedDataset(Dataset[CachedBatch]):
                 leave them to chance.
             use_masks: read the masks of clips that have one.
             use_prior: read the captions of the prior term.
+            text_limits: at how many tokens (Qwen's, CLIP's) generation cuts captions; None does not compare.
         Raises:
             CacheError: caches are missing, damaged or do not fit the dataset file; the message lists them
                 and gives the command that makes them.
@@ -106,6 +109,7 @@ class CachedDataset(Dataset[CachedBatch]):
             strict=strict,
             use_masks=use_masks,
             use_prior=use_prior,
+            text_limits=text_limits,
         )
         matched = match_caches(config, options)
         self.config = config

@@ -224,7 +224,7 @@ class _Planner:
         if not clips:
             smallest = min(dataset.target_frames)
             detail = f"{len(numbers)} frames, the smallest of target_frames is {smallest}"
-            skipped = SkippedItem(name=item.path.name, reason=TOO_SHORT, detail=detail)
+            skipped = SkippedItem(name=item.path.name, reason=TOO_SHORT, detail=detail, key=item.key)
         return _ItemResult(
             name=item.path.name,
             clips=clips,
@@ -256,7 +256,8 @@ def _mask(item: SourceItem, size: Size, num_frames: int) -> PlannedMask | None:
 
 
 def _damaged(item: SourceItem, error: MediaError) -> SkippedItem:
-    return SkippedItem(name=item.path.name, reason=error.reason, detail=error.detail, is_failure=True)
+    name, reason, detail = item.path.name, error.reason, error.detail
+    return SkippedItem(name=name, reason=reason, detail=detail, is_failure=True, key=item.key)
 
 
 def _resampled(dataset: VideoDatasetConfig, times: Sequence[Fraction]) -> tuple[Sequence[int], str]:

@@ -14,6 +14,7 @@ from dataset.config import AnyDatasetConfig
 from dataset.confinement import Confinement
 from dataset.mask_sources import MaskFolder, is_mask
 from dataset.media_files import media_extensions
+from dataset.places import place_mark
 from modules.errors import ConfigError, DataError
 
 NO_CAPTION = "no caption"
@@ -38,6 +39,8 @@ class SourceItem:
     """A video given as a folder of images, one per frame."""
     mask_path: Path | None = None
     """What of it the masked loss counts; None counts everything."""
+    key: str = ""
+    """Tells it from other media of the same file name: a `place_mark`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +55,8 @@ class SkippedItem:
     """What is particular to this item; holds no folder."""
     is_failure: bool = False
     """The file is broken, so the run ends with exit code 3 unless --skip_bad was given."""
+    key: str = ""
+    """The item's, see `SourceItem`; empty in indexes of older versions."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
@@ -121,16 +126,19 @@ def _list_directory(dataset: AnyDatasetConfig, directory: Path) -> SourceListing
     items: list[SourceItem] = []
     skipped: list[SkippedItem] = []
     for path in paths:
+        key = place_mark(dataset.cache_directory, path)
         if not _is_unicode(path.name):
             shown = path.name.encode("utf-8", "backslashreplace").decode()
-            skipped.append(SkippedItem(name=shown, reason=NAME_NOT_UTF8, detail="rename it", is_failure=True))
+            skipped.append(
+                SkippedItem(name=shown, reason=NAME_NOT_UTF8, detail="rename it", is_failure=True, key=key)
+            )
             continue
         caption = _read_caption(path, path.with_suffix(dataset.caption_extension))
         if isinstance(caption, SkippedItem):
-            skipped.append(caption)
+            skipped.append(replace(caption, key=key))
         else:
             captions = _caption_lines(caption) if dataset.caption_lines else (caption,)
-            items.append(SourceItem(path=path, captions=captions, base_name=path.stem))
+            items.append(SourceItem(path=path, captions=captions, base_name=path.stem, key=key))
     return SourceListing(items=tuple(items), skipped=tuple(skipped))
 
 
@@ -213,13 +221,14 @@ def _list_jsonl(dataset: AnyDatasetConfig, path: Path, confinement: Confinement 
         if not line.strip():
             continue
         try:
-            entry, key = _jsonl_entry(line, rule, dataset.content)
+            entry, real_path = _jsonl_entry(line, rule, dataset.content)
         except ValueError as error:
             problems.append(f"{path} line {number}: {error}")
             continue
-        if first_line.setdefault(key, number) != number:
-            problems.append(f"{path} line {number}: the same {dataset.content} as in line {first_line[key]}")
-        entries.append(entry)
+        other = first_line.setdefault(real_path, number)
+        if other != number:
+            problems.append(f"{path} line {number}: the same {dataset.content} as in line {other}")
+        entries.append(replace(entry, key=place_mark(dataset.cache_directory, Path(real_path))))
     if problems:
         rest = [f"... and {len(problems) - 50} more"] if len(problems) > 50 else []
         raise ConfigError([*problems[:50], *rest])
@@ -231,7 +240,7 @@ def _list_jsonl(dataset: AnyDatasetConfig, path: Path, confinement: Confinement 
 
 
 def _jsonl_entry(line: str, rule: _PathRule, content: Content) -> tuple[SourceItem | SkippedItem, str]:
-    """The item of one line, and what tells whether it is listed twice."""
+    """The item of one line, and its path without links, which tells whether it is listed twice."""
     value = _json_object(line)
     keys = ("video_path",) if content == "video" else ("image_path", "image_path_0")
     written = next((value[key] for key in keys if key in value), None)
@@ -240,14 +249,14 @@ def _jsonl_entry(line: str, rule: _PathRule, content: Content) -> tuple[SourceIt
     path = _jsonl_path(keys[0], written, rule)
     captions = _jsonl_captions(value)
     mask = None if value.get("mask_path") is None else _jsonl_path("mask_path", value["mask_path"], rule)
-    key = os.path.normcase(path.resolve())
+    real_path = os.path.normcase(path.resolve())
     if mask is not None and not mask.exists():
         detail = f"its mask {mask.name}"
-        return SkippedItem(name=path.name, reason=MISSING_FILE, detail=detail, is_failure=True), key
+        return SkippedItem(name=path.name, reason=MISSING_FILE, detail=detail, is_failure=True), real_path
     if mask is not None and not is_mask(mask, content):
         raise ValueError(f"mask_path {value['mask_path']} cannot be the mask of a {content}")
     if not path.exists():
-        return SkippedItem(name=path.name, reason=MISSING_FILE, is_failure=True), key
+        return SkippedItem(name=path.name, reason=MISSING_FILE, is_failure=True), real_path
     is_folder = path.is_dir()
     if is_folder and content == "image":
         raise ValueError(f"{keys[0]} {written} is a folder")
@@ -257,7 +266,7 @@ def _jsonl_entry(line: str, rule: _PathRule, content: Content) -> tuple[SourceIt
     item = SourceItem(
         path=path, captions=captions, base_name=base_name, is_frame_folder=is_folder, mask_path=mask
     )
-    return item, key
+    return item, real_path
 
 
 def _jsonl_path(key: str, written: Any, rule: _PathRule) -> Path:

@@ -87,5 +87,7 @@ def _load(clip: PlannedClip) -> Tensor | SkippedItem:
     try:
         return latent_mask(clip.mask, clip.frame_numbers, clip.crop)
     except MediaError as error:
-        name, reason = clip.item.path.name, f"mask {error.reason}"
-        return SkippedItem(name=name, reason=reason, detail=error.detail, is_failure=True)
+        item, reason = clip.item, f"mask {error.reason}"
+        return SkippedItem(
+            name=item.path.name, reason=reason, detail=error.detail, is_failure=True, key=item.key
+        )

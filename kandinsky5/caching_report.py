@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.cache_files import unused_caches
 from dataset.cache_index import CacheKind, index_path
+from dataset.cache_unused import unused_caches
 from dataset.config import AnyDatasetConfig
 from dataset.sources import SkippedItem
 from kandinsky5.configs.caching import CacheRunConfig
@@ -45,8 +45,9 @@ class Outcome:
         self.num_listed = len(self.skipped)
 
     @property
-    def skipped_names(self) -> set[str]:
-        return {entry.name for entry in self.skipped}
+    def num_skipped(self) -> int:
+        """Media items, each once however often it was skipped."""
+        return len({entry.key for entry in self.skipped})
 
 
 @contextmanager
@@ -144,7 +145,7 @@ def finish(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunConfig) ->
     problems.extend(
         f"dataset {outcome.dataset.index}: nothing is left to train on"
         for outcome in outcomes
-        if outcome.found and len(outcome.skipped_names) >= outcome.found
+        if outcome.found and outcome.num_skipped >= outcome.found
     )
     if problems:
         raise DataError(problems)
@@ -162,7 +163,7 @@ def _summary(outcomes: Sequence[Outcome]) -> str:
         rows.append([
             f"{outcome.dataset.index} ({outcome.dataset.content}s)",
             outcome.found,
-            outcome.found - len(outcome.skipped_names),
+            outcome.found - outcome.num_skipped,
             outcome.encoded,
             outcome.num_caches - outcome.encoded,
             details or "-",

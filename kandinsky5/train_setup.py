@@ -239,6 +239,7 @@ def _cached(config: TrainConfig, datasets: DatasetConfig, seed: int, **options: 
         allow_upstream_text_cache=data.allow_upstream_text_cache,
         strict=data.strict,
         needs_image_latents=config.model.task.is_i2v,
+        text_limits=(config.model.task.qwen_max_length, config.model.task.clip_max_length),
         **options,
     )
 

@@ -130,7 +130,8 @@ def _add_text_options(parser: Parser) -> None:
         "--qwen_max_length",
         type=positive_int,
         default=256,
-        help="tokens kept after the prompt template; generation uses 256 (default: 256)",
+        help="tokens kept after the prompt template; training refuses captions that generation, with 256, "
+        "would cut elsewhere (default: 256)",
     )
     add("--clip_max_length", type=positive_int, default=77, help="CLIP's tokens (default: 77)")
     add_qwen_weight_options(add)

@@ -59,6 +59,7 @@ def add_text(
     dim: int = 8,
     more: Sequence[int] = (),
     caption: str | None = None,
+    limits: tuple[int, int] = (256, 77),
     file_name: str | None = None,
 ) -> None:
     """One text cache; `more` gives the numbers of tokens of further captions."""
@@ -66,8 +67,8 @@ def add_text(
         caption1=name if caption is None else caption,
         more_captions=tuple(f"{name} {length}" for length in more),
         template=template,
-        qwen_max_length=256,
-        clip_max_length=77,
+        qwen_max_length=limits[0],
+        clip_max_length=limits[1],
         encoder_fingerprint=encoder,
     )
     generator = generator_for(name)

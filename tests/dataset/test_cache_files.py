@@ -19,7 +19,6 @@ from dataset.cache_files import (
     read_latent_cache,
     read_text_cache,
     text_cache_problem,
-    unused_caches,
     write_latent_cache,
     write_text_cache,
 )
@@ -30,6 +29,7 @@ from dataset.cache_names import (
     text_cache_name,
     video_cache_name,
 )
+from dataset.cache_unused import unused_caches
 from dataset.sources import SkippedItem
 from modules.errors import CacheError, DataError
 from modules.tensor_files import read_header, read_tensors, write_tensors

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset.cache_files import empty_text_cache_name
-from dataset.cache_index import index_path
+from dataset.cache_index import IndexEntry, IndexItem, entry_key, index_path, update_index
 from dataset.cache_names import text_cache_name
 from dataset.cached_dataset import BatchPlan, CachedDataset
 from dataset.config import DatasetConfig, load_dataset_config
@@ -281,6 +281,56 @@ def test_items_that_the_cache_scripts_skipped_are_not_missing(config: DatasetCon
     assert (summary.found, summary.used, summary.clips) == (5, 4, 4)
     assert "1 damaged" in data.summary_table()
     assert "--strict" in refused(config, strict=True)
+
+
+@pytest.mark.parametrize(("key", "is_excused"), [("there", False), ("here", True), ("", True)])
+def test_an_item_left_out_excuses_itself_and_no_other_of_its_name(
+    config: DatasetConfig, key: str, is_excused: bool
+) -> None:
+    """Indexes of older versions have no keys: names are all they tell."""
+    dataset = config.datasets[0]
+    skipped = SkippedItem(name="c.mp4", reason="no such file", is_failure=True, key=key)
+    texts = [IndexItem(name=n, files=(text_cache_name(n),), key="here") for n in "abcde"]
+    latents = {n: [f"{n}_00000-005_0064x0048_k5.safetensors"] for n in "abde"}
+    write_indexes(dataset, latents)
+    entry = IndexEntry(items=tuple(texts), skipped=(skipped,))
+    update_index(dataset.cache_directory, "text", entry_key(dataset, "text"), entry)
+    if is_excused:
+        assert len(CachedDataset(config, seed=0).items) == 4
+    else:
+        assert "1 items have no latent cache:\n  c" in refused(config)
+
+
+def test_for_an_item_that_left_the_dataset_both_commands_are_given(config: DatasetConfig) -> None:
+    """After the latents script only the text script helps, and the other way round."""
+    latents = {n: [f"{n}_00000-005_0064x0048_k5.safetensors"] for n in "abcd"}
+    for left, right in (("abcd", "abcde"), ("abcd", "abc")):
+        write_indexes(config.datasets[0], {n: latents[n] for n in left}, texts=right)
+        said = refused(config)
+        assert "kandinsky5_cache_latents.py" in said
+        assert "kandinsky5_cache_text_encoder_outputs.py" in said
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens", "said"),
+    [
+        ((256, 77), 256, None),
+        ((512, 77), 257, "qwen_max_length was 512, is 256 in generation"),
+        ((512, 77), 256, None),
+        ((64, 77), 64, "qwen_max_length was 64, is 256 in generation"),
+        ((64, 77), 63, None),
+        ((256, 40), 9, "clip_max_length was 40, is 77 in generation"),
+    ],
+)
+def test_captions_that_generation_would_cut_elsewhere_are_refused(
+    config: DatasetConfig, limits: tuple[int, int], tokens: int, said: str | None
+) -> None:
+    add_text(config.datasets[0].cache_directory, "b", tokens=tokens, limits=limits)
+    assert len(CachedDataset(config, seed=0).items) == 7
+    if said is None:
+        assert len(CachedDataset(config, seed=0, text_limits=(256, 77)).items) == 7
+    else:
+        assert said in refused(config, text_limits=(256, 77))
 
 
 def test_without_any_cache_the_message_says_what_to_run(tmp_path: Path) -> None:

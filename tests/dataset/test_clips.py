@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,20 @@ def test_a_source_with_hidden_damage_is_left_out_of_the_index_altogether(tmp_pat
     entry = latent_entry(result.clips, [*result.skipped, *damaged, *damaged], digests)
     assert [item.name for item in entry.items] == ["good"]
     assert len(entry.skipped) == 1
+
+
+def test_a_missing_video_takes_no_other_of_its_name_out_of_the_index(tmp_path: Path, media: Path) -> None:
+    shutil.copy(media / "bunny_25fps_49f.mp4", tmp_path / "x.mp4")
+    lines = [{"video_path": str(tmp_path / path), "caption": "c"} for path in ("gone/x.mp4", "x.mp4")]
+    jsonl = tmp_path / "list.jsonl"
+    jsonl.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    dataset = replace(videos(tmp_path, target_frames=(5,)), video_directory=None, video_jsonl_file=jsonl)
+    listing = list_items(dataset)
+    assert [entry.name for entry in listing.skipped] == ["x.mp4"]
+    clips = plan_clips(dataset, listing, nabla_resize=False).clips
+    entry = latent_entry(clips, listing.skipped, {clip.cache_name: "digest" for clip in clips})
+    assert [item.name for item in entry.items] == ["x"]
+    assert entry.skipped[0].key not in {"", entry.items[0].key}
 
 
 def test_a_turned_video_takes_the_bucket_of_its_upright_size(tmp_path: Path) -> None:
