@@ -179,23 +179,15 @@ class Run:
             DataError: the conditioning image is damaged.
         """
         config = self.config
-        wants_one_image = self.names.wants_one_image
         request = resolve_request(
             spec.over(config.spec),
             config.task,
             size_divisor=16 if config.dit.nabla is None else NABLA_SIZE_DIVISOR,
-            default_frames=1 if wants_one_image else config.task.default_num_frames,
+            default_frames=1 if self.names.wants_one_image else config.task.default_num_frames,
             default_negative_prompt=self.templates.negative_prompt,
             lora_count=len(config.lora.lora_weight),
         )
-        problems = []
-        if wants_one_image and request.num_frames > 1:
-            problems.append(
-                f"--output {config.output.output} takes one image but --frames is {request.num_frames}: "
-                "use --frames 1, a .mp4, or --output_type images"
-            )
-        if config.output.trim_tail_frames >= request.num_frames:
-            problems.append(f"--trim_tail_frames leaves nothing of {request.num_frames} frames")
+        problems = self.names.problems(request.num_frames, "--frames 1, ")
         if request.lora_multiplier is not None and config.lora.lora_mode == "merge":
             problems.append("a prompt's own LoRA multipliers (--m) need --lora_mode runtime")
         if problems:

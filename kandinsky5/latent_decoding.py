@@ -22,7 +22,7 @@ def decode_saved_latents(config: GenerateConfig, path: Path, device: torch.devic
     """Decode a latent file that an earlier run saved; no DiT and no text encoder is touched.
 
     Raises:
-        ConfigError: the output type needs no decoding.
+        ConfigError: the output type needs no decoding, or contradicts the number of frames.
         ModelFileError: the file or the VAE cannot be used.
     """
     if config.output.output_type == "latent":
@@ -32,12 +32,17 @@ def decode_saved_latents(config: GenerateConfig, path: Path, device: torch.devic
     names = OutputNames(config.output, makes_many=False)
     seed = int(metadata["seeds"]) if metadata.get("seeds", "").isdigit() else 0
     num_frames = 4 * latents.shape[2] - 3
+    problems = names.problems(num_frames)
+    if problems:
+        raise ConfigError(problems)
     paths = names.paths(seed, num_frames)
+    if paths.latent is not None:
+        log.info("the latent is in %s already and is not written again", path)
     vae = ModelLoader(config, (), device, None).vae()
     frames = decode_frames(vae, latents, tile_px=config.vae.tile_px)
     written = write_outputs(
         replace(paths, latent=None),  # it is there already
-        frames=frames[: max(1, len(frames) - config.output.trim_tail_frames)],
+        frames=frames[: len(frames) - config.output.trim_tail_frames],
         latents=None,
         fps=config.output.fps,
         crf=config.output.crf,

@@ -95,6 +95,18 @@ class OutputNames:
         """Whether the name asks for a single picture."""
         return self._suffix == ".png" and self._config.output_type == "video"
 
+    def problems(self, num_frames: int, way_out: str = "") -> list[str]:
+        """Why a clip of so many frames cannot be written as asked; `way_out` is what else may be changed."""
+        problems = []
+        if self.wants_one_image and num_frames > 1:
+            problems.append(
+                f"--output {self._config.output} takes one image, not {num_frames} frames: "
+                f"use {way_out}a .mp4, or --output_type images"
+            )
+        if self._config.trim_tail_frames >= num_frames:
+            problems.append(f"--trim_tail_frames leaves nothing of {num_frames} frames")
+        return problems
+
     def paths(self, seed: int, num_frames: int) -> OutputPaths:
         """Free names for one result in `folder` (with --overwrite the given name, free or not)."""
         stem = self._stem_for(seed)

@@ -24,4 +24,6 @@ def pick_device(word: str | None, process: int | None = None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ResourceError(f"--device {word} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ResourceError("--device meta cannot be used: it holds shapes and no data")
     return device

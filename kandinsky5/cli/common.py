@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from modules.command_line import Parser, float_between, user_errors
@@ -13,6 +14,7 @@ __all__ = [
     "Parser",
     "existing_file",
     "float_between",
+    "int_between",
     "local_name",
     "non_negative_int",
     "positive_int",
@@ -40,6 +42,18 @@ def non_negative_int(word: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {word}")
     return value
+
+
+def int_between(low: int, high: int) -> Callable[[str], int]:
+    """An option type: a whole number within [low, high]."""
+
+    def number(word: str) -> int:
+        value = int(word)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must lie within {low} .. {high}, got {word}")
+        return value
+
+    return number
 
 
 def step_count(word: str) -> int | float:

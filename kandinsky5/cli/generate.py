@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +15,14 @@ from kandinsky5.cli.common import (
     Parser,
     existing_file,
     float_between,
+    int_between,
     local_name,
     non_negative_int,
     positive_int,
 )
 from kandinsky5.cli.compile_options import add_compile_options, compile_config
+from kandinsky5.cli.idle_generate import ACCEPTED, RULES
+from kandinsky5.cli.idle_rules import given_options, idle_notes
 from kandinsky5.cli.vae_options import add_vae_tiling_options, tile_px
 from kandinsky5.cli.weight_options import (
     add_dit_weight_options,
@@ -43,6 +47,7 @@ from kandinsky5.configs.text_encoders import qwen_quantization
 from kandinsky5.prompts import PromptSpec, text_problems
 from kandinsky5.tasks import NablaParams, Task, get_task
 from modules.errors import ConfigError, ModelFileError
+from modules.file_names import MAX_NAME_BYTES
 from modules.logs import get_logger
 
 log = get_logger(__name__)
@@ -53,13 +58,8 @@ _EPILOG = (
     "--guidance_scale, --flow_shift, --save_path, --image_path, --end_image_path, --fp8. "
     "--frames counts pixel frames."
 )
-_WITHOUT_EFFECT = {
-    "lycoris": "--lycoris: LoHa and LoKr files are recognised by themselves",
-    "img_in_txt_in_offloading": "--img_in_txt_in_offloading belongs to another model",
-    "vae_chunk_size": "--vae_chunk_size: the VAE always works in windows of 17 frames, as the official one",
-    "split_attn": "--split_attn: guidance passes are never batched, so attention sees one clip at a time",
-}
-"""Accepted options that change nothing here: destination -> what the log says when one is given."""
+_ROOM = len("-999_latent.safetensors")
+"""What may be added to the name of an output: a number where it is taken, and the kind of the file."""
 _MAGCACHE_SETTINGS = ("magcache_threshold", "magcache_k", "magcache_retention_ratio")
 _ATTENTION_FLAGS: tuple[AttentionName, ...] = ("sdpa", "flash_attn", "flash3", "sage_attn", "xformers")
 _ATTENTION_WORDS: dict[str, AttentionName] = {
@@ -79,9 +79,10 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
     Raises:
         ConfigError: options that contradict each other, are missing or name files that do not exist.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    given = given_options(parser, args)
     task = get_task(args.task)
-    given = vars(args)
     attention = _attention(args)
     problems = [f"one attention at a time: {' and '.join('--' + name for name in attention)} were given"]
     problems = problems if len(attention) > 1 else []
@@ -93,9 +94,16 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
     problems += text_problems({"--prompt": args.prompt, "--negative_prompt": args.negative_prompt})
     if problems:
         raise ConfigError(problems)
-    for destination, remark in _WITHOUT_EFFECT.items():
-        if given[destination]:
-            log.info("no effect: %s", remark)
+    config = _config(args, task, attention[0])
+    for name, why in ACCEPTED.items():
+        if name in given:
+            log.info("--%s has no effect: %s", name, why)
+    for note in idle_notes(RULES, config, given).values():
+        log.info("%s", note)
+    return config
+
+
+def _config(args: argparse.Namespace, task: Task, attention: AttentionName) -> GenerateConfig:
     return GenerateConfig(
         task=task,
         models=ModelPaths(
@@ -123,7 +131,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
             disable_numpy_memmap=args.disable_numpy_memmap,
             no_weight_check=args.no_weight_check,
             nabla=_nabla(args, task),
-            attention=attention[0],
+            attention=attention,
             magcache=_magcache(args),
             cpu_noise=args.cpu_noise,
             compile=_compile(args),
@@ -154,7 +162,7 @@ def check_model_paths(config: GenerateConfig) -> None:
     Raises:
         ModelFileError: with all files and folders that are not there.
     """
-    paths = [("--vae", config.models.vae)]
+    paths = [("--vae", config.models.vae)] if config.lora.save_merged_model is None else []
     if config.latent_path is None:
         paths += [
             ("--dit", config.models.dit),
@@ -168,6 +176,8 @@ def check_model_paths(config: GenerateConfig) -> None:
 def _output(args: argparse.Namespace) -> OutputConfig:
     is_folder = args.output is not None and args.output.endswith(("/", "\\"))
     path = None if args.output is None else Path(args.output)
+    if path is not None:
+        _check_length(path, is_folder=is_folder or args.from_file is not None or args.interactive)
     if path is not None and not is_folder and not path.is_dir():
         suffix = path.suffix.lower()
         makes_files = args.from_file is None and not args.interactive
@@ -185,6 +195,21 @@ def _output(args: argparse.Namespace) -> OutputConfig:
         overwrite=args.overwrite,
         no_metadata=args.no_metadata,
     )
+
+
+def _check_length(path: Path, *, is_folder: bool) -> None:
+    """Refuse a name that leaves no room, which would be found out after sampling only."""
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > MAX_NAME_BYTES:
+        raise ConfigError(
+            f"--output {path}: a name of {longest} bytes; at most {MAX_NAME_BYTES} are possible"
+        )
+    stem = path.stem if path.suffix.lower() in OUTPUT_SUFFIXES else path.name
+    if len(os.fsencode(stem)) + _ROOM > MAX_NAME_BYTES and not is_folder and not path.is_dir():
+        raise ConfigError(
+            f"--output {path}: the name is {len(os.fsencode(stem))} bytes long; at most "
+            f"{MAX_NAME_BYTES - _ROOM} leave room for what is added to it"
+        )
 
 
 def _spec(args: argparse.Namespace) -> PromptSpec:
@@ -503,10 +528,15 @@ def _add_output_options(parser: Parser) -> None:
         default="video",
         help="default: %(default)s; both: video and latent",
     )
-    add("--fps", type=positive_int, default=24, help="frames per second (default: %(default)s)")
+    add(
+        "--fps",
+        type=int_between(1, 1000),
+        default=24,
+        help="frames per second, at most 1000 (default: %(default)s)",
+    )
     add(
         "--crf",
-        type=_crf,
+        type=int_between(0, 51),
         default=14,
         metavar="N",
         help="constant quality of the video: 0 lossless, 14 default, 51 worst",
@@ -520,13 +550,6 @@ def _add_output_options(parser: Parser) -> None:
     )
     add("--overwrite", action="store_true", help="replace existing files instead of choosing a new name")
     add("--no_metadata", action="store_true", help="do not store prompt and settings in the files")
-
-
-def _crf(word: str) -> int:
-    value = int(word)
-    if not 0 <= value <= 51:
-        raise argparse.ArgumentTypeError(f"must lie within 0 .. 51, got {word}")
-    return value
 
 
 def _compile(args: argparse.Namespace) -> CompileConfig | None:

@@ -1,40 +1,10 @@
-"""Options of a training run that have no effect beside the others, and what would make each act.
-
-Only what differs from its default counts as given, so that the file of a run's options may hold them all.
-"""
+"""Options of a training run that have no effect beside the others, and what would make each act."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
-
+from kandinsky5.cli.idle_rules import IdleRule
 from kandinsky5.configs.train import OptimizerConfig, TimestepConfig, TrainConfig
 from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
-
-_Config = TypeVar("_Config")
-
-
-@dataclass(frozen=True, slots=True)
-class IdleRule(Generic[_Config]):
-    """Options that do nothing under a condition."""
-
-    options: tuple[str, ...]
-    """Names without dashes; a word of `--network_args` is "network_args word"."""
-    is_idle: Callable[[_Config], bool]
-    why: str
-    """The reason, and what to add or leave out."""
-
-
-def idle_notes(rules: Sequence[IdleRule[_Config]], config: _Config, given: Collection[str]) -> dict[str, str]:
-    """Option -> log line, for every option in `given` that has no effect; the first rule that holds tells."""
-    notes: dict[str, str] = {}
-    for rule in rules:
-        idle = [name for name in rule.options if name in given and name not in notes]
-        if idle and rule.is_idle(config):
-            notes |= {name: f"--{name} has no effect: {rule.why}" for name in idle}
-    return notes
-
 
 _SIZE_SHIFTS = ("flux_shift", "qwen_shift", "krea2_shift", "flux2_shift")
 _LOGISTIC = ("sigmoid", "shift", *_SIZE_SHIFTS, "qinglong_flux", "qinglong_qwen")

@@ -13,7 +13,8 @@ from typing import Any
 from kandinsky5.cli.common import local_name
 from kandinsky5.cli.compile_options import compile_config
 from kandinsky5.cli.config_file import file_values, read_toml, with_config_file
-from kandinsky5.cli.idle_options import OPTIMIZER_RULES, RUN_RULES, TIMESTEP_RULES, idle_notes
+from kandinsky5.cli.idle_options import OPTIMIZER_RULES, RUN_RULES, TIMESTEP_RULES
+from kandinsky5.cli.idle_rules import given_options, idle_notes
 from kandinsky5.cli.train_options import ACCEPTED, UNAVAILABLE, UNAVAILABLE_VALUES, build_parser
 from kandinsky5.cli.weight_options import dit_weight_problems
 from kandinsky5.configs.compilation import NO_BACKEND
@@ -72,7 +73,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig | ShowTimestep
     if args.show_timesteps:
         image = (args.output_dir or Path()) / f"{args.output_name or 'k5'}_timesteps.png"
         timesteps = _timesteps(args)
-        notes = idle_notes(TIMESTEP_RULES, timesteps, _given(parser, args))
+        notes = idle_notes(TIMESTEP_RULES, timesteps, given_options(parser, args))
         return ShowTimestepsConfig(
             show_timesteps=args.show_timesteps,
             timesteps=timesteps,
@@ -330,14 +331,9 @@ def _samples(args: argparse.Namespace) -> SampleConfig:
     )
 
 
-def _given(parser: argparse.ArgumentParser, args: argparse.Namespace) -> set[str]:
-    """Names of the options whose values are not their defaults."""
-    return {name for name, value in vars(args).items() if value != parser.get_default(name)}
-
-
 def _notes(parser: argparse.ArgumentParser, args: argparse.Namespace, config: TrainConfig) -> list[str]:
     """What has no effect, and what may not be what was meant."""
-    given = _given(parser, args)
+    given = given_options(parser, args)
     given |= {f"network_args {name}" for name in config.network.network_args}
     return [
         *(f"--{name} has no effect: {why}" for name, why in ACCEPTED.items() if name in given),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kandinsky5.cli.caching import parse_cache_text
-from kandinsky5.cli.generate import parse_generate
+from kandinsky5.cli.generate import check_model_paths, parse_generate
 from kandinsky5.configs.generate import GenerateConfig
 from modules.errors import ConfigError
 
@@ -123,6 +123,25 @@ def test_outputs_of_another_kind_are_refused() -> None:
     assert "--output_type latent" in refusal("--prompt", "x", "--output", "o.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("name", "most"), [("n" * 233 + ".mp4", 232), ("n" * 252 + ".mp4", 255), ("猫" * 90 + "/x.mp4", 255)]
+)
+def test_an_output_name_without_room_for_what_is_added_is_refused_at_once(name: str, most: int) -> None:
+    assert f"at most {most}" in refusal("--prompt", "x", "--output", name)
+
+
+def test_an_output_name_may_be_as_long_as_there_is_room() -> None:
+    parse_generate(["--prompt", "x", "--output", "n" * 232 + ".mp4"])
+    parse_generate(["--prompt", "x", "--output", "n" * 255 + "/"])
+
+
+def test_merging_needs_no_vae(tmp_path: Path) -> None:
+    for name in ("d.safetensors", "l.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    words = ["--dit", str(tmp_path / "d.safetensors"), "--lora_weight", str(tmp_path / "l.safetensors")]
+    check_model_paths(parse_generate([*words, "--save_merged_model", "m.safetensors"]))
+
+
 def test_nabla_options_override_the_task_or_need_the_switch() -> None:
     assert parse().dit.nabla is None
     config = parse("--task", "k5-pro-t2v-10s-sd", "--nabla_P", "0.7", "--no_nabla_add_sta")
@@ -143,7 +162,9 @@ def test_a_tile_size_switches_tiling_on() -> None:
     assert parse("--vae_tiling").vae.tile_px is not None
 
 
-@pytest.mark.parametrize("words", [("--promt", "x"), ("--seed", "-1"), ("--crf", "60"), ("--steps", "0")])
+@pytest.mark.parametrize(
+    "words", [("--promt", "x"), ("--seed", "-1"), ("--crf", "60"), ("--steps", "0"), ("--fps", "3000000000")]
+)
 def test_wrong_options_end_with_code_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_generate([*BASE, *words])

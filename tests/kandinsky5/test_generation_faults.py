@@ -18,7 +18,7 @@ import kandinsky5.outputs as outputs
 import kandinsky5.sampling_pipeline as pipeline
 from kandinsky5.dit import DiffusionTransformer3D
 from modules.tensor_files import write_tensors
-from tests.kandinsky5.generation_kit import Generate, latents_of, refused
+from tests.kandinsky5.generation_kit import Generate, frames_of, latents_of, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -298,6 +298,33 @@ def test_a_latent_file_must_hold_a_latent(
 ) -> None:
     message = refused(run, 4, capsys, "--latent_path", models["--dit"], "--output", "x.mp4", size=())
     assert "no saved latent" in message
+
+
+@pytest.mark.usefixtures("no_models")
+def test_a_saved_latent_is_not_decoded_into_less_than_it_holds(
+    run: Generate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tensors(tmp_path / "l.safetensors", {"latent": torch.zeros(16, 2, 6, 4)})
+    words = ("--latent_path", "l.safetensors", "--output")
+    assert "one image, not 5 frames" in refused(run, 2, capsys, *words, "x.png", size=())
+    message = refused(run, 2, capsys, *words, "x.mp4", "--trim_tail_frames", 5, size=())
+    assert "leaves nothing of 5 frames" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["l.safetensors"]
+
+
+def test_decoding_with_output_type_both_says_where_the_latent_is(run: Generate, tmp_path: Path) -> None:
+    write_tensors(tmp_path / "l.safetensors", {"latent": torch.zeros(16, 2, 6, 4)})
+    words = ("--latent_path", "l.safetensors", "--output", "x.mp4", "--output_type", "both")
+    said = said_by(run, *words, "--trim_tail_frames", 4, size=())
+    assert "the latent is in l.safetensors already and is not written again" in said
+    assert len(frames_of(tmp_path / "x.mp4")) == 1
+
+
+@pytest.mark.usefixtures("no_models")
+def test_a_device_that_holds_no_data_is_refused(run: Generate, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--device meta" in refused(
+        run, 5, capsys, "--prompt", "x", "--output", "x.mp4", "--device", "meta"
+    )
 
 
 def said_by(run: Generate, *words: object, **options: Any) -> list[str]:
