@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,3 +100,8 @@ def parse_latent_name(name: str, content: Content) -> LatentName | None:
         width=int(match["width"]),
         height=int(match["height"]),
     )
+
+
+def name_key(name: str) -> str:
+    """Equal for names that are one file on Windows or macOS, whatever case and coding of accents."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

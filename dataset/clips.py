@@ -39,6 +39,7 @@ from dataset.videos import VideoInfo, probe_video, read_frames
 
 TOO_SHORT = "too short"
 TOO_SMALL = "too small"
+MIXED_SIZES = "frames of several sizes"
 
 _SEGMENT_BYTES = 128 * 2**20
 """Pixels that one reading thread may hold: consecutive cuts of a video share one pass up to here."""
@@ -444,5 +445,8 @@ def _source_frames(clip: PlannedClip, numbers: Sequence[int]) -> Iterator[tuple[
         frame = read_image(paths[number])
         if (frame.shape[1], frame.shape[0]) != clip.source_size:
             found, expected = f"{frame.shape[1]}x{frame.shape[0]}", "{}x{}".format(*clip.source_size)
-            raise MediaError(clip.item.path, CHANGED, f"{paths[number].name} is {found}, not {expected}")
+            is_mixed = clip.item.is_frame_folder and probe_image(paths[0]) == clip.source_size
+            reason = MIXED_SIZES if is_mixed else CHANGED
+            detail = f"{paths[number].name} is {found}, {paths[0].name if is_mixed else 'it was'} {expected}"
+            raise MediaError(clip.item.path, reason, detail)
         yield number, frame

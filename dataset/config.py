@@ -18,6 +18,7 @@ from typing import Any
 from dataset.buckets import Size
 from dataset.cache_names import Content
 from dataset.config_keys import (
+    EXTRACTION_KEYS,
     GENERAL_KEYS,
     IGNORED_IMAGE_KEYS,
     IGNORED_VIDEO_KEYS,
@@ -324,6 +325,7 @@ class _Reader:
         if not is_video:
             given.pop("target_fps", None)  # may stand in [general] for the video datasets
         self._check_together(index, given, own, content)
+        self._note_idle(index, given, content)
         if len(self.problems) > problems_before:
             return None
         return self._build(index, given, content)
@@ -356,9 +358,25 @@ class _Reader:
             self.problems.append(
                 f'{where}: caption_lines is for caption files; in a JSONL file write "caption": ["a", "b"]'
             )
-        if content == "video" and "target_fps" in given and "source_fps" not in given:
+        # In [general] it holds for those video datasets that it can hold for.
+        if "target_fps" in own and "source_fps" not in given and content == "video":
             self.problems.append(
                 f"{where}: target_fps has an effect only with source_fps, the frame rate of the clips"
+            )
+
+    def _note_idle(self, index: int, given: dict[str, Any], content: Content) -> None:
+        """Say which settings of a dataset change nothing because of its others."""
+        if given.get("bucket_no_upscale") and not given.get("enable_bucket"):
+            self.notes.append(
+                f"dataset {index}: bucket_no_upscale has no effect without enable_bucket = true"
+            )
+        if content == "video" and "target_fps" in given and "source_fps" not in given:
+            self.notes.append(f"dataset {index}: target_fps has no effect without source_fps")
+        mode = given.get("frame_extraction", "head")
+        idle = [key for key, modes in EXTRACTION_KEYS.items() if key in given and mode not in modes]
+        if idle:
+            self.notes.append(
+                f'dataset {index}: {", ".join(idle)}: no effect with frame_extraction = "{mode}"'
             )
 
     def _build(self, index: int, given: dict[str, Any], content: Content) -> AnyDatasetConfig:

@@ -148,6 +148,14 @@ VIDEO_KEYS: dict[str, KeyCheck] = {
     "source_fps": _rate,
 }
 
+EXTRACTION_KEYS: dict[str, tuple[str, ...]] = {
+    "target_frames": ("head", "chunk", "slide", "uniform"),
+    "frame_stride": ("slide",),
+    "frame_sample": ("uniform",),
+    "max_frames": ("full",),
+}
+"""Which values of `frame_extraction` look at a setting."""
+
 # Settings of other models, so that one dataset file can serve several trainers.
 IGNORED_IMAGE_KEYS: dict[str, KeyCheck] = {
     "control_directory": _path,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from dataset.cache_names import Content
+from dataset.cache_names import Content, name_key
 from dataset.config import AnyDatasetConfig
 from dataset.media_files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from modules.errors import ConfigError, DataError
@@ -37,7 +36,7 @@ class MaskFolder:
             if not is_mask(path, dataset.content):
                 continue
             name = path.name if path.is_dir() else path.stem
-            other = self._paths.setdefault(os.path.normcase(name), path)
+            other = self._paths.setdefault(name_key(name), path)
             if other is not path:
                 problems.append(f"{where}: {other.name} and {path.name} are masks of the same name; keep one")
         if problems:
@@ -45,11 +44,11 @@ class MaskFolder:
 
     def find(self, base_name: str) -> Path | None:
         """The mask of an item; None if it has none."""
-        return self._paths.get(os.path.normcase(base_name))
+        return self._paths.get(name_key(base_name))
 
     def unmatched(self, base_names: Iterable[str]) -> tuple[str, ...]:
         """Names of masks that belong to none of these items."""
-        known = {os.path.normcase(name) for name in base_names}
+        known = {name_key(name) for name in base_names}
         return tuple(path.name for name, path in self._paths.items() if name not in known)
 
 

@@ -35,6 +35,8 @@ CHANGED = "changed while it was read"
 
 _LIMIT = f"the limit is {MAX_PIXELS / 1e6:.0f} million pixels"
 _ORIENTATION = 0x0112  # EXIF tag
+# What a PNG with an orientation holds: EXIF, XMP (which may be compressed), or ImageMagick's form of either.
+_PNG_ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type")
 # Only these decoders are let near a file, whatever its name says: some of Pillow's others start programs.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "GIF", "JXL")
 # What Pillow's decoders raise for broken files.
@@ -156,9 +158,9 @@ def _open_failure(path: Path) -> str:
 
 def _orientation(path: Path, image: Image.Image) -> int:
     if image.format == "PNG" and "exif" not in image.info:
-        # Pillow decodes the whole PNG to look for a late EXIF chunk; most have none, which is cheap to see.
+        # Pillow decodes the whole PNG to look for a late orientation; most have none, which is cheap to see.
         content = path.read_bytes()
-        if b"eXIf" not in content and b"Orientation" not in content and b"Raw profile type" not in content:
+        if not any(mark in content for mark in _PNG_ORIENTATION_MARKS):
             return 1
     return image.getexif().get(_ORIENTATION, 1)
 

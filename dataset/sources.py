@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Iterable
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataset.cache_names import Content
+from dataset.cache_names import Content, name_key
 from dataset.config import AnyDatasetConfig
+from dataset.config_keys import nearest_key
 from dataset.confinement import Confinement
 from dataset.mask_sources import MaskFolder, is_mask
 from dataset.media_files import media_extensions
@@ -21,9 +25,14 @@ NO_CAPTION = "no caption"
 CAPTION_NOT_UTF8 = "caption is not UTF-8"
 MISSING_FILE = "no such file"
 NAME_NOT_UTF8 = "file name is not UTF-8"
+IS_FOLDER = "is a folder"
 
 _HALF_A_CHARACTER = "holds half a character (a lone surrogate such as \\ud800)"
 _MAX_LISTED = 10
+_JSONL_KEYS: dict[Content, frozenset[str]] = {
+    "image": frozenset({"image_path", "image_path_0", "caption", "mask_path"}),
+    "video": frozenset({"video_path", "caption", "mask_path"}),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +79,8 @@ class SourceListing:
     skipped: tuple[SkippedItem, ...]
     unmatched_masks: tuple[str, ...] = ()
     """Names of masks that belong to no item."""
+    notes: tuple[str, ...] = ()
+    """What looks like a mistake in the JSONL file: log lines."""
 
     @property
     def found(self) -> int:
@@ -114,32 +125,56 @@ def _list_directory(dataset: AnyDatasetConfig, directory: Path) -> SourceListing
         kind = "is a file, not a folder" if directory.exists() else "no such folder"
         raise ConfigError(f"dataset {dataset.index} ({dataset.origin}): {directory}: {kind}")
     extensions = media_extensions(dataset.content)
-    paths = sorted(
-        path for path in directory.iterdir() if path.suffix.lower() in extensions and path.is_file()
-    )
+    entries = sorted(directory.iterdir())
+    paths = [path for path in entries if path.suffix.lower() in extensions]
     if not paths:
         raise DataError(
             f"dataset {dataset.index} ({dataset.origin}): no {dataset.content}s in {directory}; "
             f"known extensions: {' '.join(extensions)}"
         )
+    beside = {_composed(path.name): path for path in entries}
+    found = [
+        replace(_directory_entry(path, dataset, beside), key=place_mark(dataset.cache_directory, path))
+        for path in paths
+    ]
+    return SourceListing(
+        items=tuple(entry for entry in found if isinstance(entry, SourceItem)),
+        skipped=tuple(entry for entry in found if isinstance(entry, SkippedItem)),
+    )
+
+
+def _directory_entry(
+    path: Path, dataset: AnyDatasetConfig, beside: Mapping[str, Path]
+) -> SourceItem | SkippedItem:
+    """The item of one file; `beside` has all files of the folder by their composed names."""
+    if not _is_unicode(path.name):
+        shown = path.name.encode("utf-8", "backslashreplace").decode()
+        return SkippedItem(name=shown, reason=NAME_NOT_UTF8, detail="rename it", is_failure=True)
+    if path.is_dir():
+        detail = (
+            f"subfolders are not searched; a JSONL file can name a folder of frames as a {dataset.content}"
+        )
+        return SkippedItem(
+            name=path.name, reason=IS_FOLDER, detail=detail if dataset.content == "video" else ""
+        )
+    if not path.exists():
+        return SkippedItem(
+            name=path.name, reason=MISSING_FILE, detail="a link that leads nowhere", is_failure=True
+        )
     assert dataset.caption_extension is not None  # the config refuses a folder without it
-    items: list[SourceItem] = []
-    skipped: list[SkippedItem] = []
-    for path in paths:
-        key = place_mark(dataset.cache_directory, path)
-        if not _is_unicode(path.name):
-            shown = path.name.encode("utf-8", "backslashreplace").decode()
-            skipped.append(
-                SkippedItem(name=shown, reason=NAME_NOT_UTF8, detail="rename it", is_failure=True, key=key)
-            )
-            continue
-        caption = _read_caption(path, path.with_suffix(dataset.caption_extension))
-        if isinstance(caption, SkippedItem):
-            skipped.append(replace(caption, key=key))
-        else:
-            captions = _caption_lines(caption) if dataset.caption_lines else (caption,)
-            items.append(SourceItem(path=path, captions=captions, base_name=path.stem, key=key))
-    return SourceListing(items=tuple(items), skipped=tuple(skipped))
+    written = path.with_suffix(dataset.caption_extension)
+    caption = _read_caption(
+        path, written if written.exists() else beside.get(_composed(written.name), written)
+    )
+    if isinstance(caption, SkippedItem):
+        return caption
+    captions = _caption_lines(caption) if dataset.caption_lines else (caption,)
+    return SourceItem(path=path, captions=captions, base_name=path.stem)
+
+
+def _composed(name: str) -> str:
+    """A name however its accents are coded: macOS writes them as characters of their own."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _with_masks(dataset: AnyDatasetConfig, listing: SourceListing) -> SourceListing:
@@ -157,7 +192,7 @@ def _with_masks(dataset: AnyDatasetConfig, listing: SourceListing) -> SourceList
 
 def _read_caption(media: Path, path: Path) -> str | SkippedItem:
     try:
-        return path.read_bytes().decode("utf-8-sig").strip()
+        return _caption_text(path.read_bytes())
     except FileNotFoundError:
         return SkippedItem(name=media.name, reason=NO_CAPTION, detail=f"{path.name} does not exist")
     except UnicodeDecodeError as error:
@@ -166,6 +201,20 @@ def _read_caption(media: Path, path: Path) -> str | SkippedItem:
     except OSError as error:
         detail = f"{path.name} cannot be read: {error.strerror}"
         return SkippedItem(name=media.name, reason=NO_CAPTION, detail=detail, is_failure=True)
+
+
+def _caption_text(raw: bytes) -> str:
+    """The caption, with line breaks as on Linux whatever they are in the file.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8, or only by accident: UTF-16 without its mark, whose Latin letters
+            are read as themselves with a NUL beside each. A NUL here and there is part of the caption.
+    """
+    text = raw.decode("utf-8-sig")
+    if raw and raw.count(0) * 4 >= len(raw):
+        first = raw.index(0)
+        raise UnicodeDecodeError("utf-8", raw, first, first + 1, "every other byte is 0")
+    return re.sub("\r\n?", "\n", text).strip()
 
 
 def _caption_lines(text: str) -> tuple[str, ...]:
@@ -216,12 +265,14 @@ def _list_jsonl(dataset: AnyDatasetConfig, path: Path, confinement: Confinement 
     problems: list[str] = []
     entries: list[SourceItem | SkippedItem] = []
     first_line: dict[str, int] = {}
+    unknown: dict[str, int] = {}
     rule = _PathRule(path.parent, confinement)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            entry, real_path = _jsonl_entry(line, rule, dataset.content)
+            value = _json_object(line)
+            entry, real_path = _jsonl_entry(value, rule, dataset.content)
         except ValueError as error:
             problems.append(f"{path} line {number}: {error}")
             continue
@@ -229,6 +280,8 @@ def _list_jsonl(dataset: AnyDatasetConfig, path: Path, confinement: Confinement 
         if other != number:
             problems.append(f"{path} line {number}: the same {dataset.content} as in line {other}")
         entries.append(replace(entry, key=place_mark(dataset.cache_directory, Path(real_path))))
+        for name in value.keys() - _JSONL_KEYS[dataset.content]:
+            unknown.setdefault(name, number)
     if problems:
         rest = [f"... and {len(problems) - 50} more"] if len(problems) > 50 else []
         raise ConfigError([*problems[:50], *rest])
@@ -236,12 +289,24 @@ def _list_jsonl(dataset: AnyDatasetConfig, path: Path, confinement: Confinement 
         raise DataError(f"dataset {dataset.index} ({dataset.origin}): {path} lists no {dataset.content}s")
     items = sorted((e for e in entries if isinstance(e, SourceItem)), key=lambda item: item.base_name)
     skipped = tuple(e for e in entries if isinstance(e, SkippedItem))
-    return SourceListing(items=tuple(items), skipped=skipped)
+    notes = tuple(_unknown_keys(path, unknown, dataset.content))
+    return SourceListing(items=tuple(items), skipped=skipped, notes=notes)
 
 
-def _jsonl_entry(line: str, rule: _PathRule, content: Content) -> tuple[SourceItem | SkippedItem, str]:
+def _unknown_keys(path: Path, first_line: Mapping[str, int], content: Content) -> Iterator[str]:
+    for key, number in itertools.islice(sorted(first_line.items()), _MAX_LISTED):
+        if key.startswith("control_path"):  # of other models, as in musubi-tuner
+            continue
+        hint = nearest_key(key, _JSONL_KEYS[content])
+        guess = f"; did you mean {hint}?" if hint else ""
+        shown = json.dumps(key, ensure_ascii=True)
+        yield f"{path} line {number}: {shown} is no key of a JSONL line and is not used{guess}"
+
+
+def _jsonl_entry(
+    value: dict[str, Any], rule: _PathRule, content: Content
+) -> tuple[SourceItem | SkippedItem, str]:
     """The item of one line, and its path without links, which tells whether it is listed twice."""
-    value = _json_object(line)
     keys = ("video_path",) if content == "video" else ("image_path", "image_path_0")
     written = next((value[key] for key in keys if key in value), None)
     if written is None:
@@ -307,11 +372,14 @@ def _refuse_shared_names(dataset: AnyDatasetConfig, items: Iterable[SourceItem])
     first: dict[str, SourceItem] = {}
     problems = []
     for item in items:
-        other = first.setdefault(os.path.normcase(item.base_name), item)
+        other = first.setdefault(name_key(item.base_name), item)
         if other is not item:
+            same = "the same base name"
+            if other.base_name != item.base_name:
+                same = "base names that are the same on Windows or macOS"
             problems.append(
-                f"dataset {dataset.index} ({dataset.origin}): {other.path} and {item.path} have the same "
-                "base name and would share their caches; rename one of them or put them into two datasets"
+                f"dataset {dataset.index} ({dataset.origin}): {other.path} and {item.path} have {same} "
+                "and would share their caches; rename one of them or put them into two datasets"
             )
     if problems:
         raise DataError(problems)

@@ -106,7 +106,7 @@ def cache_latents(config: CacheLatentsConfig) -> None:
 
 def _show(config: CacheLatentsConfig, debug: DebugConfig) -> None:
     for dataset in _read_datasets(config.run).datasets:
-        plan = _plan(dataset, config, list_items(dataset, confinement=_confinement(config.run)))
+        plan = _plan(dataset, config, _listing(dataset, config.run))
         if not preview_clips(dataset, plan.clips, debug, config.run.num_workers):
             return
 
@@ -169,8 +169,12 @@ def _read_datasets(run: CacheRunConfig) -> DatasetConfig:
     return datasets
 
 
-def _confinement(run: CacheRunConfig) -> Confinement | None:
-    return Confinement.to_folder_of(run.dataset_config) if run.confine_paths else None
+def _listing(dataset: AnyDatasetConfig, run: CacheRunConfig) -> SourceListing:
+    confinement = Confinement.to_folder_of(run.dataset_config) if run.confine_paths else None
+    listing = list_items(dataset, confinement=confinement)
+    for note in listing.notes:
+        log.warning("%s", note)
+    return listing
 
 
 def _plan(dataset: AnyDatasetConfig, config: CacheLatentsConfig, listing: SourceListing) -> ClipPlan:
@@ -183,7 +187,7 @@ def _plan(dataset: AnyDatasetConfig, config: CacheLatentsConfig, listing: Source
 def _latent_work(
     dataset: AnyDatasetConfig, config: CacheLatentsConfig, fingerprint: str, dtype: torch.dtype
 ) -> _LatentWork:
-    listing = list_items(dataset, confinement=_confinement(config.run))
+    listing = _listing(dataset, config.run)
     plan = _plan(dataset, config, listing)
     metas = {
         clip.cache_name: latent_meta(
@@ -288,7 +292,7 @@ def _cache_text(config: CacheTextConfig, processes: Processes) -> None:
     if problems:
         raise ModelFileError(problems)
     templates = load_prompt_templates(config.prompt_templates)
-    listings = [list_items(dataset, confinement=_confinement(config.run)) for dataset in datasets]
+    listings = [_listing(dataset, config.run) for dataset in datasets]
     outcomes = [
         Outcome(
             dataset=dataset,

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from dataset.cache_index import latent_entry
-from dataset.clips import ClipPlan, PlannedClip, cut_batches, load_batches, load_clip, plan_clips
+from dataset.clips import MIXED_SIZES, ClipPlan, PlannedClip, cut_batches, load_batches, load_clip, plan_clips
 from dataset.config import ImageDatasetConfig, VideoDatasetConfig
 from dataset.media import TOO_LARGE, read_image
 from dataset.sources import list_items
@@ -354,3 +354,24 @@ def test_a_video_with_flat_pixels_is_planned_at_its_shown_shape_and_that_is_said
     (note,) = made.notes
     assert "1 videos have pixels that are not square" in note
     assert "a.mp4 (64x64 to 114x64)" in note
+
+
+def test_frames_of_several_sizes_are_called_that(tmp_path: Path) -> None:
+    (tmp_path / "shot").mkdir()
+    for number in range(5):
+        Image.new("RGB", (64, 48 if number != 3 else 32)).save(tmp_path / "shot" / f"{number}.png")
+    path = tmp_path / "v.jsonl"
+    path.write_text(json.dumps({"video_path": str(tmp_path / "shot"), "caption": "x"}), encoding="utf-8")
+    dataset = VideoDatasetConfig(
+        index=0,
+        origin="",
+        cache_directory=tmp_path,
+        video_jsonl_file=path,
+        resolution=(64, 48),
+        target_frames=(5,),
+    )
+    clips = plan_clips(dataset, list_items(dataset), nabla_resize=False).clips
+    (loaded,) = load_batches(cut_batches(clips, 1))
+    assert [(bad.reason, bad.detail) for bad in loaded.damaged] == [
+        (MIXED_SIZES, "3.png is 64x32, 0.png 64x48")
+    ]

@@ -231,3 +231,31 @@ def test_videos_cut_into_single_frames_take_the_image_template(tmp_path: Path) -
 def test_reading_a_config_does_not_load_torch(root: Path) -> None:
     code = "import sys, dataset.config, dataset.sources, dataset.buckets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_settings_that_change_nothing_are_said(tmp_path: Path) -> None:
+    text = VIDEO + "frame_stride = 3\nframe_sample = 7\nmax_frames = 33\nbucket_no_upscale = true\n"
+    notes = load_dataset_config(write(tmp_path, text)).notes
+    assert notes == (
+        "dataset 0: bucket_no_upscale has no effect without enable_bucket = true",
+        'dataset 0: frame_stride, frame_sample, max_frames: no effect with frame_extraction = "head"',
+    )
+    text = VIDEO + 'frame_extraction = "full"\nmax_frames = 33\ntarget_frames = [5]\n'
+    (note,) = load_dataset_config(write(tmp_path, text)).notes
+    assert note == 'dataset 0: target_frames: no effect with frame_extraction = "full"'
+    used = (
+        VIDEO
+        + 'frame_extraction = "slide"\nframe_stride = 3\nenable_bucket = true\nbucket_no_upscale = true\n'
+    )
+    assert load_dataset_config(write(tmp_path, used)).notes == ()
+
+
+def test_a_general_target_fps_holds_for_the_datasets_that_have_a_source_fps(tmp_path: Path) -> None:
+    text = "[general]\ntarget_fps = 12\n" + VIDEO + 'source_fps = 24\ncache_directory = "c"\n' + VIDEO
+    config = load_dataset_config(write(tmp_path, text))
+    first, second = config.datasets
+    assert isinstance(first, VideoDatasetConfig)
+    assert isinstance(second, VideoDatasetConfig)
+    assert first.rates == (24, 12)
+    assert second.rates is None
+    assert config.notes == ("dataset 1: target_fps has no effect without source_fps",)

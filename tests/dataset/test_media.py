@@ -79,6 +79,21 @@ def test_orientation_is_found_behind_the_pixels_of_a_png(tmp_path: Path) -> None
     assert read_image(path).shape == (48, 32, 3)
 
 
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_orientation_is_found_in_the_xmp_of_a_png(tmp_path: Path, is_compressed: bool) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (48, 32)).save(path)
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    text = zlib.compress(xmp) if is_compressed else xmp
+    chunk = b"iTXtXML:com.adobe.xmp\0" + bytes([is_compressed, 0, 0, 0]) + text
+    content = path.read_bytes()
+    header = 8 + 25  # signature and IHDR
+    early = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(content[:header] + early + content[header:])
+    assert probe_image(path) == (32, 48)
+    assert read_image(path).shape == (48, 32, 3)
+
+
 def test_hidden_colours_of_transparent_pixels_are_not_seen(tmp_path: Path) -> None:
     pixels = np.zeros((4, 4, 4), np.uint8)
     pixels[..., 0] = 255  # red all over,

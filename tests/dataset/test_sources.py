@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from dataset.config import ImageDatasetConfig, VideoDatasetConfig
 from dataset.media_files import frame_paths
-from dataset.sources import CAPTION_NOT_UTF8, MISSING_FILE, NO_CAPTION, SourceListing, list_items
+from dataset.sources import CAPTION_NOT_UTF8, IS_FOLDER, MISSING_FILE, NO_CAPTION, SourceListing, list_items
 from modules.errors import ConfigError, DataError
 
 
@@ -108,6 +109,65 @@ def test_captions_in_other_encodings_are_skipped_naming_file_and_byte(tmp_path: 
     assert skipped.reason == CAPTION_NOT_UTF8
     assert skipped.is_failure
     assert f"a.txt, byte {3 if encoding == 'latin-1' else 0}" in skipped.detail
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_utf16_without_its_mark_is_not_taken_for_text_with_nul_characters(
+    tmp_path: Path, encoding: str
+) -> None:
+    add(tmp_path, "a.png", "a red fox".encode(encoding))
+    add(tmp_path, "b.png")
+    (skipped,) = images(tmp_path).skipped
+    assert (skipped.name, skipped.reason) == ("a.png", CAPTION_NOT_UTF8)
+
+
+def test_line_breaks_of_all_systems_are_the_same_caption(tmp_path: Path) -> None:
+    for name, line_break in (("a", "\n"), ("b", "\r\n"), ("c", "\r")):
+        add(tmp_path, f"{name}.png", f"one{line_break}two{line_break}".encode())
+    assert {item.captions for item in images(tmp_path).items} == {("one\ntwo",)}
+    assert {item.captions for item in images(tmp_path, caption_lines=True).items} == {("one", "two")}
+
+
+def test_a_caption_belongs_to_its_clip_however_accents_are_coded(tmp_path: Path) -> None:
+    (tmp_path / unicodedata.normalize("NFC", "café.png")).write_bytes(b"x")
+    (tmp_path / unicodedata.normalize("NFD", "café.txt")).write_text("a cup", encoding="utf-8")
+    assert [item.captions for item in images(tmp_path).items] == [("a cup",)]
+
+
+def test_links_that_lead_nowhere_and_folders_named_like_media_are_counted(tmp_path: Path) -> None:
+    add(tmp_path, "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "c.png").mkdir()
+    listing = images(tmp_path)
+    assert listing.found == 3
+    assert [(s.name, s.reason, s.is_failure) for s in listing.skipped] == [
+        ("b.png", MISSING_FILE, True),
+        ("c.png", IS_FOLDER, False),
+    ]
+
+
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("caf\u00e9", "cafe\u0301"), ("STRASSE", "straße")])
+def test_names_that_some_system_takes_for_one_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    lines = []
+    for folder, name in zip("xy", names, strict=True):
+        (tmp_path / folder).mkdir()
+        add(tmp_path / folder, f"{name}.png")
+        lines.append({"image_path": str(tmp_path / folder / f"{name}.png"), "caption": "x"})
+    with pytest.raises(DataError, match="the same on Windows or macOS"):
+        jsonl(write_lines(tmp_path / "m.jsonl", *lines))
+
+
+def test_a_key_of_a_jsonl_line_that_is_not_used_is_said_once_with_the_nearest(tmp_path: Path) -> None:
+    lines = []
+    for name in ("a.png", "b.png"):
+        add(tmp_path, name)
+        path = str(tmp_path / name)
+        lines.append({"image_path": path, "caption": "x", "mask_paht": "m.png", "control_path_1": path})
+    (note,) = jsonl(write_lines(tmp_path / "m.jsonl", *lines)).notes
+    assert 'm.jsonl line 1: "mask_paht" is no key of a JSONL line' in note
+    assert note.endswith("did you mean mask_path?")
+    assert jsonl(write_lines(tmp_path / "m.jsonl", {**lines[0], "mask_paht": 1})).notes
+    assert not jsonl(write_lines(tmp_path / "m.jsonl", {"image_path_0": path, "caption": "x"})).notes
 
 
 def test_two_media_of_one_base_name_are_refused_naming_both(tmp_path: Path) -> None:
@@ -215,7 +275,7 @@ def test_a_video_may_be_a_folder_of_frames(tmp_path: Path) -> None:
 def test_each_line_is_a_caption_only_when_asked_for(tmp_path: Path) -> None:
     add(tmp_path, "a.png", "one\r\n\n  two \n")
     add(tmp_path, "b.png", " \n ")
-    assert [item.captions for item in images(tmp_path).items] == [("one\r\n\n  two",), ("",)]
+    assert [item.captions for item in images(tmp_path).items] == [("one\n\n  two",), ("",)]
     assert [item.captions for item in images(tmp_path, caption_lines=True).items] == [("one", "two"), ("",)]
 
 
