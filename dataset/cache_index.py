@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,6 +53,9 @@ class IndexEntry:
 
     items: tuple[IndexItem, ...]
     skipped: tuple[SkippedItem, ...]
+    users: tuple[str, ...] | None = None
+    """Marks of the dataset files that use it; empty when all of them have other settings by now. None is not
+    known, as in indexes of older versions."""
 
 
 def index_path(cache_directory: Path, kind: CacheKind) -> Path:
@@ -162,7 +165,7 @@ def update_index(cache_directory: Path, kind: CacheKind, key: str, entry: IndexE
     """Put an entry under its `entry_key` into the folder's index; other entries stay.
 
     That of an older version with the same settings does not: it is this dataset's, or its files are told by
-    nothing from this dataset's.
+    nothing from this dataset's. The dataset files that use the entry no longer use the others.
     """
     try:
         entries = read_index(cache_directory, kind) or {}
@@ -171,7 +174,24 @@ def update_index(cache_directory: Path, kind: CacheKind, key: str, entry: IndexE
             raise
         entries = {}  # a damaged index is made anew: it only holds what the cache scripts can tell again
     entries.pop(key.partition("-")[0], None)
+    for other, old in entries.items():
+        if other == key:
+            entry = replace(entry, users=tuple(sorted({*(entry.users or ()), *(old.users or ())})) or None)
+        elif old.users is not None:
+            entries[other] = replace(old, users=tuple(u for u in old.users if u not in (entry.users or ())))
     entries[key] = entry
+    _write_index(cache_directory, kind, entries)
+
+
+def drop_unused_entries(cache_directory: Path, kind: CacheKind) -> None:
+    """Take entries out of the index that no dataset file uses any more."""
+    entries = read_index(cache_directory, kind) or {}
+    used = {key: entry for key, entry in entries.items() if entry.users != ()}
+    if len(used) < len(entries):
+        _write_index(cache_directory, kind, used)
+
+
+def _write_index(cache_directory: Path, kind: CacheKind, entries: Mapping[str, IndexEntry]) -> None:
     value = {
         "version": INDEX_VERSION,
         "kind": kind,
@@ -181,8 +201,8 @@ def update_index(cache_directory: Path, kind: CacheKind, key: str, entry: IndexE
 
 
 def listed_files(entries: Mapping[str, IndexEntry]) -> set[str]:
-    """The file names that any entry uses."""
-    items = [item for entry in entries.values() for item in entry.items]
+    """The file names of all entries but those that no dataset file uses any more."""
+    items = [item for entry in entries.values() if entry.users != () for item in entry.items]
     return {name for item in items for name in (*item.files, *item.masks)}
 
 
@@ -200,7 +220,7 @@ def _entry_to_json(entry: IndexEntry) -> dict[str, Any]:
             | ({"key": s.key} if s.key else {})
             for s in entry.skipped
         ],
-    }
+    } | ({} if entry.users is None else {"users": list(entry.users)})
 
 
 def _entry_from_json(value: Mapping[str, Any]) -> IndexEntry:
@@ -215,7 +235,10 @@ def _entry_from_json(value: Mapping[str, Any]) -> IndexEntry:
         )
         for s in value["skipped"]
     )
-    return IndexEntry(items=items, skipped=skipped)
+    users = value.get("users")
+    return IndexEntry(
+        items=items, skipped=skipped, users=None if users is None else tuple(str(user) for user in users)
+    )
 
 
 def _item_from_json(value: Mapping[str, Any]) -> IndexItem:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.cache_files import ARCHITECTURE
 from dataset.cache_index import CacheKind, listed_files, read_index
-from dataset.cache_names import LATENT_SUFFIX, MASK_SUFFIX, TEXT_SUFFIX
+from dataset.cache_names import (
+    LATENT_SUFFIX,
+    MASK_SUFFIX,
+    TEXT_SUFFIX,
+    Content,
+    cache_base_name,
+    parse_latent_name,
+)
+from dataset.sources import SkippedItem
 from modules.errors import ModelFileError
 from modules.tensor_files import read_header
 
@@ -18,6 +27,8 @@ class UnusedCaches:
 
     files: tuple[Path, ...]
     """Carry our mark, which is also musubi-tuner's for Kandinsky 5: may be deleted."""
+    unread: tuple[Path, ...]
+    """The same of items that could not be read this time: not to be deleted, for they may be good again."""
     foreign: tuple[Path, ...]
     """Without that mark, or too damaged to show it: left alone."""
 
@@ -27,19 +38,49 @@ class UnusedCaches:
         return sum(path.stat().st_size for path in self.files)
 
 
-def unused_caches(cache_directory: Path, kind: CacheKind) -> UnusedCaches:
-    """The caches of one kind that the folder's index does not list; all of them when there is no index."""
+def unused_caches(
+    cache_directory: Path, kind: CacheKind, content: Content, skipped: Iterable[SkippedItem] = ()
+) -> UnusedCaches:
+    """The caches of one kind that no dataset file uses by the folder's index; all when there is no index.
+
+    Args:
+        content: of the folder's dataset.
+        skipped: what the last run left out.
+    """
+    unread_names = {
+        cache_base_name(name)
+        for entry in skipped
+        if entry.is_failure
+        for name in (entry.name, Path(entry.name).stem)
+    }
     used = listed_files(read_index(cache_directory, kind) or {})
     suffixes = (LATENT_SUFFIX, MASK_SUFFIX) if kind == "latents" else (TEXT_SUFFIX,)
     if not cache_directory.is_dir():
-        return UnusedCaches(files=(), foreign=())
+        return UnusedCaches(files=(), unread=(), foreign=())
     files: list[Path] = []
+    unread: list[Path] = []
     foreign: list[Path] = []
     for path in sorted(cache_directory.iterdir()):
         if not path.name.endswith(suffixes) or path.name in used or not path.is_file():
             continue
-        (files if _has_our_mark(path) else foreign).append(path)
-    return UnusedCaches(files=tuple(files), foreign=tuple(foreign))
+        if not _has_our_mark(path):
+            foreign.append(path)
+        elif _base_name(path, content) in unread_names:
+            unread.append(path)
+        else:
+            files.append(path)
+    return UnusedCaches(files=tuple(files), unread=tuple(unread), foreign=tuple(foreign))
+
+
+def _base_name(path: Path, content: Content) -> str | None:
+    """Whose cache a file is, by its name."""
+    if path.name.endswith(TEXT_SUFFIX):
+        return path.name.removesuffix(TEXT_SUFFIX)
+    name = path.name
+    if name.endswith(MASK_SUFFIX):
+        name = name.removesuffix(MASK_SUFFIX) + LATENT_SUFFIX
+    parsed = parse_latent_name(name, content)
+    return None if parsed is None else parsed.base_name
 
 
 def _has_our_mark(path: Path) -> bool:

@@ -19,6 +19,8 @@ from modules.logs import get_logger
 
 log = get_logger(__name__)
 
+PREVIEW_FOLDER = "k5_preview"
+
 _SHADES = " .:-=+*#%@"
 _CHARACTER_ASPECT = 2  # a console's characters are about twice as high as wide
 
@@ -51,8 +53,12 @@ def preview_clips(
 
 
 def write_preview(folder: Path, clip: PlannedClip, frames: np.ndarray) -> Path:
-    """Write frames uint8 [F, H, W, 3] beside where the cache would be: .mp4, or .jpg for an image."""
+    """Write frames uint8 [F, H, W, 3] into a folder beside where the cache would be: .mp4, .jpg for an image.
+
+    Caches may lie among the media, where these files would be taken for more of them.
+    """
     stem = Path(clip.cache_name).stem
+    folder = folder / PREVIEW_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     if clip.is_image:
         path = folder / f"{stem}.jpg"

@@ -28,7 +28,7 @@ from dataset.cache_files import (
     write_text_cache,
     written_metadata,
 )
-from dataset.cache_index import entry_key, latent_entry, metadata_digest, text_entry, update_index
+from dataset.cache_index import latent_entry, metadata_digest, text_entry
 from dataset.cache_names import mask_cache_name, prior_text_cache_name
 from dataset.clips import ClipPlan, LoadedBatch, PlannedClip, cut_batches, load_batches, plan_clips
 from dataset.config import AnyDatasetConfig, DatasetConfig, load_dataset_config
@@ -45,6 +45,7 @@ from kandinsky5.caching_report import (
     disk_errors,
     finish,
     handle_unused,
+    write_index,
 )
 from kandinsky5.configs.caching import CacheLatentsConfig, CacheRunConfig, CacheTextConfig, DebugConfig
 from kandinsky5.devices import vae_dtype
@@ -144,10 +145,7 @@ def _cache_latents(config: CacheLatentsConfig, processes: Processes) -> None:
             return
         for work in works:
             entry = latent_entry(work.plan.clips, work.outcome.skipped, _latent_digests(work))
-            with disk_errors(work.dataset.cache_directory):
-                update_index(
-                    work.dataset.cache_directory, "latents", entry_key(work.dataset, "latents"), entry
-                )
+            write_index(work.outcome, "latents", entry, config.run)
         handle_unused(outcomes, "latents", config.run)
     finish(outcomes, "latents", config.run)
 
@@ -328,10 +326,8 @@ def _cache_text(config: CacheTextConfig, processes: Processes) -> None:
         if not processes.is_main:
             return
         for work in works:
-            dataset = work.outcome.dataset
             entry = text_entry(work.listing.items, work.listing.skipped, work.digests)
-            with disk_errors(dataset.cache_directory):
-                update_index(dataset.cache_directory, "text", entry_key(dataset, "text"), entry)
+            write_index(work.outcome, "text", entry, config.run)
         handle_unused(outcomes, "text", config.run)
     finish(outcomes, "text", config.run)
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dataset.cache_index import CacheKind, index_path
+from dataset.cache_index import (
+    CacheKind,
+    IndexEntry,
+    drop_unused_entries,
+    entry_key,
+    index_path,
+    update_index,
+)
 from dataset.cache_unused import unused_caches
 from dataset.config import AnyDatasetConfig
+from dataset.places import place_mark
 from dataset.sources import SkippedItem
 from kandinsky5.configs.caching import CacheRunConfig
 from modules import files
@@ -99,10 +107,19 @@ def check_strict(outcomes: Sequence[Outcome], run: CacheRunConfig) -> None:
         raise DataError(f"--strict: {_listed(skipped)}")
 
 
+def write_index(outcome: Outcome, kind: CacheKind, entry: IndexEntry, run: CacheRunConfig) -> None:
+    """Put what a run found for a dataset into the index of its cache folder."""
+    folder = outcome.dataset.cache_directory
+    entry = replace(entry, users=(place_mark(folder, run.dataset_config),))
+    with disk_errors(folder):
+        update_index(folder, kind, entry_key(outcome.dataset, kind), entry)
+
+
 def handle_unused(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunConfig) -> None:
-    """Say how many caches no dataset uses any more; with --prune, delete them."""
-    for folder in sorted({outcome.dataset.cache_directory for outcome in outcomes}):
-        unused = unused_caches(folder, kind)
+    """Say how many caches no dataset file uses any more; with --prune, delete them."""
+    for outcome in outcomes:
+        folder = outcome.dataset.cache_directory
+        unused = unused_caches(folder, kind, outcome.dataset.content, outcome.skipped)
         if unused.foreign:
             log.info(
                 "%s: %d files are named like caches but were not made by a Kandinsky 5 cache script, for "
@@ -111,15 +128,18 @@ def handle_unused(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunCon
                 len(unused.foreign),
                 unused.foreign[0].name,
             )
-        if not unused.files:
-            continue
+        if unused.unread:
+            log.info("%s: %d caches of items that could not be read are kept", folder, len(unused.unread))
         size = f"{len(unused.files)} caches ({unused.total_bytes / _GIGABYTE:.2f} GB)"
-        if not run.prune:
+        if run.prune:
+            with disk_errors(folder):
+                drop_unused_entries(folder, kind)
+            for path in unused.files:
+                path.unlink(missing_ok=True)
+        if unused.files and run.prune:
+            log.info("%s: deleted %s that no dataset file uses", folder, size)
+        elif unused.files:
             log.info("%s: %s are not used by the dataset; --prune deletes them", folder, size)
-            continue
-        for path in unused.files:
-            path.unlink(missing_ok=True)
-        log.info("%s: deleted %s that the dataset does not use", folder, size)
 
 
 def finish(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunConfig) -> None:

@@ -23,7 +23,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, which is made if missing; waits while another process holds it.
 
     Raises:
-        ResourceError: the folder cannot be written.
+        ResourceError: the folder cannot be written, or its file system knows no locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def sole_user(path: Path, what: str) -> Iterator[None]:
     Processes that this one forks do not hold it, so that it ends with this process alone.
 
     Raises:
-        ResourceError: another process holds it; `what` says what it does.
+        ResourceError: another process holds it, `what` says what it does; or the file system knows no locks.
     """
     with path.open("a+b") as stream:
         if not _try_own_lock(stream):
@@ -71,6 +71,13 @@ def _write_owner(stream: BinaryIO) -> None:
 def _read_owner(stream: BinaryIO) -> str:
     stream.seek(1)
     return stream.read().decode("ascii", "replace").strip() or "unknown"
+
+
+def _no_locks(stream: BinaryIO, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"{stream.name}: cannot be locked ({error.strerror}), as on some network file systems; use a "
+        "folder on another file system"
+    )
 
 
 if os.name == "nt":
@@ -100,6 +107,8 @@ else:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            raise _no_locks(stream, error) from error
         return True
 
     def _try_own_lock(stream: BinaryIO) -> bool:
@@ -108,6 +117,8 @@ else:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             return False
+        except OSError as error:
+            raise _no_locks(stream, error) from error
         return True
 
     def _unlock_own(stream: BinaryIO) -> None:

@@ -92,7 +92,7 @@ def _add_shared(parser: Parser) -> None:
     add("--num_workers", type=positive_int, help="decoding threads (default: CPU count - 1)")
     add("--device", help="where to compute (default: cuda if there is one, else cpu)")
     add("--skip_existing", action="store_true", help="encode only what has no cache that still fits")
-    add("--prune", action="store_true", help="delete caches that the dataset no longer uses")
+    add("--prune", action="store_true", help="delete caches that no dataset file uses any more")
     add("--keep_cache", action="store_true", help="keep such caches; accepted, because that is the default")
     add("--strict", action="store_true", help="any item that cannot be used is an error")
     add("--skip_bad", action="store_true", help="leave damaged items out without an error at the end")

@@ -278,6 +278,51 @@ def test_unused_caches_stay_until_prune(project: Path, tiny_models: Path) -> Non
     assert foreign.is_file()
 
 
+def test_prune_keeps_the_caches_of_a_video_that_cannot_be_read_this_time(
+    project: Path, tiny_models: Path
+) -> None:
+    cache_latents(project, tiny_models)
+    cache_text(project, tiny_models)
+    before = times(project)
+    video, caption = project / "videos" / "one.mp4", project / "videos" / "one.txt"
+    whole = video.read_bytes()
+    video.write_bytes(b"")
+    caption.write_bytes(b"\xff\xfe")
+    cache_latents(project, tiny_models, "--skip_existing", "--prune", "--skip_bad")
+    cache_text(project, tiny_models, "--skip_existing", "--prune", "--skip_bad")
+    assert times(project) == before
+    video.write_bytes(whole)
+    caption.write_text("a video of one 走る", encoding="utf-8")
+    cache_latents(project, tiny_models, "--skip_existing", "--prune")
+    cache_text(project, tiny_models, "--skip_existing", "--prune")
+    assert times(project) == before
+
+
+def test_prune_deletes_the_caches_of_earlier_settings_of_the_same_dataset_file_only(
+    project: Path, tiny_models: Path
+) -> None:
+    dataset = project / "dataset.toml"
+    text = dataset.read_text(encoding="utf-8")
+    other = project / "other.toml"
+
+    def clips() -> list[str]:
+        names = (path.name for path in (project / "cache_videos").glob("one_*"))
+        return sorted(name[4:13] for name in names)
+
+    other.write_text(text.replace("[1, 5]", "[1]"), encoding="utf-8")
+    cache_latents(project, tiny_models)
+    cache_latents(project, tiny_models, "--dataset_config", str(other), "--prune")
+    assert clips() == ["00000-001", "00000-005"]  # the first dataset file uses both
+    dataset.write_text(text.replace("[1, 5]", "[5]"), encoding="utf-8")
+    cache_latents(project, tiny_models, "--prune")
+    assert clips() == ["00000-001", "00000-005"]
+    other.write_text(text.replace("[1, 5]", "[5]"), encoding="utf-8")
+    cache_latents(project, tiny_models, "--dataset_config", str(other))
+    assert clips() == ["00000-001", "00000-005"]
+    cache_latents(project, tiny_models, "--dataset_config", str(other), "--prune")
+    assert clips() == ["00000-005"]
+
+
 def test_numbers_that_are_not_finite_stop_the_run_and_write_nothing(
     project: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -353,8 +398,8 @@ def test_debug_video_writes_files_to_look_at_and_needs_no_vae(project: Path) -> 
         "--debug_mode",
         "video",
     ])
-    assert (project / "cache_videos" / "one_00000-005_0032x0032_k5.mp4").is_file()
-    assert (project / "cache_images" / "a_0040x0040_k5.jpg").is_file()
+    assert (project / "cache_videos" / "k5_preview" / "one_00000-005_0032x0032_k5.mp4").is_file()
+    assert (project / "cache_images" / "k5_preview" / "a_0040x0040_k5.jpg").is_file()
     assert contents(project) == {}
 
 

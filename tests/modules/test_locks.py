@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -86,3 +87,18 @@ def test_a_process_that_was_forked_does_not_keep_the_lock_of_its_dead_parent(
         with sole_user(lock, "in use"):
             pass
         os.killpg(first.pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows locks otherwise")
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_that_knows_no_locks_is_named(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    for name, lock in (("flock", folder_lock(tmp_path)), ("lockf", sole_user(tmp_path / "run", "in use"))):
+        monkeypatch.setattr(f"fcntl.{name}", refuse)
+        with pytest.raises(ResourceError, match="cannot be locked") as caught, lock:
+            pass
+        assert str(tmp_path) in str(caught.value)
