@@ -26,6 +26,8 @@ MAX_SIDE = MAX_LATENT_SIDE * PIXELS_PER_LATENT
 MAX_FRAMES = (MAX_LATENT_FRAMES - 1) * FRAMES_PER_LATENT + 1
 DEFAULT_SEED = 42
 MAX_STEPS = 1000
+MAX_MULTIPLIER = 1e3
+"""Of a LoRA; what is stronger leaves no number finite."""
 _SEED_LIMIT = 2**63
 _HD_LATENT_AREA = 14080
 """Latent positions of the smallest HD size (640 x 1408): where the rotary scale of the HD tasks begins."""
@@ -246,6 +248,11 @@ def _number_problems(spec: PromptSpec, lora_count: int) -> list[str]:
             f"{len(spec.lora_multiplier)} LoRA multipliers for {lora_count} --lora_weight: "
             "at most one for each"
         )
+    problems += [
+        f"LoRA multiplier {multiplier:g}: -{MAX_MULTIPLIER:g} to {MAX_MULTIPLIER:g} is possible"
+        for multiplier in spec.lora_multiplier or ()
+        if abs(multiplier) > MAX_MULTIPLIER
+    ]
     return problems
 
 

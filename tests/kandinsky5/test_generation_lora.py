@@ -14,7 +14,7 @@ from kandinsky5.outputs import read_latents
 from kandinsky5.tasks import TINY_PARAMS
 from modules.tensor_files import read_tensors, write_tensors
 from networks.lora_kandinsky import is_target_name, linear_layer_sizes
-from tests.kandinsky5.generation_kit import Generate, latents_of
+from tests.kandinsky5.generation_kit import Generate, latents_of, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,3 +123,11 @@ def test_a_prompt_with_fewer_multipliers_than_loras_leaves_the_rest_to_the_comma
     run(*words, "--prompt", "x", "--lora_multiplier", 0.5, rest, "--output", "whole.safetensors")
     (made,) = (tmp_path / "out").iterdir()
     assert torch.equal(latents_of(made), latents_of(tmp_path / "whole.safetensors"))
+
+
+def test_a_multiplier_of_a_prompt_that_no_lora_could_have_is_refused(
+    run: Generate, tmp_path: Path, lora: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("x --m 1e40\n", encoding="utf-8")
+    words = ("--lora_weight", lora, "--lora_mode", "runtime", "--from_file", "p.txt", "--output", "out")
+    assert "p.txt line 1: LoRA multiplier 1e+40" in refused(run, 2, capsys, *words)
