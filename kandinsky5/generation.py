@@ -31,7 +31,7 @@ from kandinsky5.generation_report import generation_report
 from kandinsky5.latent_decoding import decode_saved_latents
 from kandinsky5.magcache import MagCache
 from kandinsky5.memory_advice import memory_advice
-from kandinsky5.outputs import OutputNames, check_free_space, keep_latents, write_outputs
+from kandinsky5.outputs import OutputNames, keep_latents, write_outputs
 from kandinsky5.prompt_templates import load_prompt_templates
 from kandinsky5.prompts import PromptSpec, read_prompt_file
 from kandinsky5.run_settings import latent_metadata, repeat_command, settings_metadata, used_multipliers
@@ -50,6 +50,7 @@ from modules.byte_sizes import GIB
 from modules.devices import pick_device
 from modules.dtypes import dtype_name
 from modules.errors import ConfigError, DataError, DivergedError, ResourceError, UserError
+from modules.files import check_free_space
 from modules.logs import get_logger, print_report
 
 log = get_logger(__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -165,16 +164,6 @@ def check_folder(folder: Path) -> None:
         raise ResourceError(
             f"cannot write to the output folder {folder}: {error.strerror or error}"
         ) from error
-
-
-def check_free_space(folder: Path, need: int) -> None:
-    """Raises ResourceError when fewer than `need` bytes are free where the results go."""
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise ResourceError(
-            f"{folder}: {free / 2**20:.0f} MB are free on this disk, "
-            f"the results may need {need / 2**20:.0f} MB"
-        )
 
 
 def write_outputs(
