@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 import unicodedata
 from dataclasses import dataclass
 from typing import Literal
@@ -103,5 +104,11 @@ def parse_latent_name(name: str, content: Content) -> LatentName | None:
 
 
 def name_key(name: str) -> str:
-    """Equal for names that are one file on Windows or macOS, whatever case and coding of accents."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    """Equal for names that are one file on this system: Windows and macOS do not tell upper from lower case.
+
+    Accents are coded in two ways, which look alike everywhere.
+    """
+    composed = unicodedata.normalize("NFC", name)
+    if sys.platform not in ("win32", "darwin"):
+        return composed
+    return unicodedata.normalize("NFC", composed.casefold())

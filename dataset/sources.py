@@ -376,7 +376,7 @@ def _refuse_shared_names(dataset: AnyDatasetConfig, items: Iterable[SourceItem])
         if other is not item:
             same = "the same base name"
             if other.base_name != item.base_name:
-                same = "base names that are the same on Windows or macOS"
+                same = "base names that this system does not tell apart"
             problems.append(
                 f"dataset {dataset.index} ({dataset.origin}): {other.path} and {item.path} have {same} "
                 "and would share their caches; rename one of them or put them into two datasets"

@@ -14,7 +14,7 @@ from kandinsky5.configs.train import ShowTimestepsConfig, TrainConfig
 from kandinsky5.machine_notes import machine_notes
 from kandinsky5.saved_config import write_config
 from kandinsky5_train_network import main
-from tests.kandinsky5.training_runs import SMALLER, exit_code, train
+from tests.kandinsky5.training_runs import SMALLER, exit_code, train, write_word_while_loading
 
 BASE = ("--task", "k5-tiny-t2v", "--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "name")
 RULES = (*TIMESTEP_RULES, *OPTIMIZER_RULES, *RUN_RULES)
@@ -229,10 +229,13 @@ def test_options_of_other_machines_are_said_where_they_do_nothing() -> None:
 
 
 def test_a_run_logs_the_lines_and_answers_a_wish_for_samples(
-    dit: Path, dataset: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    said: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/lora.control").write_text("sample", encoding="utf-8")
+    write_word_while_loading(tmp_path / "out", "sample", monkeypatch)
     words = (
         "--max_train_steps",
         1,

@@ -115,12 +115,13 @@ def test_settings_of_the_compiler_reach_it(
     assert [settings["dynamic"] for settings in asked] == [dynamic, dynamic]
 
 
-def test_the_number_of_kept_graphs_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
+def test_the_number_of_kept_graphs_is_set() -> None:
     config = parse("--compile --compile_cache_size_limit 77 --compile_backend eager").model.compile
     assert config is not None
-    compilation.compile_blocks(tiny_dit(num_text_blocks=1, num_visual_blocks=1), config, torch.device("cpu"))
-    assert torch._dynamo.config.recompile_limit == 77
+    dit = tiny_dit(num_text_blocks=1, num_visual_blocks=1)
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        compilation.compile_blocks(dit, config, torch.device("cpu"))
+        assert torch._dynamo.config.recompile_limit == 77
 
 
 def says_idle(option: str, config: TrainConfig) -> bool:
