@@ -263,7 +263,7 @@ def test_a_last_frame_that_is_shown_long_is_not_the_end_of_a_cut_file(tmp_path: 
 
 
 def with_cover(path: Path, *, has_video: bool) -> Path:
-    """An MP4 with a white cover picture, which its reader lists last, and a black clip of 3 frames or none."""
+    """An MP4 with a white cover picture, listed last by its reader, and a black clip of 3 frames or none."""
     with av.open(str(path), "w") as container:
 
         def add(codec: str, brightness: int, count: int) -> list[av.Packet]:
