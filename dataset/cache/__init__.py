@@ -1,0 +1,1 @@
+"""Cache files: names, index, matching and reading."""

@@ -1,0 +1,1 @@
+"""The dataset file: keys, parsing and checks."""

@@ -1,0 +1,1 @@
+"""The two caching scripts: latents and text encoder outputs."""

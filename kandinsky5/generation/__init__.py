@@ -1,0 +1,1 @@
+"""The generation script: plan, models, sampling and output files."""

@@ -1,0 +1,1 @@
+"""Estimates of memory and the plan that fits a device."""

@@ -1,0 +1,1 @@
+"""The diffusion transformer: its layers, checkpoints, input, precision and offloading."""

@@ -1,0 +1,1 @@
+"""Captions to conditioning: prompt templates, tokens and the two text encoders."""

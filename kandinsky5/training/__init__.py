@@ -1,0 +1,1 @@
+"""The training script: preparation, the loop, its output and its state."""

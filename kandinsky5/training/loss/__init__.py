@@ -1,0 +1,1 @@
+"""The training objective: timesteps, flow matching loss and prior preservation."""

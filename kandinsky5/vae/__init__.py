@@ -1,0 +1,1 @@
+"""The video VAE: files, tiles, encoding and decoding."""
