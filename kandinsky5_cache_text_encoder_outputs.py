@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; an error of the user's ends with its exit code and one message."""
     with user_errors(argv):
         config = parse_cache_text(argv)
-        from kandinsky5.caching import cache_text  # imported late: --help must not wait for torch
+        from kandinsky5.caching.run import cache_text  # imported late: --help must not wait for torch
 
         cache_text(config)
 

@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors(argv), exit_on_signal():
         config = parse_generate(argv)
         check_model_paths(config)
-        from kandinsky5.generation import generate  # imported late: --help must not wait for torch
+        from kandinsky5.generation.run import generate  # imported late: --help must not wait for torch
 
         generate(config)
 

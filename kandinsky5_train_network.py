@@ -17,11 +17,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors(argv, asks_for_traceback):
         config = parse_train(argv)
         if isinstance(config, ShowTimestepsConfig):
-            from kandinsky5.timesteps import show_timesteps  # imported late: --help must not wait for torch
+            from kandinsky5.training.loss.timesteps import (
+                show_timesteps,  # imported late: --help must not wait for torch
+            )
 
             show_timesteps(config)
             return
-        from kandinsky5.training import train
+        from kandinsky5.training.trainer import train
 
         train(config, stop)
 

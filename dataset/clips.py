@@ -16,11 +16,19 @@ from fractions import Fraction
 import numpy as np
 
 from dataset.buckets import PIXEL_STEP, Size, bucket_sizes, choose_bucket, nabla_size
-from dataset.cache_names import LATENT_SUFFIX, image_cache_name, video_cache_name
-from dataset.config import AnyDatasetConfig, ImageDatasetConfig, VideoDatasetConfig
-from dataset.frames import are_even, cut_frames, fps_rules, resample_by_time, resample_even, round_frames
-from dataset.masks import PlannedMask, plan_mask
-from dataset.media import (
+from dataset.cache.names import LATENT_SUFFIX, image_cache_name, video_cache_name
+from dataset.config.config import AnyDatasetConfig, ImageDatasetConfig, VideoDatasetConfig
+from dataset.media.files import frame_paths
+from dataset.media.frames import (
+    are_even,
+    cut_frames,
+    fps_rules,
+    resample_by_time,
+    resample_even,
+    round_frames,
+)
+from dataset.media.masks import PlannedMask, plan_mask
+from dataset.media.media import (
     CHANGED,
     UNREADABLE,
     Frame,
@@ -33,9 +41,8 @@ from dataset.media import (
     resize_and_crop,
     source_fingerprint,
 )
-from dataset.media_files import frame_paths
+from dataset.media.videos import VideoInfo, probe_video, read_frames
 from dataset.sources import SkippedItem, SourceItem, SourceListing
-from dataset.videos import VideoInfo, probe_video, read_frames
 
 TOO_SHORT = "too short"
 TOO_SMALL = "too small"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.config import AnyDatasetConfig
+from dataset.config.config import AnyDatasetConfig
 from modules.errors import ConfigError
 
 _MAX_LISTED = 10

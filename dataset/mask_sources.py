@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from dataset.cache_names import Content, name_key
-from dataset.config import AnyDatasetConfig
-from dataset.media_files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from dataset.cache.names import Content, name_key
+from dataset.config.config import AnyDatasetConfig
+from dataset.media.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from modules.errors import ConfigError, DataError
 
 

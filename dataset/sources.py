@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataset.cache_names import Content, name_key
-from dataset.config import AnyDatasetConfig
-from dataset.config_keys import nearest_key
+from dataset.cache.names import Content, name_key
+from dataset.config.config import AnyDatasetConfig
+from dataset.config.keys import nearest_key
 from dataset.confinement import Confinement
 from dataset.mask_sources import MaskFolder, is_mask
-from dataset.media_files import media_extensions
+from dataset.media.files import media_extensions
 from dataset.places import place_mark
 from modules.errors import ConfigError, DataError
 

@@ -23,20 +23,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from kandinsky5.conditioning import (
+from kandinsky5.model.conditioning import (
     FrameConditioning,
     TextBatch,
     VelocityModel,
     build_model_input,
     condition_frames,
 )
-from kandinsky5.dit import DiffusionTransformer3D, is_float32_island
-from kandinsky5.flow_matching import flow_matching_loss
-from kandinsky5.image_conditions import image_clip_size
-from kandinsky5.layers import RotaryAngles, TimeEmbeddings
-from kandinsky5.magcache import MagCache, effective_ratios, resample_nearest
-from kandinsky5.nabla import NablaPlan, dense_masked_attention, select_blocks, sta_mask, to_fractal
-from kandinsky5.sampling import (
+from kandinsky5.model.dit import DiffusionTransformer3D, is_float32_island
+from kandinsky5.model.flow_matching import flow_matching_loss
+from kandinsky5.model.layers import RotaryAngles, TimeEmbeddings
+from kandinsky5.model.magcache import MagCache, effective_ratios, resample_nearest
+from kandinsky5.model.nabla import NablaPlan, dense_masked_attention, select_blocks, sta_mask, to_fractal
+from kandinsky5.sampling.images import image_clip_size
+from kandinsky5.sampling.sampler import (
     GuidedVelocity,
     euler_sample,
     finish_image_to_video,
@@ -45,8 +45,8 @@ from kandinsky5.sampling import (
     uses_guidance,
 )
 from kandinsky5.tasks import NablaParams
-from kandinsky5.vae import VideoVAE, vae_from_config
-from kandinsky5.vae_tiles import TileGrid, Tiling
+from kandinsky5.vae.tiles import TileGrid, Tiling
+from kandinsky5.vae.video_vae import VideoVAE, vae_from_config
 from modules.attention import KeyMask
 from modules.logs import format_table
 from modules.tensor_files import read_tensors

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # the project's packages, when run as a script
 
 from PIL import Image, ImageDraw
 
-from dataset.media import read_image
+from dataset.media.media import read_image
 from kandinsky5.tiny_models import build_tiny_models
 from kandinsky5_generate_video import main as generate
 

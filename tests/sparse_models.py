@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kandinsky5.checkpoints import build_meta_dit
+from kandinsky5.model.checkpoints import build_meta_dit
 from kandinsky5.tasks import DitParams
 
 

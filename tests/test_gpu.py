@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dataset.cached_dataset import CachedBatch
-from kandinsky5.conditioning import TextBatch, VelocityModel
+from dataset.cache.cached_dataset import CachedBatch
 from kandinsky5.configs.train import ConditioningConfig, LossConfig, TimestepConfig
-from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.objective import Objective
-from kandinsky5.offload import stream_weights
+from kandinsky5.model.conditioning import TextBatch, VelocityModel
+from kandinsky5.model.dit import DiffusionTransformer3D
+from kandinsky5.model.offload import stream_weights
 from kandinsky5.tasks import NablaParams
+from kandinsky5.training.loss.objective import Objective
 from modules.activation_offload import ActivationOffload, tensor_mover
 from modules.block_sparse import block_sparse_attention
 from modules.block_swap import BlockSwap, StreamCopies

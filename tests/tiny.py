@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kandinsky5.dit import DiffusionTransformer3D, is_float32_island
+from kandinsky5.model.dit import DiffusionTransformer3D, is_float32_island
 from kandinsky5.tasks import TINY_PARAMS
 
 

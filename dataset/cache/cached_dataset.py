@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.cache_files import TextCache, read_latent_cache, read_text_cache
-from dataset.cache_match import CachedItem, MatchOptions, match_caches
-from dataset.cache_names import Content
-from dataset.cache_summary import DatasetSummary, summary_table
-from dataset.config import AnyDatasetConfig, DatasetConfig
-from dataset.mask_cache import read_mask_cache
+from dataset.cache.files import TextCache, read_latent_cache, read_text_cache
+from dataset.cache.mask_cache import read_mask_cache
+from dataset.cache.match import CachedItem, MatchOptions, match_caches
+from dataset.cache.names import Content
+from dataset.cache.summary import DatasetSummary, summary_table
+from dataset.config.config import AnyDatasetConfig, DatasetConfig
 from modules.errors import CacheError
 from modules.seeding import generator_for
 

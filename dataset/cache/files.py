@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dataset.cache_names import (
+from dataset.cache.names import (
     Content,
     empty_text_cache_name,
     image_cache_name,
@@ -24,7 +24,7 @@ from dataset.cache_names import (
     text_cache_name,
     video_cache_name,
 )
-from dataset.frames import latent_frame_count
+from dataset.media.frames import latent_frame_count
 from modules.dtypes import dtype_from_word, dtype_name
 from modules.errors import CacheError, DataError, ModelFileError
 from modules.tensor_files import TensorFile, TensorFileHeader, read_header, write_tensors

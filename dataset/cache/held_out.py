@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataset.cached_dataset import CachedDataset
+from dataset.cache.cached_dataset import CachedDataset
 from modules.errors import ConfigError
 from modules.seeding import derive_seed
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dataset.cache_names import mask_cache_name, text_cache_name
-from dataset.config import AnyDatasetConfig
+from dataset.cache.names import mask_cache_name, text_cache_name
+from dataset.config.config import AnyDatasetConfig
 from dataset.places import place_mark
 from dataset.sources import SkippedItem, SourceItem
 from modules.errors import CacheError

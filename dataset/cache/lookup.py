@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from dataset.cache_index import CacheKind, IndexEntry, fitting_entries, read_index, source_mark
-from dataset.config import AnyDatasetConfig
+from dataset.cache.index import CacheKind, IndexEntry, fitting_entries, read_index, source_mark
+from dataset.config.config import AnyDatasetConfig
 from dataset.sources import list_items
 from modules.errors import CacheError, UserError
 

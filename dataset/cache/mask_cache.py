@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dataset.cache_files import (
+from dataset.cache.files import (
     CacheMeta,
     NewerCacheError,
     checked_header,

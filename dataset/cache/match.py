@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dataset.buckets import Size, bucket_sizes, choose_bucket, nabla_size
-from dataset.cache_files import (
+from dataset.cache.files import (
     PIXELS_PER_LATENT,
     LatentCacheInfo,
     TextCacheInfo,
@@ -19,9 +19,10 @@ from dataset.cache_files import (
     text_cache_name,
     upstream_latent_problem,
 )
-from dataset.cache_index import CacheKind, IndexEntry, metadata_digest
-from dataset.cache_lookup import cache_commands, find_entry
-from dataset.cache_names import (
+from dataset.cache.index import CacheKind, IndexEntry, metadata_digest
+from dataset.cache.lookup import cache_commands, find_entry
+from dataset.cache.mask_cache import inspect_mask_cache
+from dataset.cache.names import (
     LATENT_SUFFIX,
     Content,
     LatentName,
@@ -30,10 +31,9 @@ from dataset.cache_names import (
     parse_latent_name,
     prior_text_cache_name,
 )
-from dataset.cache_summary import DatasetSummary
-from dataset.config import AnyDatasetConfig, DatasetConfig, ImageDatasetConfig, VideoDatasetConfig
-from dataset.frames import fps_rules
-from dataset.mask_cache import inspect_mask_cache
+from dataset.cache.summary import DatasetSummary
+from dataset.config.config import AnyDatasetConfig, DatasetConfig, ImageDatasetConfig, VideoDatasetConfig
+from dataset.media.frames import fps_rules
 from dataset.sources import SkippedItem
 from modules.errors import CacheError
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dataset.cache_names import Content
+from dataset.cache.names import Content
 from dataset.sources import SkippedItem
 from modules.logs import format_table
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.cache_files import ARCHITECTURE
-from dataset.cache_index import CacheKind, listed_files, read_index
-from dataset.cache_names import (
+from dataset.cache.files import ARCHITECTURE
+from dataset.cache.index import CacheKind, listed_files, read_index
+from dataset.cache.names import (
     LATENT_SUFFIX,
     MASK_SUFFIX,
     TEXT_SUFFIX,

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dataset.buckets import Size
-from dataset.cache_names import Content
-from dataset.config_keys import (
+from dataset.cache.names import Content
+from dataset.config.keys import (
     EXTRACTION_KEYS,
     GENERAL_KEYS,
     IGNORED_IMAGE_KEYS,
@@ -28,8 +28,8 @@ from dataset.config_keys import (
     KeyCheck,
     nearest_key,
 )
-from dataset.config_text import ConfigText, read_config_text
-from dataset.frames import CutRule, FrameExtraction, round_frames
+from dataset.config.text import ConfigText, read_config_text
+from dataset.media.frames import CutRule, FrameExtraction, round_frames
 from modules.errors import ConfigError
 
 

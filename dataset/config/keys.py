@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.buckets import PIXEL_STEP
-from dataset.frames import FRAME_EXTRACTIONS
+from dataset.media.frames import FRAME_EXTRACTIONS
 
 KeyCheck = Callable[[Any], Any]
 """Turns a raw value into the field's; raises ValueError saying what is expected ("must be ...")."""

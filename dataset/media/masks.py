@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset.buckets import Size
-from dataset.cache_files import PIXELS_PER_LATENT
-from dataset.media import (
+from dataset.cache.files import PIXELS_PER_LATENT
+from dataset.media.files import VIDEO_EXTENSIONS, frame_paths
+from dataset.media.media import (
     CHANGED,
     UNREADABLE,
     Frame,
@@ -24,8 +25,7 @@ from dataset.media import (
     resize_and_crop,
     source_fingerprint,
 )
-from dataset.media_files import VIDEO_EXTENSIONS, frame_paths
-from dataset.videos import VideoInfo, probe_video, read_frames
+from dataset.media.videos import VideoInfo, probe_video, read_frames
 
 MISFIT = "does not fit"
 

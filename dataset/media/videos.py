@@ -26,8 +26,8 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from dataset.buckets import Size
-from dataset.container_ends import ends_early
-from dataset.media import (
+from dataset.media.container_ends import ends_early
+from dataset.media.media import (
     DAMAGED,
     UNREADABLE,
     Frame,

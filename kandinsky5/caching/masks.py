@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dataset.cache_names import mask_cache_name
+from dataset.cache.mask_cache import MaskCacheMeta, mask_cache_problem, mask_meta, write_mask_cache
+from dataset.cache.names import mask_cache_name
 from dataset.clips import PlannedClip
-from dataset.config import AnyDatasetConfig
-from dataset.mask_cache import MaskCacheMeta, mask_cache_problem, mask_meta, write_mask_cache
-from dataset.masks import latent_mask
-from dataset.media import MediaError
+from dataset.config.config import AnyDatasetConfig
+from dataset.media.masks import latent_mask
+from dataset.media.media import MediaError
 from dataset.sources import SkippedItem, SourceListing
-from kandinsky5.caching_report import Outcome, disk_errors
+from kandinsky5.caching.report import Outcome, disk_errors
 from kandinsky5.configs.caching import CacheRunConfig
 from modules.logs import get_logger
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dataset.cache_index import (
+from dataset.cache.index import (
     CacheKind,
     IndexEntry,
     drop_unused_entries,
@@ -16,8 +16,8 @@ from dataset.cache_index import (
     index_path,
     update_index,
 )
-from dataset.cache_unused import unused_caches
-from dataset.config import AnyDatasetConfig
+from dataset.cache.unused import unused_caches
+from dataset.config.config import AnyDatasetConfig
 from dataset.places import place_mark
 from dataset.sources import SkippedItem
 from kandinsky5.configs.caching import CacheRunConfig

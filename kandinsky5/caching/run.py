@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.cache_files import (
+from dataset.cache.files import (
     CacheMeta,
     LatentCacheMeta,
     TextCacheMeta,
@@ -28,16 +28,16 @@ from dataset.cache_files import (
     write_text_cache,
     written_metadata,
 )
-from dataset.cache_index import latent_entry, metadata_digest, text_entry
-from dataset.cache_names import mask_cache_name, prior_text_cache_name
+from dataset.cache.index import latent_entry, metadata_digest, text_entry
+from dataset.cache.mask_cache import mask_meta
+from dataset.cache.names import mask_cache_name, prior_text_cache_name
 from dataset.clips import ClipPlan, LoadedBatch, PlannedClip, cut_batches, load_batches, plan_clips
-from dataset.config import AnyDatasetConfig, DatasetConfig, load_dataset_config
+from dataset.config.config import AnyDatasetConfig, DatasetConfig, load_dataset_config
 from dataset.confinement import Confinement
-from dataset.mask_cache import mask_meta
 from dataset.sources import SourceListing, list_items
-from kandinsky5.cache_preview import preview_clips
-from kandinsky5.caching_masks import MaskWork, mask_notes, write_masks
-from kandinsky5.caching_report import (
+from kandinsky5.caching.masks import MaskWork, mask_notes, write_masks
+from kandinsky5.caching.preview import preview_clips
+from kandinsky5.caching.report import (
     Outcome,
     cache_folders,
     check_strict,
@@ -48,16 +48,16 @@ from kandinsky5.caching_report import (
     write_index,
 )
 from kandinsky5.configs.caching import CacheLatentsConfig, CacheRunConfig, CacheTextConfig, DebugConfig
-from kandinsky5.devices import vae_dtype
-from kandinsky5.prompt_templates import PromptTemplates, load_prompt_templates
-from kandinsky5.text_encoders import (
+from kandinsky5.model.precision import vae_dtype
+from kandinsky5.text.encoders import (
     TextEncoders,
     check_text_encoder_paths,
     default_qwen_dtype,
     load_text_encoders,
     text_encoder_fingerprint,
 )
-from kandinsky5.vae import VideoVAE, encode_or_tile, load_vae, uint8_to_pixels, vae_fingerprint
+from kandinsky5.text.templates import PromptTemplates, load_prompt_templates
+from kandinsky5.vae.video_vae import VideoVAE, encode_or_tile, load_vae, uint8_to_pixels, vae_fingerprint
 from modules.devices import pick_device
 from modules.dtypes import dtype_name
 from modules.errors import ModelFileError

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from kandinsky5.configs.generate import GenerateConfig
-from kandinsky5.generation_models import ModelLoader
-from kandinsky5.outputs import OutputNames, read_latents, write_outputs
-from kandinsky5.sampling_pipeline import decode_frames
-from kandinsky5.vae import check_vae_file
+from kandinsky5.generation.models import ModelLoader
+from kandinsky5.generation.outputs import OutputNames, read_latents, write_outputs
+from kandinsky5.sampling.pipeline import decode_frames
+from kandinsky5.vae.video_vae import check_vae_file
 from modules.errors import ConfigError
 from modules.logs import get_logger
 

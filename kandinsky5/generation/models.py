@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 import torch
 
-from kandinsky5.checkpoints import build_meta_dit, check_dit_file, file_name_warning, load_dit
-from kandinsky5.compilation import check_compile_backend, compile_blocks
 from kandinsky5.configs.generate import GenerateConfig
-from kandinsky5.devices import check_fast_products, compute_dtype, vae_dtype
-from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.magcache import task_ratios
-from kandinsky5.memory_advice import memory_advice
-from kandinsky5.nabla import DensityReport
-from kandinsky5.offload import host_placement, max_blocks_to_swap, stream_weights
-from kandinsky5.prompt_templates import PromptTemplates
-from kandinsky5.text_encoders import (
+from kandinsky5.memory.advice import memory_advice
+from kandinsky5.model.checkpoints import build_meta_dit, check_dit_file, file_name_warning, load_dit
+from kandinsky5.model.compilation import check_compile_backend, compile_blocks
+from kandinsky5.model.dit import DiffusionTransformer3D
+from kandinsky5.model.magcache import task_ratios
+from kandinsky5.model.nabla import DensityReport
+from kandinsky5.model.offload import host_placement, max_blocks_to_swap, stream_weights
+from kandinsky5.model.precision import check_fast_products, compute_dtype, vae_dtype
+from kandinsky5.text.encoders import (
     TextEncoders,
     check_text_encoder_paths,
     default_qwen_dtype,
     load_text_encoders,
 )
-from kandinsky5.vae import VideoVAE, check_vae_file, load_vae
+from kandinsky5.text.templates import PromptTemplates
+from kandinsky5.vae.video_vae import VideoVAE, check_vae_file, load_vae
 from modules.attention import check_attention_backend
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger

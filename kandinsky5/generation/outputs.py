@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kandinsky5.configs.generate import OutputConfig
-from kandinsky5.video_files import (
+from kandinsky5.sampling.video_files import (
     check_video_encoder,
     remove_frame_strays,
     write_frames,

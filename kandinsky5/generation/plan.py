@@ -11,20 +11,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.generate import DitConfig, GenerateConfig
-from kandinsky5.devices import compute_dtype, vae_dtype
-from kandinsky5.generation_models import ModelLoader, SamplingModel
-from kandinsky5.memory_budget import added_options, fewest_that_fit, too_little_memory, with_reserve
-from kandinsky5.memory_plan import Held, hold_weights
-from kandinsky5.memory_rehearsal import META, AnswerYes, Batch, sampling_activations
-from kandinsky5.modulation_table import table_bytes
-from kandinsky5.offload import max_blocks_to_swap
-from kandinsky5.roofline import NABLA_DENSITY, Work, forward_work
-from kandinsky5.sampling import uses_guidance
-from kandinsky5.vae import VideoVAE, square_tiles
-from kandinsky5.vae_files import vae_without_data
-from kandinsky5.video_requests import VideoRequest
+from kandinsky5.generation.models import ModelLoader, SamplingModel
+from kandinsky5.memory.activations import META, AnswerYes, Batch, sampling_activations
+from kandinsky5.memory.budget import added_options, fewest_that_fit, too_little_memory, with_reserve
+from kandinsky5.memory.plan import Held, hold_weights
+from kandinsky5.memory.roofline import NABLA_DENSITY, Work, forward_work
+from kandinsky5.model.conditioning import VelocityModel
+from kandinsky5.model.modulation_table import table_bytes
+from kandinsky5.model.offload import max_blocks_to_swap
+from kandinsky5.model.precision import compute_dtype, vae_dtype
+from kandinsky5.sampling.requests import VideoRequest
+from kandinsky5.sampling.sampler import uses_guidance
+from kandinsky5.vae.files import vae_without_data
+from kandinsky5.vae.video_vae import VideoVAE, square_tiles
 from modules.byte_sizes import GIB, size_text
 from modules.dtypes import dtype_name
 from modules.host_memory import page_locked_size

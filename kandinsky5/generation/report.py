@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kandinsky5.generation_plan import GenerationPlanner, largest_request
-from kandinsky5.memory_report import NOT_COUNTED, held_table, predicted_peak
-from kandinsky5.roofline import NABLA_DENSITY, card_of, floor_seconds
-from kandinsky5.text_encoder_files import encoder_bytes
-from kandinsky5.video_requests import VideoRequest
+from kandinsky5.generation.plan import GenerationPlanner, largest_request
+from kandinsky5.memory.report import NOT_COUNTED, held_table, predicted_peak
+from kandinsky5.memory.roofline import NABLA_DENSITY, card_of, floor_seconds
+from kandinsky5.sampling.requests import VideoRequest
+from kandinsky5.text.files import encoder_bytes
 from modules.byte_sizes import size_text, unit_for
 from modules.dtypes import dtype_name
 from modules.logs import format_table

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kandinsky5.checkpoints import save_merged_model
 from kandinsky5.configs.generate import GenerateConfig
-from kandinsky5.generation_models import (
+from kandinsky5.generation.decode_latents import decode_saved_latents
+from kandinsky5.generation.models import (
     ENCODER_ADVICE,
     VAE_ADVICE,
     ModelLoader,
@@ -26,26 +26,31 @@ from kandinsky5.generation_models import (
     read_loras,
     trigger_words,
 )
-from kandinsky5.generation_plan import GenerationPlanner, budget_remark, fit_budget, largest_request
-from kandinsky5.generation_report import generation_report
-from kandinsky5.latent_decoding import decode_saved_latents
-from kandinsky5.magcache import MagCache
-from kandinsky5.memory_advice import memory_advice
-from kandinsky5.outputs import OutputNames, keep_latents, write_outputs
-from kandinsky5.prompt_templates import load_prompt_templates
+from kandinsky5.generation.outputs import OutputNames, keep_latents, write_outputs
+from kandinsky5.generation.plan import GenerationPlanner, budget_remark, fit_budget, largest_request
+from kandinsky5.generation.report import generation_report
+from kandinsky5.generation.settings import (
+    latent_metadata,
+    repeat_command,
+    settings_metadata,
+    used_multipliers,
+)
+from kandinsky5.memory.advice import memory_advice
+from kandinsky5.model.checkpoints import save_merged_model
+from kandinsky5.model.magcache import MagCache
 from kandinsky5.prompts import PromptSpec, read_prompt_file
-from kandinsky5.run_settings import latent_metadata, repeat_command, settings_metadata, used_multipliers
-from kandinsky5.sampling import uses_guidance
-from kandinsky5.sampling_pipeline import (
+from kandinsky5.sampling.pipeline import (
     RequestText,
     decode_frames,
     encode_images,
     encode_prompts,
     sample_latents,
 )
-from kandinsky5.vae import VideoVAE
-from kandinsky5.vae_files import check_vae_values
-from kandinsky5.video_requests import VideoRequest, log_size_remarks, resolve_request
+from kandinsky5.sampling.requests import VideoRequest, log_size_remarks, resolve_request
+from kandinsky5.sampling.sampler import uses_guidance
+from kandinsky5.text.templates import load_prompt_templates
+from kandinsky5.vae.files import check_vae_values
+from kandinsky5.vae.video_vae import VideoVAE
 from modules.byte_sizes import GIB
 from modules.devices import pick_device
 from modules.dtypes import dtype_name
@@ -83,7 +88,7 @@ def generate(config: GenerateConfig) -> None:
     names = OutputNames(config.output, makes_many=makes_many, is_dry=config.dry_run)
     run = Run(config, device, names)
     if config.interactive:
-        from kandinsky5.interactive import run_interactive
+        from kandinsky5.generation.interactive import run_interactive
 
         run_interactive(run)
         return

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from kandinsky5.configs.generate import DitConfig, GenerateConfig
-from kandinsky5.sampling_pipeline import full_prompt
-from kandinsky5.video_requests import VideoRequest, full_multipliers
+from kandinsky5.sampling.pipeline import full_prompt
+from kandinsky5.sampling.requests import VideoRequest, full_multipliers
 from modules.files import last_part
 
 SCRIPT = "kandinsky5_generate_video.py"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky5.conditioning import FrameConditioning, TextBatch, VelocityModel, condition_frames
-from kandinsky5.dit import BlockResidual, DiffusionTransformer3D
-from kandinsky5.flow_matching import flow_matching_loss
+from kandinsky5.model.conditioning import FrameConditioning, TextBatch, VelocityModel, condition_frames
+from kandinsky5.model.dit import BlockResidual, DiffusionTransformer3D
+from kandinsky5.model.flow_matching import flow_matching_loss
 from kandinsky5.tasks import Task
 from modules.activation_offload import ActivationOffload
 from modules.live_bytes import LiveBytes

@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 
 from kandinsky5.configs.train import ModelConfig
-from kandinsky5.memory_plan import TrainingPlanner
-from kandinsky5.memory_rehearsal import Batch
-from kandinsky5.offload import max_blocks_to_swap
+from kandinsky5.memory.activations import Batch
+from kandinsky5.memory.plan import TrainingPlanner
+from kandinsky5.model.offload import max_blocks_to_swap
 from modules.byte_sizes import size_text
 from modules.errors import ResourceError
 

@@ -22,9 +22,9 @@ from typing import TypeVar
 
 from kandinsky5.configs.train import ModelConfig
 from kandinsky5.configs.weights import WeightsConfig
-from kandinsky5.memory_plan import MemoryPlan, TrainingPlanner
-from kandinsky5.memory_rehearsal import Batch
-from kandinsky5.offload import max_blocks_to_swap
+from kandinsky5.memory.activations import Batch
+from kandinsky5.memory.plan import MemoryPlan, TrainingPlanner
+from kandinsky5.model.offload import max_blocks_to_swap
 from modules.byte_sizes import GIB
 from modules.errors import ConfigError
 

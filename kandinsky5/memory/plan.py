@@ -14,16 +14,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from dataset.cached_dataset import BatchPlan, CachedDataset
-from kandinsky5 import train_setup
-from kandinsky5.conditioning import VelocityModel
+from dataset.cache.cached_dataset import BatchPlan, CachedDataset
 from kandinsky5.configs.train import ModelConfig, TrainConfig
-from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.memory_rehearsal import META, Activations, AnswerYes, Batch, step_activations
-from kandinsky5.offload import StreamedGroup, choose_page_locking, streamed_groups
-from kandinsky5.optimizer_memory import OptimizerMemory, optimizer_memory
-from kandinsky5.roofline import NABLA_DENSITY, Work, training_work
+from kandinsky5.memory.activations import META, Activations, AnswerYes, Batch, step_activations
+from kandinsky5.memory.optimizer import OptimizerMemory, optimizer_memory
+from kandinsky5.memory.roofline import NABLA_DENSITY, Work, training_work
+from kandinsky5.model.conditioning import VelocityModel
+from kandinsky5.model.dit import DiffusionTransformer3D
+from kandinsky5.model.offload import StreamedGroup, choose_page_locking, streamed_groups
 from kandinsky5.tasks import DitParams
+from kandinsky5.training import setup as train_setup
 from modules.host_buffer import page_locked_buffer_size
 from modules.staged_copies import STAGING_BUFFERS, staging_size
 from networks.lora import LoRANetwork

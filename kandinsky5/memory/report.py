@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from kandinsky5.configs.train import ModelConfig
-from kandinsky5.memory_budget import CONTEXT_BYTES, FRAGMENTATION, Choice, with_reserve
-from kandinsky5.memory_plan import Held, MemoryPlan
-from kandinsky5.roofline import NABLA_DENSITY, Card, floor_seconds
+from kandinsky5.memory.budget import CONTEXT_BYTES, FRAGMENTATION, Choice, with_reserve
+from kandinsky5.memory.plan import Held, MemoryPlan
+from kandinsky5.memory.roofline import NABLA_DENSITY, Card, floor_seconds
 from modules.byte_sizes import GIB, ByteUnit, size_text, unit_for
 from modules.dtypes import dtype_name
 from modules.host_memory import total_memory

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kandinsky5.checkpoints import build_meta_dit
+from kandinsky5.model.checkpoints import build_meta_dit
 from kandinsky5.tasks import DitParams
 from networks.lora_kandinsky import is_target_name, linear_layer_sizes
 

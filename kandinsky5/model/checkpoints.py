@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kandinsky5.dit import DiffusionTransformer3D, is_float32_island
+from kandinsky5.model.dit import DiffusionTransformer3D, is_float32_island
 from kandinsky5.tasks import DitParams
 from kandinsky5.weight_checks import FiniteCheck, not_finite_message
 from modules.byte_sizes import size_text

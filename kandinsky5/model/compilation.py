@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kandinsky5.configs.compilation import CompileConfig
-from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.model.dit import DiffusionTransformer3D
 from modules.errors import ConfigError
 from modules.fp8 import Fp8Linear
 from modules.logs import get_logger

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from kandinsky5.dit import NUM_TIMESTEPS, BlockResidual, DiffusionTransformer3D
+from kandinsky5.model.dit import NUM_TIMESTEPS, BlockResidual, DiffusionTransformer3D
 from kandinsky5.tasks import NablaParams
 from modules.transfers import send
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from kandinsky5.layers import (
+from kandinsky5.model.layers import (
     MAX_TEXT_POSITIONS,
     MAX_VISUAL_POSITIONS,
     Attention,
@@ -23,7 +23,7 @@ from kandinsky5.layers import (
     VisualBlock,
     VisualEmbeddings,
 )
-from kandinsky5.nabla import MaskObserver, from_fractal, make_plan, to_fractal
+from kandinsky5.model.nabla import MaskObserver, from_fractal, make_plan, to_fractal
 from kandinsky5.tasks import DitParams, NablaParams
 from modules.activation_offload import ActivationOffload
 from modules.attention import AttentionBackend, KeyMask, keep_attention_outputs
@@ -93,7 +93,7 @@ class DiffusionTransformer3D(nn.Module):
         self.kept_attention_blocks = 0
         self.activation_offload: ActivationOffload | None = None
         self.weight_streams: list[BlockSwap] = []
-        """What brings weights from host memory, in place (see `kandinsky5.offload`)."""
+        """What brings weights from host memory, in place (see `kandinsky5.model.offload`)."""
         self.nabla_observer: MaskObserver | None = None
         head_dim = sum(axes_dims)
         block_sizes = (model_dim, ff_dim, time_dim, head_dim)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kandinsky5.nabla import NablaPlan, nabla_attention
+from kandinsky5.model.nabla import NablaPlan, nabla_attention
 from modules.attention import AttentionBackend, KeyMask, attention
 from modules.fused_ops import (
     GELU,

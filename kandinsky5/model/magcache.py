@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kandinsky5.dit import BlockResidual
+from kandinsky5.model.dit import BlockResidual
 
 DEFAULT_THRESHOLD = 0.12
 DEFAULT_MAX_SKIPS = 2

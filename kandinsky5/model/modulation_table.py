@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kandinsky5.dit import NUM_TIMESTEPS, DiffusionTransformer3D
+from kandinsky5.model.dit import NUM_TIMESTEPS, DiffusionTransformer3D
 
 
 def table_bytes(dit: DiffusionTransformer3D, passes: int) -> int:

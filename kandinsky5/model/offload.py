@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.tasks import DitParams
 from modules.block_swap import BlockSwap, CopyEngine, packed_sizes, spread, travelling_tensors
 from modules.byte_sizes import size_text

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dataset.media import read_image
+from dataset.media.media import read_image
 
 if TYPE_CHECKING:  # torch is imported late: sizes are needed before anything heavy
     from torch import Tensor

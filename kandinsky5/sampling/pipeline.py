@@ -14,12 +14,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kandinsky5.conditioning import TextConditioning, VelocityModel, condition_frames, pad_text
-from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.image_conditions import image_pixels
-from kandinsky5.magcache import MagCache
-from kandinsky5.modulation_table import ModulationTable
-from kandinsky5.sampling import (
+from kandinsky5.model.conditioning import TextConditioning, VelocityModel, condition_frames, pad_text
+from kandinsky5.model.dit import DiffusionTransformer3D
+from kandinsky5.model.magcache import MagCache
+from kandinsky5.model.modulation_table import ModulationTable
+from kandinsky5.sampling.images import image_pixels
+from kandinsky5.sampling.requests import VideoRequest
+from kandinsky5.sampling.sampler import (
     GuidedVelocity,
     StepCallback,
     euler_sample,
@@ -29,9 +30,8 @@ from kandinsky5.sampling import (
     uses_guidance,
 )
 from kandinsky5.tasks import NablaParams, Task
-from kandinsky5.text_encoders import TextEncoders
-from kandinsky5.vae import MIN_TILE_PX, VideoVAE, pixels_to_uint8, square_tiles
-from kandinsky5.video_requests import VideoRequest
+from kandinsky5.text.encoders import TextEncoders
+from kandinsky5.vae.video_vae import MIN_TILE_PX, VideoVAE, pixels_to_uint8, square_tiles
 from modules.dtypes import dtype_name
 from modules.errors import DivergedError, ResourceError
 from modules.logs import get_logger

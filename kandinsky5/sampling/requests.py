@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataset.media import probe_image, read_image
-from kandinsky5.image_conditions import image_clip_size
+from dataset.media.media import probe_image, read_image
 from kandinsky5.prompts import PromptSpec
+from kandinsky5.sampling.images import image_clip_size
 from kandinsky5.tasks import MAX_LATENT_FRAMES, MAX_LATENT_SIDE, TASKS, Task
 from modules.errors import ConfigError, DataError
 from modules.logs import get_logger

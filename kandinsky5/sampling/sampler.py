@@ -14,10 +14,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kandinsky5.conditioning import FrameConditioning, TextBatch, VelocityModel
-from kandinsky5.flow_matching import VelocityFn
-from kandinsky5.magcache import MagCache
-from kandinsky5.modulation_table import ModulationTable
+from kandinsky5.model.conditioning import FrameConditioning, TextBatch, VelocityModel
+from kandinsky5.model.flow_matching import VelocityFn
+from kandinsky5.model.magcache import MagCache
+from kandinsky5.model.modulation_table import ModulationTable
 
 StepCallback = Callable[[int, Tensor], None]
 """(number of finished steps, latents [B, 16, F, H, W]) -> None."""

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kandinsky5.conditioning import TextConditioning
 from kandinsky5.configs.text_encoders import Quantization
-from kandinsky5.prompt_templates import ContentType, PromptTemplates, load_prompt_templates
-from kandinsky5.text_encoder_files import (
+from kandinsky5.model.conditioning import TextConditioning
+from kandinsky5.text.files import (
     EncoderKind,
     LoadedEncoder,
     check_text_encoder,
@@ -25,7 +24,8 @@ from kandinsky5.text_encoder_files import (
     load_qwen,
     wrong_width_message,
 )
-from kandinsky5.text_tokens import CaptionTokens, ClipTokens, QwenTokens, check_tokenizer
+from kandinsky5.text.templates import ContentType, PromptTemplates, load_prompt_templates
+from kandinsky5.text.tokens import CaptionTokens, ClipTokens, QwenTokens, check_tokenizer
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 

@@ -9,22 +9,16 @@ diffusers is noticed instead of shifting every embedding.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import inspect
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kandinsky5.cli.common import Parser, user_errors
 from modules.errors import ConfigError, ResourceError
 from modules.files import write_json
-from modules.logs import get_logger
-
-log = get_logger(__name__)
 
 ContentType = Literal["video", "image"]
 """Which template a caption goes through: clips of one frame take `image`, longer ones `video`."""
@@ -124,23 +118,3 @@ def _template_of(pipeline_class: Any) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        "python -m kandinsky5.prompt_templates",
-        "Save the official prompt templates of the installed diffusers for --prompt_templates.",
-    )
-    parser.add_argument("file", type=Path, help="JSON file to write")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    with user_errors(argv):
-        file = _parse(argv).file
-        save_prompt_templates(file, load_prompt_templates())
-        log.info("wrote %s", file)
-
-
-if __name__ == "__main__":
-    main()

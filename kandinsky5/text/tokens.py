@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kandinsky5.prompt_templates import ContentType, PromptTemplates
+from kandinsky5.text.templates import ContentType, PromptTemplates
 from modules.errors import ModelFileError
 
 OFFICIAL_CROP = {"video": 129, "image": 41}

@@ -6,17 +6,17 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from dataset.cached_dataset import CachedDataset
-from dataset.config import DatasetConfig
-from kandinsky5.checkpoints import check_dit_file, file_name_warning
-from kandinsky5.compilation import check_compile_backend
+from dataset.cache.cached_dataset import CachedDataset
+from dataset.config.config import DatasetConfig
 from kandinsky5.configs.train import ModelConfig, OptimizerConfig, TrainConfig
-from kandinsky5.offload import max_blocks_to_swap
-from kandinsky5.results import delete_result, find_results, maker
-from kandinsky5.saving import OutputNames
+from kandinsky5.model.checkpoints import check_dit_file, file_name_warning
+from kandinsky5.model.compilation import check_compile_backend
+from kandinsky5.model.offload import max_blocks_to_swap
 from kandinsky5.tasks import TASKS, Task
-from kandinsky5.trackers import check_trackers
-from kandinsky5.train_samples import sample_model_problems
+from kandinsky5.training.results.names import OutputNames
+from kandinsky5.training.results.ownership import delete_result, find_results, maker
+from kandinsky5.training.samples import sample_model_problems
+from kandinsky5.training.tracking.trackers import check_trackers
 from modules.attention import check_attention_backend
 from modules.errors import ConfigError, ModelFileError, ResourceError
 from modules.files import STRAY_PREFIX, atomic_writer, check_folder_unwritten

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kandinsky5.saving import OutputNames
+from kandinsky5.training.results.names import OutputNames
 from modules.logs import get_logger
 
 log = get_logger(__name__)

@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 
-from dataset.cached_dataset import CachedDataset
-from kandinsky5 import train_setup
+from dataset.cache.cached_dataset import CachedDataset
 from kandinsky5.configs.train import TrainConfig
-from kandinsky5.memory_budget import CHOSEN_OPTIONS, choose
-from kandinsky5.memory_plan import TrainingPlanner, batches_of
-from kandinsky5.memory_report import budget_report, training_report
-from kandinsky5.roofline import card_of
+from kandinsky5.memory.budget import CHOSEN_OPTIONS, choose
+from kandinsky5.memory.plan import TrainingPlanner, batches_of
+from kandinsky5.memory.report import budget_report, training_report
+from kandinsky5.memory.roofline import card_of
+from kandinsky5.training import setup as train_setup
 from modules.byte_sizes import GIB
 from modules.logs import get_logger
 

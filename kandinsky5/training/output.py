@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from dataset.config import DatasetConfig
+from dataset.config.config import DatasetConfig
 from kandinsky5.configs.train import TrainConfig
-from kandinsky5.effect_report import EffectReport
-from kandinsky5.hub import HubUploads
-from kandinsky5.lora_metadata import RunFacts, lora_metadata
-from kandinsky5.metrics import Metrics
-from kandinsky5.prediction_change import PredictionProbe
-from kandinsky5.results import delete_result
-from kandinsky5.saving import OutputNames, Unit, average_path, effect_path, expired
-from kandinsky5.trackers import Tracker
-from kandinsky5.train_setup import has_schedule_state
-from kandinsky5.training_state import RunState, write_state
+from kandinsky5.training.results.effect_report import EffectReport
+from kandinsky5.training.results.hub import HubUploads
+from kandinsky5.training.results.metadata import RunFacts, lora_metadata
+from kandinsky5.training.results.names import OutputNames, Unit, average_path, effect_path, expired
+from kandinsky5.training.results.ownership import delete_result
+from kandinsky5.training.results.state import RunState, write_state
+from kandinsky5.training.setup import has_schedule_state
+from kandinsky5.training.tracking.metrics import Metrics
+from kandinsky5.training.tracking.trackers import Tracker
+from kandinsky5.training.validation.prediction_change import PredictionProbe
 from modules import files
 from modules.dtypes import dtype_from_word
 from modules.errors import DivergedError, ResourceError

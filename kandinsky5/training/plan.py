@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from dataset.cached_dataset import BatchPlan, CachedBatch, CachedDataset
+from dataset.cache.cached_dataset import BatchPlan, CachedBatch, CachedDataset
 from modules.errors import ResourceError
 from modules.interruption import ignore_signals
 

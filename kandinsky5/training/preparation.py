@@ -9,23 +9,25 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from dataset.cached_dataset import CachedDataset
-from dataset.config import DatasetConfig
-from kandinsky5 import train_checks, train_memory, train_setup
+from dataset.cache.cached_dataset import CachedDataset
+from dataset.config.config import DatasetConfig
 from kandinsky5.configs.train import TrainConfig
-from kandinsky5.control_file import remove_old_word
-from kandinsky5.devices import check_fast_products
-from kandinsky5.hub import HubUploads
-from kandinsky5.machine_notes import machine_notes
-from kandinsky5.run_contents import cache_contents, model_contents
-from kandinsky5.saved_config import shareable_options, write_config
-from kandinsky5.saving import OutputNames
-from kandinsky5.timesteps import rarity_warning
-from kandinsky5.trackers import Tracker, open_trackers
-from kandinsky5.train_output import disk_errors
-from kandinsky5.train_plan import RunLength
-from kandinsky5.train_rehearsal import rehearse
-from kandinsky5.train_resume import (
+from kandinsky5.model.precision import check_fast_products
+from kandinsky5.sampling.requests import VideoRequest
+from kandinsky5.training import checks as train_checks
+from kandinsky5.training import memory as train_memory
+from kandinsky5.training import setup as train_setup
+from kandinsky5.training.control_file import remove_old_word
+from kandinsky5.training.loss.timesteps import rarity_warning
+from kandinsky5.training.machine_notes import machine_notes
+from kandinsky5.training.output import disk_errors
+from kandinsky5.training.plan import RunLength
+from kandinsky5.training.rehearsal import rehearse
+from kandinsky5.training.results.hub import HubUploads
+from kandinsky5.training.results.names import OutputNames
+from kandinsky5.training.results.saved_config import shareable_options, write_config
+from kandinsky5.training.results.state import SavedState, remove_stray_states
+from kandinsky5.training.resume import (
     branch_of,
     check_resumed,
     is_finished,
@@ -33,11 +35,11 @@ from kandinsky5.train_resume import (
     resumed_state,
     without_replaced_weights,
 )
-from kandinsky5.train_samples import PreparedPrompt, are_missing, encode_requests, read_requests
-from kandinsky5.train_setup import RunMark
-from kandinsky5.training_state import SavedState, remove_stray_states
-from kandinsky5.validation_checks import was_measured
-from kandinsky5.video_requests import VideoRequest
+from kandinsky5.training.run_contents import cache_contents, model_contents
+from kandinsky5.training.samples import PreparedPrompt, are_missing, encode_requests, read_requests
+from kandinsky5.training.setup import RunMark
+from kandinsky5.training.tracking.trackers import Tracker, open_trackers
+from kandinsky5.training.validation.schedule import was_measured
 from modules.files import remove_strays
 from modules.interruption import StopRequest
 from modules.logs import get_logger, print_report, unsaid

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from dataset.cached_dataset import BatchPlan, CachedDataset
-from kandinsky5.generation_models import empty_device_cache
-from kandinsky5.memory_advice import out_of_memory_message
-from kandinsky5.memory_plan import TrainingPlanner, batch_elements, batch_of
-from kandinsky5.memory_rehearsal import Batch
-from kandinsky5.objective import Objective
+from dataset.cache.cached_dataset import BatchPlan, CachedDataset
+from kandinsky5.generation.models import empty_device_cache
+from kandinsky5.memory.activations import Batch
+from kandinsky5.memory.advice import out_of_memory_message
+from kandinsky5.memory.plan import TrainingPlanner, batch_elements, batch_of
+from kandinsky5.training.loss.objective import Objective
 from modules.byte_sizes import size_text
 from modules.errors import ResourceError
 from networks.lora import LoRANetwork

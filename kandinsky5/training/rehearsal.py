@@ -11,12 +11,12 @@ import warnings
 import torch
 from torch import nn
 
-from kandinsky5 import train_setup
-from kandinsky5.checkpoints import build_meta_dit
 from kandinsky5.configs.train import OptimizerConfig, TrainConfig
-from kandinsky5.memory_rehearsal import META
-from kandinsky5.train_resume import restore
-from kandinsky5.training_state import SavedState
+from kandinsky5.memory.activations import META
+from kandinsky5.model.checkpoints import build_meta_dit
+from kandinsky5.training import setup as train_setup
+from kandinsky5.training.results.state import SavedState
+from kandinsky5.training.resume import restore
 from modules.lr_schedules import check_schedule_lasts
 from modules.optimizers import check_step
 from networks.lora import LoRANetwork

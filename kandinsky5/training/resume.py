@@ -11,15 +11,22 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from dataset.cached_dataset import CachedDataset
+from dataset.cache.cached_dataset import CachedDataset
 from kandinsky5.configs.train import DEFAULT_TRAIN_STEPS, OptimizerConfig, SavingConfig, TrainConfig
-from kandinsky5.hub import fetch_state
-from kandinsky5.run_contents import CACHES, MODELS, changed
-from kandinsky5.saved_config import shareable_options
-from kandinsky5.saving import OutputNames, effect_path
-from kandinsky5.train_plan import RunLength, data_order_hash
-from kandinsky5.train_setup import build_schedule
-from kandinsky5.training_state import RunState, SavedState, find_state, list_states, read_mark, read_state
+from kandinsky5.training.plan import RunLength, data_order_hash
+from kandinsky5.training.results.hub import fetch_state
+from kandinsky5.training.results.names import OutputNames, effect_path
+from kandinsky5.training.results.saved_config import shareable_options
+from kandinsky5.training.results.state import (
+    RunState,
+    SavedState,
+    find_state,
+    list_states,
+    read_mark,
+    read_state,
+)
+from kandinsky5.training.run_contents import CACHES, MODELS, changed
+from kandinsky5.training.setup import build_schedule
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 from modules.optimizer_kinds import takes_relative_steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
-from dataset.cached_dataset import CachedDataset
+from dataset.cache.cached_dataset import CachedDataset
 from kandinsky5.configs.train import ModelConfig
 from modules.files import file_fingerprint
 from modules.weight_files import find_weight_files

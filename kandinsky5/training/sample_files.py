@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kandinsky5.video_files import write_png, write_video
+from kandinsky5.sampling.video_files import write_png, write_video
 from modules.files import atomic_writer
 from modules.logs import get_logger
 

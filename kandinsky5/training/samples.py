@@ -15,26 +15,26 @@ import torch
 from torch import Tensor
 
 from kandinsky5.configs.train import SampleConfig, SavingConfig, TrainConfig
-from kandinsky5.devices import vae_dtype
-from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.generation_models import empty_device_cache
-from kandinsky5.metrics import FILE_NAME, read_records
-from kandinsky5.offload import resident_weights_on_host
-from kandinsky5.prompt_templates import load_prompt_templates
+from kandinsky5.generation.models import empty_device_cache
+from kandinsky5.model.dit import DiffusionTransformer3D
+from kandinsky5.model.offload import resident_weights_on_host
+from kandinsky5.model.precision import vae_dtype
 from kandinsky5.prompts import PromptSpec, read_prompt_file
-from kandinsky5.sample_files import Animation, SampleNames, animate, write_sample
-from kandinsky5.sampling_pipeline import (
+from kandinsky5.sampling.pipeline import (
     RequestText,
     decode_frames,
     encode_images,
     encode_prompts,
     sample_latents,
 )
-from kandinsky5.text_encoders import check_text_encoder_paths, default_qwen_dtype, load_text_encoders
-from kandinsky5.train_plan import reader_problem
-from kandinsky5.vae import VideoVAE, check_vae_file, load_vae
-from kandinsky5.video_files import check_video_encoder
-from kandinsky5.video_requests import VideoRequest, log_size_remarks, resolve_request
+from kandinsky5.sampling.requests import VideoRequest, log_size_remarks, resolve_request
+from kandinsky5.sampling.video_files import check_video_encoder
+from kandinsky5.text.encoders import check_text_encoder_paths, default_qwen_dtype, load_text_encoders
+from kandinsky5.text.templates import load_prompt_templates
+from kandinsky5.training.plan import reader_problem
+from kandinsky5.training.sample_files import Animation, SampleNames, animate, write_sample
+from kandinsky5.training.tracking.metrics import FILE_NAME, read_records
+from kandinsky5.vae.video_vae import VideoVAE, check_vae_file, load_vae
 from modules.errors import ConfigError, DataError, ModelFileError, UserError
 from modules.interruption import Interrupted
 from modules.logs import get_logger

@@ -15,11 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch.optim.lr_scheduler import LRScheduler
 
-from dataset.cached_dataset import CachedDataset
-from dataset.config import DatasetConfig, load_dataset_config
-from dataset.held_out import hold_out
-from kandinsky5.checkpoints import load_dit
-from kandinsky5.compilation import compile_blocks
+from dataset.cache.cached_dataset import CachedDataset
+from dataset.cache.held_out import hold_out
+from dataset.config.config import DatasetConfig, load_dataset_config
 from kandinsky5.configs.compilation import NO_BACKEND
 from kandinsky5.configs.train import (
     DataConfig,
@@ -29,10 +27,12 @@ from kandinsky5.configs.train import (
     RunConfig,
     TrainConfig,
 )
-from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.nabla import DensityReport
-from kandinsky5.offload import host_placement, stream_weights
-from kandinsky5.training_state import RunState
+from kandinsky5.model.checkpoints import load_dit
+from kandinsky5.model.compilation import compile_blocks
+from kandinsky5.model.dit import DiffusionTransformer3D
+from kandinsky5.model.nabla import DensityReport
+from kandinsky5.model.offload import host_placement, stream_weights
+from kandinsky5.training.results.state import RunState
 from modules.activation_offload import ActivationOffload, tensor_mover
 from modules.dtypes import dtype_from_word
 from modules.errors import ConfigError, DataError, ResourceError

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kandinsky5.metrics import Metrics
-from kandinsky5.trackers import ShownSample
-from kandinsky5.train_plan import StepPlan
-from kandinsky5.train_samples import KIND, Sample
+from kandinsky5.training.plan import StepPlan
+from kandinsky5.training.samples import KIND, Sample
+from kandinsky5.training.tracking.metrics import Metrics
+from kandinsky5.training.tracking.trackers import ShownSample
 
 
 def item_keys(plan: StepPlan) -> list[str]:

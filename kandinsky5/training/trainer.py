@@ -19,43 +19,46 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from dataset.cached_dataset import CachedBatch, CachedDataset
-from kandinsky5 import prior, train_memory, train_samples, train_setup
-from kandinsky5.conditioning import VelocityModel
+from dataset.cache.cached_dataset import CachedBatch, CachedDataset
 from kandinsky5.configs.train import TrainConfig
-from kandinsky5.control_file import is_stop_written, take_control_word
-from kandinsky5.hub import HubUploads
-from kandinsky5.lora_metadata import RunFacts
-from kandinsky5.memory_advice import out_of_memory_message, out_of_memory_while_loading
-from kandinsky5.memory_plan import largest_batch
-from kandinsky5.memory_probe import probe
-from kandinsky5.metrics import Metrics
-from kandinsky5.norm_limit import NormLimit
-from kandinsky5.objective import Objective
-from kandinsky5.prediction_change import PredictionProbe
-from kandinsky5.sample_files import SampleNames
-from kandinsky5.saved_config import shareable_options
-from kandinsky5.saving import OutputNames
-from kandinsky5.train_log import item_keys, log_norms, log_samples, log_step
-from kandinsky5.train_output import Output
-from kandinsky5.train_plan import (
+from kandinsky5.memory.advice import out_of_memory_message, out_of_memory_while_loading
+from kandinsky5.memory.plan import largest_batch
+from kandinsky5.model.conditioning import VelocityModel
+from kandinsky5.training import memory as train_memory
+from kandinsky5.training import samples as train_samples
+from kandinsky5.training import setup as train_setup
+from kandinsky5.training.control_file import is_stop_written, take_control_word
+from kandinsky5.training.loss import prior
+from kandinsky5.training.loss.objective import Objective
+from kandinsky5.training.norm_limit import NormLimit
+from kandinsky5.training.output import Output
+from kandinsky5.training.plan import (
     PlanSequence,
     StepPlan,
     batch_loader,
     data_order_hash,
     reader_problem,
 )
-from kandinsky5.train_preparation import PreparedRun, prepare_run
-from kandinsky5.train_resume import (
+from kandinsky5.training.preparation import PreparedRun, prepare_run
+from kandinsky5.training.probe import probe
+from kandinsky5.training.results.hub import HubUploads
+from kandinsky5.training.results.metadata import RunFacts
+from kandinsky5.training.results.names import OutputNames
+from kandinsky5.training.results.saved_config import shareable_options
+from kandinsky5.training.results.state import RunState
+from kandinsky5.training.resume import (
     library_versions,
     network_identity,
     restore,
     resume_average,
 )
-from kandinsky5.train_samples import TrainingSamples
-from kandinsky5.training_state import RunState
-from kandinsky5.validation import Validation
-from kandinsky5.validation_checks import ValidationChecks, model_settings
+from kandinsky5.training.sample_files import SampleNames
+from kandinsky5.training.samples import TrainingSamples
+from kandinsky5.training.step_log import item_keys, log_norms, log_samples, log_step
+from kandinsky5.training.tracking.metrics import Metrics
+from kandinsky5.training.validation.measure import Validation
+from kandinsky5.training.validation.prediction_change import PredictionProbe
+from kandinsky5.training.validation.schedule import ValidationChecks, model_settings
 from modules.dtypes import dtype_name
 from modules.errors import DivergedError, ResourceError, UserError
 from modules.interruption import StopRequest, exit_on_signal, graceful_stop, leave_at_once

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from kandinsky5.configs.caching import MIN_TILE_PX
-from kandinsky5.vae_attention import FrameCausalMidBlock
-from kandinsky5.vae_files import check_vae_file, read_vae, vae_fingerprint, vae_from_config
-from kandinsky5.vae_tiles import TileGrid, Tiling, map_tiles, map_windows
+from kandinsky5.vae.attention import FrameCausalMidBlock
+from kandinsky5.vae.files import check_vae_file, read_vae, vae_fingerprint, vae_from_config
+from kandinsky5.vae.tiles import TileGrid, Tiling, map_tiles, map_windows
 from modules.errors import DataError
 from modules.logs import get_logger
 

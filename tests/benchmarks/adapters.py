@@ -109,7 +109,7 @@ class OursPlainLora(Adapter):
     name = "ours, plain LoRA layers"
 
     def build(self, cfg):
-        from kandinsky5.dit import DiffusionTransformer3D
+        from kandinsky5.model.dit import DiffusionTransformer3D
 
         return DiffusionTransformer3D(**cfg.kwargs())
 

@@ -29,8 +29,8 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from kandinsky5 import checkpoints
-from kandinsky5.checkpoints import build_meta_dit, load_dit
+from kandinsky5.model import checkpoints
+from kandinsky5.model.checkpoints import build_meta_dit, load_dit
 from kandinsky5.tasks import LITE_PARAMS
 from modules.fp8 import quantise_rows
 from modules.tensor_files import write_tensor_stream

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from kandinsky5.nabla import BLOCK, NablaPlan, select_blocks
+from kandinsky5.model.nabla import BLOCK, NablaPlan, select_blocks
 from kandinsky5.tasks import NablaParams
 from modules.block_sparse import block_sparse_attention, block_sparse_path
 

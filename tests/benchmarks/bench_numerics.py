@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from diffusers.models.transformers import transformer_kandinsky
 from PIL import Image
 
-from kandinsky5 import layers as our_layers
-from kandinsky5.checkpoints import load_dit
-from kandinsky5.conditioning import TextConditioning, VelocityModel, pad_text
 from kandinsky5.configs.train import TimestepConfig
-from kandinsky5.flow_matching import draw_noise, flow_matching_loss
-from kandinsky5.line_plot import Panel, Series, draw_panel
+from kandinsky5.model import layers as our_layers
+from kandinsky5.model.checkpoints import load_dit
+from kandinsky5.model.conditioning import TextConditioning, VelocityModel, pad_text
+from kandinsky5.model.flow_matching import draw_noise, flow_matching_loss
 from kandinsky5.tasks import TINY_PARAMS
-from kandinsky5.timesteps import draw_sigmas
 from kandinsky5.tiny_models import dit_tensors
+from kandinsky5.training.loss.timesteps import draw_sigmas
+from kandinsky5.training.validation.line_plot import Panel, Series, draw_panel
 from modules import fused_ops
 from modules.fp8 import Fp8Linear
 from modules.int8 import Int8Linear

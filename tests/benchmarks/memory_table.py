@@ -19,11 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from kandinsky5 import offload  # noqa: E402
 from kandinsky5.cli.train import parse_train  # noqa: E402
 from kandinsky5.configs.train import TrainConfig  # noqa: E402
-from kandinsky5.memory_budget import with_reserve  # noqa: E402
-from kandinsky5.memory_plan import Batch, TrainingPlanner  # noqa: E402
+from kandinsky5.memory.budget import with_reserve  # noqa: E402
+from kandinsky5.memory.plan import Batch, TrainingPlanner  # noqa: E402
+from kandinsky5.model import offload  # noqa: E402
 from kandinsky5.tasks import PRO_PARAMS  # noqa: E402
 from modules.byte_sizes import GIB  # noqa: E402
 from tests.sparse_models import write_sparse_dit  # noqa: E402

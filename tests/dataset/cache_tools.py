@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from dataset.cache_files import LatentCacheMeta, TextCacheMeta, write_latent_cache, write_text_cache
-from dataset.cache_index import IndexEntry, IndexItem, entry_key, metadata_digest, update_index
-from dataset.cache_names import Content, text_cache_name, video_cache_name
-from dataset.config import AnyDatasetConfig
+from dataset.cache.files import LatentCacheMeta, TextCacheMeta, write_latent_cache, write_text_cache
+from dataset.cache.index import IndexEntry, IndexItem, entry_key, metadata_digest, update_index
+from dataset.cache.names import Content, text_cache_name, video_cache_name
+from dataset.config.config import AnyDatasetConfig
 from dataset.sources import SkippedItem
 from modules.seeding import generator_for
 from modules.tensor_files import read_header

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.cache_index import latent_entry
+from dataset.cache.index import latent_entry
 from dataset.clips import MIXED_SIZES, ClipPlan, PlannedClip, cut_batches, load_batches, load_clip, plan_clips
-from dataset.config import ImageDatasetConfig, VideoDatasetConfig
-from dataset.media import TOO_LARGE, read_image
+from dataset.config.config import ImageDatasetConfig, VideoDatasetConfig
+from dataset.media.media import TOO_LARGE, read_image
 from dataset.sources import list_items
 from tests.dataset.media_tools import cut_file, flip_bytes, numbered_frames, numbers_of, remux, write_video
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dataset.config import ImageDatasetConfig, VideoDatasetConfig
+from dataset.config.config import ImageDatasetConfig, VideoDatasetConfig
 from dataset.confinement import Confinement
 from dataset.sources import list_items
 from modules.errors import ConfigError

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dataset.config import ImageDatasetConfig, VideoDatasetConfig
-from dataset.media_files import frame_paths
+from dataset.config.config import ImageDatasetConfig, VideoDatasetConfig
+from dataset.media.files import frame_paths
 from dataset.sources import CAPTION_NOT_UTF8, IS_FOLDER, MISSING_FILE, NO_CAPTION, SourceListing, list_items
 from modules.errors import ConfigError, DataError
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import kandinsky5.generation as generation
-from kandinsky5.text_encoders import TextEncoders, load_text_encoders
+import kandinsky5.generation.run as generation
+from kandinsky5.text.encoders import TextEncoders, load_text_encoders
 from kandinsky5_generate_video import main
 from modules.tensor_files import write_tensors
-from tests.kandinsky5.generation_kit import LAYER, SMALL, Generate
-from tests.kandinsky5.training_runs import write_dataset, write_dit
+from tests.kandinsky5.generation.generation_kit import LAYER, SMALL, Generate
+from tests.kandinsky5.training.training_runs import write_dataset, write_dit
 
 
 @pytest.fixture(scope="module")

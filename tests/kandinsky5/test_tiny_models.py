@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.tasks import LITE_PARAMS, PRO_PARAMS, TINY_PARAMS, DitParams
 from kandinsky5.tiny_models import dit_tensor_shapes, dit_tensors
 from modules.tensor_files import read_header

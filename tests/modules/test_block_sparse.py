@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kandinsky5.nabla import dense_masked_attention
+from kandinsky5.model.nabla import dense_masked_attention
 from modules import block_sparse
 from modules.block_sparse import flex_block_attention, gathered_block_attention
 from tests.flops import count_flops

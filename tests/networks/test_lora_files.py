@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.model.dit import DiffusionTransformer3D
 from modules.errors import ConfigError, ModelFileError
 from modules.tensor_files import read_tensors, write_tensors
 from networks.lora import LoRANetwork

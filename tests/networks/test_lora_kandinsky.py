@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.tasks import LITE_PARAMS, PRO_PARAMS, DitParams
 from modules.errors import ConfigError
 from networks.lora_files import read_lora, save_lora

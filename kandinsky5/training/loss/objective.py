@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dataset.cached_dataset import CachedBatch
-from kandinsky5.conditioning import (
+from dataset.cache.cached_dataset import CachedBatch
+from kandinsky5.configs.train import ConditioningConfig, LossConfig, TimestepConfig
+from kandinsky5.model.conditioning import (
     FrameConditioning,
     TextBatch,
     TextConditioning,
@@ -17,9 +18,8 @@ from kandinsky5.conditioning import (
     condition_frames,
     pad_text,
 )
-from kandinsky5.configs.train import ConditioningConfig, LossConfig, TimestepConfig
-from kandinsky5.flow_matching import add_noise, draw_noise, flow_matching_loss
-from kandinsky5.timesteps import draw_sigmas, loss_weight
+from kandinsky5.model.flow_matching import add_noise, draw_noise, flow_matching_loss
+from kandinsky5.training.loss.timesteps import draw_sigmas, loss_weight
 from modules.seeding import generator_for
 from modules.transfers import send
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dataset.cached_dataset import CachedBatch
-from kandinsky5.conditioning import TextBatch, TextConditioning, pad_text
-from kandinsky5.flow_matching import add_noise, mean_squared_error
-from kandinsky5.objective import Draws, Objective
+from dataset.cache.cached_dataset import CachedBatch
+from kandinsky5.model.conditioning import TextBatch, TextConditioning, pad_text
+from kandinsky5.model.flow_matching import add_noise, mean_squared_error
+from kandinsky5.training.loss.objective import Draws, Objective
 from modules.transfers import send
 from networks.lora import LoRANetwork
 

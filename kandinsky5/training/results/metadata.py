@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.config import AnyDatasetConfig, DatasetConfig
+from dataset.config.config import AnyDatasetConfig, DatasetConfig
 from kandinsky5.configs.train import NetworkConfig, OptimizerConfig, TrainConfig
 from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
 from networks.lora import LoRANetwork

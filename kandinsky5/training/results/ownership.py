@@ -6,8 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kandinsky5.saving import OutputNames, effect_path, is_average_name, is_lora_name, is_state_name
-from kandinsky5.training_state import read_mark, remove_state
+from kandinsky5.training.results.names import (
+    OutputNames,
+    effect_path,
+    is_average_name,
+    is_lora_name,
+    is_state_name,
+)
+from kandinsky5.training.results.state import read_mark, remove_state
 from modules.errors import ModelFileError
 from modules.logs import get_logger
 from modules.tensor_files import read_header

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kandinsky5.saving import is_state_name
+from kandinsky5.training.results.names import is_state_name
 from modules.errors import DataError, ModelFileError
 from modules.files import atomic_writer, sync_folder, write_json
 from modules.logs import get_logger

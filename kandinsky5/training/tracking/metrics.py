@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kandinsky5.trackers import ShownSample, Tracker
+from kandinsky5.training.tracking.trackers import ShownSample, Tracker
 from modules.files import write_text
 from modules.logs import get_logger
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset.cache_match import CachedItem
-from dataset.cached_dataset import CachedDataset
-from kandinsky5.flow_matching import draw_noise
-from kandinsky5.objective import Objective
+from dataset.cache.cached_dataset import CachedDataset
+from dataset.cache.match import CachedItem
+from kandinsky5.model.flow_matching import draw_noise
+from kandinsky5.training.loss.objective import Objective
 from modules.interruption import Interrupted
 from modules.seeding import generator_for
 from networks.lora import LoRANetwork

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from kandinsky5.line_plot import Panel, Series, draw_panel
+from kandinsky5.training.validation.line_plot import Panel, Series, draw_panel
 from modules.files import atomic_writer
 
 WIDTH, TOP_HEIGHT, BIN_HEIGHT = 1200, 380, 290

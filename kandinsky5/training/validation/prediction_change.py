@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dataset.cached_dataset import CachedDataset
-from kandinsky5.flow_matching import draw_noise
-from kandinsky5.objective import Objective
+from dataset.cache.cached_dataset import CachedDataset
+from kandinsky5.model.flow_matching import draw_noise
+from kandinsky5.training.loss.objective import Objective
 from networks.lora import LoRANetwork
 
 SIGMAS = (0.25, 0.5, 0.75)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from kandinsky5.configs.train import DataConfig, SavingConfig, TrainConfig
-from kandinsky5.metrics import FILE_NAME, Metrics, read_records
-from kandinsky5.validation import Validation
-from kandinsky5.validation_plot import write_validation_plot
+from kandinsky5.training.tracking.metrics import FILE_NAME, Metrics, read_records
+from kandinsky5.training.validation.measure import Validation
+from kandinsky5.training.validation.plot import write_validation_plot
 from modules.errors import ResourceError
 from modules.interruption import Interrupted
 from modules.logs import get_logger

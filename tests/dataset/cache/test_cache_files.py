@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.cache_files import (
+from dataset.cache.files import (
     LatentCacheMeta,
     NewerCacheError,
     TextCacheMeta,
@@ -22,14 +22,14 @@ from dataset.cache_files import (
     write_latent_cache,
     write_text_cache,
 )
-from dataset.cache_index import IndexEntry, IndexItem, index_path, read_index, update_index
-from dataset.cache_names import (
+from dataset.cache.index import IndexEntry, IndexItem, index_path, read_index, update_index
+from dataset.cache.names import (
     image_cache_name,
     parse_latent_name,
     text_cache_name,
     video_cache_name,
 )
-from dataset.cache_unused import unused_caches
+from dataset.cache.unused import unused_caches
 from dataset.sources import SkippedItem
 from modules.errors import CacheError, DataError
 from modules.tensor_files import read_header, read_tensors, write_tensors

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.cache_files import empty_text_cache_name
-from dataset.cache_index import IndexEntry, IndexItem, entry_key, index_path, update_index
-from dataset.cache_names import text_cache_name
-from dataset.cached_dataset import BatchPlan, CachedDataset
-from dataset.config import DatasetConfig, load_dataset_config
+from dataset.cache.cached_dataset import BatchPlan, CachedDataset
+from dataset.cache.files import empty_text_cache_name
+from dataset.cache.index import IndexEntry, IndexItem, entry_key, index_path, update_index
+from dataset.cache.names import text_cache_name
+from dataset.config.config import DatasetConfig, load_dataset_config
 from dataset.sources import SkippedItem
-from kandinsky5.train_plan import data_order_hash
+from kandinsky5.training.plan import data_order_hash
 from modules.errors import CacheError
 from modules.tensor_files import read_tensors, write_tensors
 from tests.dataset.cache_tools import add_text, add_video_latents, write_indexes

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from dataset.cache_files import empty_text_cache_name
-from dataset.cached_dataset import CachedDataset
-from dataset.held_out import hash_position, hold_out
+from dataset.cache.cached_dataset import CachedDataset
+from dataset.cache.files import empty_text_cache_name
+from dataset.cache.held_out import hash_position, hold_out
 from modules.errors import ConfigError
+from tests.dataset.cache.test_cached_dataset import fill, make_config
 from tests.dataset.cache_tools import add_text
-from tests.dataset.test_cached_dataset import fill, make_config
 
 
 def dataset(folder: Path, names: str = "abcde") -> CachedDataset:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dataset.cache_index import entry_key, index_path, read_index
-from dataset.cached_dataset import CachedDataset
-from dataset.config import DatasetConfig, load_dataset_config
+from dataset.cache.cached_dataset import CachedDataset
+from dataset.cache.index import entry_key, index_path, read_index
+from dataset.config.config import DatasetConfig, load_dataset_config
 from modules.errors import CacheError
 from tests.dataset.cache_tools import add_text, add_video_latents, write_indexes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.config import ImageDatasetConfig, VideoDatasetConfig, load_dataset_config
+from dataset.config.config import ImageDatasetConfig, VideoDatasetConfig, load_dataset_config
 from modules.errors import ConfigError
 
 VIDEO = '[[datasets]]\nvideo_directory = "clips"\ncaption_extension = ".txt"\n'

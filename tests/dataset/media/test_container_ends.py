@@ -7,9 +7,9 @@ from pathlib import Path
 import av
 import pytest
 
-from dataset.container_ends import ends_early
-from dataset.media import DAMAGED, MediaError
-from dataset.videos import probe_video
+from dataset.media.container_ends import ends_early
+from dataset.media.media import DAMAGED, MediaError
+from dataset.media.videos import probe_video
 from tests.dataset.media_tools import numbered_frames, write_video
 
 FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}

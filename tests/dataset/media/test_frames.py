@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from dataset.config import exact_rate
-from dataset.frames import (
+from dataset.config.config import exact_rate
+from dataset.media.frames import (
     CutRule,
     FrameExtraction,
     are_even,

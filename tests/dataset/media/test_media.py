@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.media import (
+from dataset.media.media import (
     DAMAGED,
     TOO_LARGE,
     UNREADABLE,

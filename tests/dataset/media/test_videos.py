@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
-from dataset.frames import are_even, resample_by_time
-from dataset.media import DAMAGED, TOO_LARGE, UNREADABLE, MediaError
-from dataset.videos import VideoInfo, probe_video, read_frames
+from dataset.media.frames import are_even, resample_by_time
+from dataset.media.media import DAMAGED, TOO_LARGE, UNREADABLE, MediaError
+from dataset.media.videos import VideoInfo, probe_video, read_frames
 from tests.dataset.media_tools import (
     cut_file,
     flip_bytes,

@@ -15,11 +15,11 @@ from PIL import Image
 
 import kandinsky5_cache_latents
 import kandinsky5_cache_text_encoder_outputs
-from dataset.cache_files import read_text_cache
-from kandinsky5.cache_preview import ascii_picture
-from kandinsky5.text_encoders import load_text_encoders
-from kandinsky5.vae import VideoVAE, load_vae, uint8_to_pixels
-from kandinsky5.video_files import write_video
+from dataset.cache.files import read_text_cache
+from kandinsky5.caching.preview import ascii_picture
+from kandinsky5.sampling.video_files import write_video
+from kandinsky5.text.encoders import load_text_encoders
+from kandinsky5.vae.video_vae import VideoVAE, load_vae, uint8_to_pixels
 from modules.seeding import generator_for
 from modules.tensor_files import read_header, read_tensors
 
@@ -100,7 +100,7 @@ def test_latents_are_the_vaes_draw_of_the_clip_and_of_its_end_frames(
     assert metadata["latents_image"] == "single_image_encodes"
 
     from dataset.clips import load_clip, plan_clips
-    from dataset.config import load_dataset_config
+    from dataset.config.config import load_dataset_config
     from dataset.sources import list_items
 
     dataset = load_dataset_config(project / "dataset.toml").datasets[1]
@@ -171,7 +171,7 @@ def test_nothing_is_loaded_when_every_cache_is_fresh(
     cache_latents(project, tiny_models)
     cache_text(project, tiny_models)
     for name in ("load_vae", "load_text_encoders"):
-        monkeypatch.delattr(f"kandinsky5.caching.{name}")
+        monkeypatch.delattr(f"kandinsky5.caching.run.{name}")
     cache_latents(project, tiny_models, "--skip_existing")
     cache_text(project, tiny_models, "--skip_existing")
 

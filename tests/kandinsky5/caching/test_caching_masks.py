@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import kandinsky5_cache_latents
-from dataset.cache_index import read_index
-from dataset.cached_dataset import CachedDataset
-from dataset.config import DatasetConfig, load_dataset_config
-from dataset.mask_cache import read_mask_cache
-from kandinsky5.video_files import write_video
+from dataset.cache.cached_dataset import CachedDataset
+from dataset.cache.index import read_index
+from dataset.cache.mask_cache import read_mask_cache
+from dataset.config.config import DatasetConfig, load_dataset_config
+from kandinsky5.sampling.video_files import write_video
 from modules.errors import CacheError
 from tests.dataset.cache_tools import add_text, write_text_index
 
@@ -81,7 +81,7 @@ def test_a_mask_is_cached_beside_the_latents_and_renewed_without_them(
     assert [item.masks for item in entry.items] == [(MASK,), ()]
 
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*_k5*.safetensors")}
-    monkeypatch.delattr("kandinsky5.caching.load_vae")
+    monkeypatch.delattr("kandinsky5.caching.run.load_vae")
     paint(project, left=51)
     cache(project, tiny_models, "--skip_existing")
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*_k5*.safetensors")}

@@ -14,8 +14,8 @@ from PIL import Image
 
 import kandinsky5_cache_latents
 import kandinsky5_cache_text_encoder_outputs
-from kandinsky5 import caching
-from kandinsky5.video_files import write_video
+from kandinsky5.caching import run as caching
+from kandinsky5.sampling.video_files import write_video
 from modules.processes import Processes
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from kandinsky5.outputs import read_latents
+from kandinsky5.generation.outputs import read_latents
 
 SMALL = ("--width", "32", "--height", "48", "--frames", "5", "--steps", "2")
 LAYER = "visual_transformer_blocks.0.self_attention.to_query"

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-import kandinsky5.generation as generation
-import kandinsky5.sampling_pipeline as pipeline
-from kandinsky5.dit import DiffusionTransformer3D
+import kandinsky5.generation.run as generation
+import kandinsky5.sampling.pipeline as pipeline
+from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5_generate_video import main
 from modules.tensor_files import read_header, read_tensors, write_tensors
-from tests.kandinsky5.generation_kit import Generate, frames_of, latents_of, refused
+from tests.kandinsky5.generation.generation_kit import Generate, frames_of, latents_of, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BT709_LUMA = np.array([0.2126, 0.7152, 0.0722])

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import kandinsky5.interactive as interactive
-import kandinsky5.outputs as outputs
-import kandinsky5.sampling_pipeline as pipeline
-from kandinsky5.dit import DiffusionTransformer3D
+import kandinsky5.generation.interactive as interactive
+import kandinsky5.generation.outputs as outputs
+import kandinsky5.sampling.pipeline as pipeline
+from kandinsky5.model.dit import DiffusionTransformer3D
 from modules.tensor_files import write_tensors
-from tests.kandinsky5.generation_kit import Generate, frames_of, latents_of, refused
+from tests.kandinsky5.generation.generation_kit import Generate, frames_of, latents_of, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import kandinsky5.sampling_pipeline as pipeline
-from kandinsky5.checkpoints import build_meta_dit
-from kandinsky5.outputs import read_latents
+import kandinsky5.sampling.pipeline as pipeline
+from kandinsky5.generation.outputs import read_latents
+from kandinsky5.model.checkpoints import build_meta_dit
 from kandinsky5.tasks import TINY_PARAMS
 from modules.tensor_files import read_tensors, write_tensors
 from networks.lora_kandinsky import is_target_name, linear_layer_sizes
-from tests.kandinsky5.generation_kit import Generate, latents_of, refused
+from tests.kandinsky5.generation.generation_kit import Generate, latents_of, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

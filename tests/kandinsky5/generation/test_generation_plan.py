@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from kandinsky5.cli.generate import parse_generate
-from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.generate import GenerateConfig
-from kandinsky5.generation_models import ModelLoader
-from kandinsky5.generation_plan import GenerationPlanner, fit_budget
-from kandinsky5.memory_budget import added_options, with_reserve
-from kandinsky5.memory_rehearsal import Batch, make_inputs
-from kandinsky5.modulation_table import ModulationTable
+from kandinsky5.generation.models import ModelLoader
+from kandinsky5.generation.plan import GenerationPlanner, fit_budget
+from kandinsky5.memory.activations import Batch, make_inputs
+from kandinsky5.memory.budget import added_options, with_reserve
+from kandinsky5.model.conditioning import VelocityModel
+from kandinsky5.model.modulation_table import ModulationTable
+from kandinsky5.sampling.requests import VideoRequest
 from kandinsky5.tasks import PRO_PARAMS
-from kandinsky5.video_requests import VideoRequest
 from modules.byte_sizes import GIB
 from modules.errors import ConfigError
 from modules.live_bytes import LiveBytes
-from tests.kandinsky5.generation_kit import Generate, refused
+from tests.kandinsky5.generation.generation_kit import Generate, refused
 from tests.sparse_models import write_sparse_dit, write_sparse_vae
 
 CPU = torch.device("cpu")

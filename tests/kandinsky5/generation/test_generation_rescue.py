@@ -11,16 +11,16 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-import kandinsky5.generation as generation
-import kandinsky5.generation_models as generation_models
-import kandinsky5.interactive as interactive
-import kandinsky5.outputs as outputs
-import kandinsky5.video_files as video_files
+import kandinsky5.generation.interactive as interactive
+import kandinsky5.generation.models as generation_models
+import kandinsky5.generation.outputs as outputs
+import kandinsky5.generation.run as generation
+import kandinsky5.sampling.video_files as video_files
 from modules.errors import ResourceError
 from modules.strays import stray_name
 from modules.tensor_files import read_header, read_tensors, write_tensors
-from tests.kandinsky5 import fault_kit
-from tests.kandinsky5.generation_kit import Generate, latents_of, refused
+from tests.kandinsky5.generation.generation_kit import Generate, latents_of, refused
+from tests.kandinsky5.training import fault_kit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 on_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")

@@ -12,22 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 
-import kandinsky5.training as training
-from dataset.cached_dataset import CachedBatch, CachedDataset
-from kandinsky5 import memory_probe, train_memory
+import kandinsky5.training.trainer as training
+from dataset.cache.cached_dataset import CachedBatch, CachedDataset
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import ModelConfig, TrainConfig
-from kandinsky5.memory_advice import helping_options
-from kandinsky5.memory_budget import Choice, added_options, choose, with_reserve
-from kandinsky5.memory_plan import Batch, Held, MemoryPlan, TrainingPlanner
-from kandinsky5.objective import Draws, Objective
-from kandinsky5.offload import max_blocks_to_swap
-from kandinsky5.roofline import Work
+from kandinsky5.memory.advice import helping_options
+from kandinsky5.memory.budget import Choice, added_options, choose, with_reserve
+from kandinsky5.memory.plan import Batch, Held, MemoryPlan, TrainingPlanner
+from kandinsky5.memory.roofline import Work
+from kandinsky5.model.offload import max_blocks_to_swap
 from kandinsky5.tasks import PRO_PARAMS
+from kandinsky5.training import memory as train_memory
+from kandinsky5.training import probe as memory_probe
+from kandinsky5.training.loss.objective import Draws, Objective
 from modules.byte_sizes import GIB
 from modules.errors import ConfigError
 from networks.lora import LoRANetwork
-from tests.kandinsky5.training_runs import lora_bytes, train, write_dataset, write_dit
+from tests.kandinsky5.training.training_runs import lora_bytes, train, write_dataset, write_dit
 from tests.sparse_models import write_sparse_dit
 
 SHORT = Batch(clips=1, latent_frames=5, latent_height=64, latent_width=64, text_tokens=256)

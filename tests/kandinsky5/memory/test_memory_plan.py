@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kandinsky5 import offload, train_setup
 from kandinsky5.cli.train import parse_train
-from kandinsky5.conditioning import VelocityModel
 from kandinsky5.configs.train import ModelConfig, TrainConfig
-from kandinsky5.memory_plan import Batch, Held, TrainingPlanner, hold_weights
-from kandinsky5.memory_rehearsal import META, AnswerYes, peak_of_step
-from kandinsky5.offload import stream_weights
+from kandinsky5.memory.activations import META, AnswerYes, peak_of_step
+from kandinsky5.memory.plan import Batch, Held, TrainingPlanner, hold_weights
+from kandinsky5.model import offload
+from kandinsky5.model.conditioning import VelocityModel
+from kandinsky5.model.offload import stream_weights
 from kandinsky5.tasks import TASKS, TINY_PARAMS
+from kandinsky5.training import setup as train_setup
 from modules.block_swap import DirectCopies
 from modules.optimizers import build_optimizer, moments_on_device
 from modules.tensor_files import write_tensors

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kandinsky5.configs.train import OptimizerConfig
-from kandinsky5.optimizer_memory import OptimizerMemory, optimizer_memory
+from kandinsky5.memory.optimizer import OptimizerMemory, optimizer_memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPES = ((3, 8), (3, 8), (3, 8), (5,))

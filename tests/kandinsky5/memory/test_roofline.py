@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kandinsky5.conditioning import VelocityModel
-from kandinsky5.memory_rehearsal import META, Batch, make_inputs
-from kandinsky5.roofline import CARDS, Work, floor_seconds, forward_work, training_work
+from kandinsky5.memory.activations import META, Batch, make_inputs
+from kandinsky5.memory.roofline import CARDS, Work, floor_seconds, forward_work, training_work
+from kandinsky5.model.conditioning import VelocityModel
 from kandinsky5.tasks import LITE_PARAMS, PRO_PARAMS, TASKS, TINY_PARAMS, DitParams
 from networks.lora_kandinsky import create_network
 from tests.flops import count_flops

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kandinsky5 import checkpoints
-from kandinsky5.checkpoints import (
+from kandinsky5.model import checkpoints
+from kandinsky5.model.checkpoints import (
     build_meta_dit,
     check_dit_file,
     file_name_warning,
     load_dit,
     save_merged_model,
 )
-from kandinsky5.dit import DiffusionTransformer3D, is_float32_island
+from kandinsky5.model.dit import DiffusionTransformer3D, is_float32_island
 from kandinsky5.tasks import LITE_PARAMS, TINY_PARAMS
 from kandinsky5.tiny_models import dit_tensors
 from modules.errors import ConfigError, ModelFileError

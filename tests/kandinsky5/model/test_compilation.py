@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import register_backend
 
-from kandinsky5.compilation import compile_blocks, float8_may_be_compiled
-from kandinsky5.conditioning import TextConditioning, VelocityModel, pad_text
 from kandinsky5.configs.compilation import CompileConfig
-from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.offload import stream_weights
+from kandinsky5.model.compilation import compile_blocks, float8_may_be_compiled
+from kandinsky5.model.conditioning import TextConditioning, VelocityModel, pad_text
+from kandinsky5.model.dit import DiffusionTransformer3D
+from kandinsky5.model.offload import stream_weights
 from kandinsky5.tasks import NablaParams
 from kandinsky5_generate_video import main as generate
 from modules.fp8 import Fp8Linear
@@ -25,7 +25,7 @@ from modules.int8 import Int8Linear
 from modules.quantised_linear import QuantisedLinear
 from networks.lora import LoRANetwork
 from networks.lora_kandinsky import create_network, is_target_name
-from tests.kandinsky5.generation_kit import SMALL, latents_of
+from tests.kandinsky5.generation.generation_kit import SMALL, latents_of
 from tests.tiny import tiny_dit
 
 BUCKETS = ((2, 8, 12), (3, 4, 8), (1, 12, 12))

@@ -11,8 +11,8 @@ from diffusers import Kandinsky5Transformer3DModel
 from diffusers.models.transformers import transformer_kandinsky
 from torch import Tensor
 
-from kandinsky5.conditioning import TextConditioning, VelocityModel, condition_frames, pad_text
-from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.model.conditioning import TextConditioning, VelocityModel, condition_frames, pad_text
+from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.tasks import (
     IMAGE_EDIT_LITE_PARAMS,
     IMAGE_LITE_PARAMS,

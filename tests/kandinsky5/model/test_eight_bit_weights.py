@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kandinsky5 import train_samples
-from kandinsky5.checkpoints import load_dit
-from kandinsky5.conditioning import TextConditioning, VelocityModel, pad_text
-from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.flow_matching import flow_matching_loss
-from kandinsky5.text_encoders import TextEncoders, load_text_encoders
+from kandinsky5.model.checkpoints import load_dit
+from kandinsky5.model.conditioning import TextConditioning, VelocityModel, pad_text
+from kandinsky5.model.dit import DiffusionTransformer3D
+from kandinsky5.model.flow_matching import flow_matching_loss
+from kandinsky5.text.encoders import TextEncoders, load_text_encoders
+from kandinsky5.training import samples as train_samples
 from kandinsky5_generate_video import main as generate
 from modules import fused_ops, int8
 from modules.tensor_files import read_tensors, write_tensors
 from networks.lora import LoRANetwork
 from networks.lora_effect import weight_norms
 from networks.lora_kandinsky import create_network
-from tests.kandinsky5.generation_kit import SMALL, latents_of
-from tests.kandinsky5.training_runs import metrics, train, write_dataset, write_dit
+from tests.kandinsky5.generation.generation_kit import SMALL, latents_of
+from tests.kandinsky5.training.training_runs import metrics, train, write_dataset, write_dit
 from tests.tiny import tiny_dit
 
 CPU = torch.device("cpu")

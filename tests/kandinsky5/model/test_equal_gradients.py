@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.offload import stream_weights
+from kandinsky5.model.dit import DiffusionTransformer3D
+from kandinsky5.model.offload import stream_weights
 from modules.activation_offload import ActivationOffload
 from modules.fp8 import Fp8Linear
 from modules.quantised_linear import finish
-from tests.kandinsky5.lora_steps import Base, LoraModel, equal
+from tests.kandinsky5.training.lora_steps import Base, LoraModel, equal
 from tests.modules.test_activation_offload import LateMover
 from tests.modules.test_block_swap import LateCopies
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kandinsky5.conditioning import TextConditioning, VelocityModel, pad_text
-from kandinsky5.magcache import MagCache, effective_ratios, task_ratios
-from kandinsky5.sampling import GuidedVelocity, euler_sample, sigma_schedule
+from kandinsky5.model.conditioning import TextConditioning, VelocityModel, pad_text
+from kandinsky5.model.magcache import MagCache, effective_ratios, task_ratios
+from kandinsky5.sampling.sampler import GuidedVelocity, euler_sample, sigma_schedule
 from kandinsky5.tasks import TASKS
 from tests.tiny import tiny_dit
 

@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kandinsky5.checkpoints import check_dit_file, load_dit, save_merged_model
+from kandinsky5.model.checkpoints import check_dit_file, load_dit, save_merged_model
 from kandinsky5.tasks import TINY_PARAMS
-from kandinsky5.training_state import RunState, read_state, write_state
-from kandinsky5.vae import load_vae
+from kandinsky5.training.results.state import RunState, read_state, write_state
+from kandinsky5.vae.video_vae import load_vae
 from modules.errors import ModelFileError
 from modules.fp8 import FP8_DTYPE
 from modules.tensor_files import read_header, read_tensors, write_tensors
 from modules.weight_files import open_weight_files
 from networks.lora_files import read_lora
-from tests.kandinsky5.generation_kit import LAYER, Generate, latents_of, refused
-from tests.kandinsky5.training_runs import exit_code, train
+from tests.kandinsky5.generation.generation_kit import LAYER, Generate, latents_of, refused
+from tests.kandinsky5.training.training_runs import exit_code, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kandinsky5.conditioning import TextBatch, VelocityModel
-from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.modulation_table import ModulationTable
-from kandinsky5.sampling import GuidedVelocity, euler_sample, sigma_schedule
+from kandinsky5.model.conditioning import TextBatch, VelocityModel
+from kandinsky5.model.dit import DiffusionTransformer3D
+from kandinsky5.model.modulation_table import ModulationTable
+from kandinsky5.sampling.sampler import GuidedVelocity, euler_sample, sigma_schedule
 from tests.tiny import tiny_dit
 
 STEPS = 3

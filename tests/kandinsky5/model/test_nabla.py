@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kandinsky5 import nabla
-from kandinsky5.conditioning import TextConditioning, VelocityModel, pad_text
+from kandinsky5.model import nabla
+from kandinsky5.model.conditioning import TextConditioning, VelocityModel, pad_text
 from kandinsky5.tasks import NablaParams
 from tests.flops import count_flops
-from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
+from tests.kandinsky5.training.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
 from tests.tiny import tiny_dit
 
 SPARSE = NablaParams(P=0.01, wT=1, wH=1, wW=1)

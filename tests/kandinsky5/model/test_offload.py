@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kandinsky5 import offload
-from kandinsky5.offload import (
+from kandinsky5.model import offload
+from kandinsky5.model.offload import (
     choose_page_locking,
     max_blocks_to_swap,
     split_blocks_to_swap,
@@ -18,7 +18,7 @@ from kandinsky5.tasks import LITE_PARAMS, PRO_PARAMS, TINY_PARAMS, DitParams
 from modules.activation_offload import ActivationOffload, DirectMover
 from modules.host_memory import page_locked_size
 from tests.flops import count_flops
-from tests.kandinsky5.lora_steps import LoraModel
+from tests.kandinsky5.training.lora_steps import LoraModel
 from tests.modules.test_block_swap import LateCopies
 from tests.tiny import tiny_dit
 

@@ -29,15 +29,15 @@ from PIL import Image
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kandinsky5.checkpoints import load_dit
-from kandinsky5.conditioning import TextConditioning
-from kandinsky5.dit import DiffusionTransformer3D
-from kandinsky5.sampling import initial_noise, sigma_schedule
-from kandinsky5.sampling_pipeline import RequestText, encode_images, encode_prompts, sample_latents
+from kandinsky5.model.checkpoints import load_dit
+from kandinsky5.model.conditioning import TextConditioning
+from kandinsky5.model.dit import DiffusionTransformer3D
+from kandinsky5.sampling.pipeline import RequestText, encode_images, encode_prompts, sample_latents
+from kandinsky5.sampling.requests import VideoRequest
+from kandinsky5.sampling.sampler import initial_noise, sigma_schedule
 from kandinsky5.tasks import TINY_PARAMS, get_task
-from kandinsky5.text_encoders import TextEncoders
-from kandinsky5.vae import VideoVAE, load_vae
-from kandinsky5.video_requests import VideoRequest
+from kandinsky5.text.encoders import TextEncoders
+from kandinsky5.vae.video_vae import VideoVAE, load_vae
 from modules.seeding import generator_for
 from modules.tensor_files import read_tensors
 

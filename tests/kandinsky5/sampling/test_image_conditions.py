@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kandinsky5.image_conditions import image_clip_size, image_pixels
+from kandinsky5.sampling.images import image_clip_size, image_pixels
 from modules.errors import DataError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kandinsky5.video_files import write_frames, write_png, write_video
+from kandinsky5.sampling.video_files import write_frames, write_png, write_video
 
 
 def moving_gradient(num_frames: int, height: int, width: int) -> np.ndarray:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky5.prompt_templates import load_prompt_templates, main, save_prompt_templates
+from kandinsky5.prompt_templates import main
+from kandinsky5.text.templates import load_prompt_templates, save_prompt_templates
 from modules.errors import ConfigError, ResourceError
 
 # Of the official code's texts, with {} where the caption goes.

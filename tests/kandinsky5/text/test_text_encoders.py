@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kandinsky5.prompt_templates import load_prompt_templates
-from kandinsky5.text_encoders import (
+from kandinsky5.text.encoders import (
     TextEncoders,
     check_text_dims,
     check_text_encoder_paths,
     load_text_encoders,
     text_encoder_fingerprint,
 )
+from kandinsky5.text.templates import load_prompt_templates
 from modules.errors import ConfigError, ModelFileError
 from modules.fp8 import Fp8Linear
 from modules.tensor_files import read_tensors, write_tensors
@@ -193,7 +193,7 @@ def test_a_long_caption_is_cut_and_the_lost_tail_is_named(
 ) -> None:
     messages: list[str] = []
     monkeypatch.setattr(
-        logging.getLogger("k5.kandinsky5.text_encoders"),
+        logging.getLogger("k5.kandinsky5.text.encoders"),
         "warning",
         lambda text, *a: messages.append(text % a),
     )

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kandinsky5.conditioning import TextConditioning, VelocityModel, pad_text
-from kandinsky5.dit import DiffusionTransformer3D
+from kandinsky5.model.conditioning import TextConditioning, VelocityModel, pad_text
+from kandinsky5.model.dit import DiffusionTransformer3D
 from modules.fp8 import Fp8Linear, quantise_rows
 from networks.lora_kandinsky import create_network, is_target_name
 from tests.tiny import tiny_dit

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from kandinsky5_train_network import main
-from tests.kandinsky5.step_record import recorded
-from tests.kandinsky5.training_runs import write_word_while_loading
+from tests.kandinsky5.training.step_record import recorded
+from tests.kandinsky5.training.training_runs import write_word_while_loading
 
 WORD = "CONTROL_WORD_WHILE_LOADING"
 """Environment variable: what the user writes into the control file while the model loads."""

@@ -12,8 +12,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kandinsky5 import objective, training
-from kandinsky5.training_state import SavedState, read_state
+from kandinsky5.training import trainer as training
+from kandinsky5.training.loss import objective
+from kandinsky5.training.results.state import SavedState, read_state
 from modules.tensor_files import read_tensors
 
 Record = dict[str, Any]

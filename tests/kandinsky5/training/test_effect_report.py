@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kandinsky5 import training
-from kandinsky5.effect_report import EffectReport
-from kandinsky5.prediction_change import PredictionProbe
+from kandinsky5.training import trainer as training
+from kandinsky5.training.results.effect_report import EffectReport
+from kandinsky5.training.validation.prediction_change import PredictionProbe
 from networks.lora_effect import LoraEffect
-from tests.kandinsky5.training_runs import lora_bytes, metrics, train
+from tests.kandinsky5.training.training_runs import lora_bytes, metrics, train
 
 SAVES = ("--max_train_steps", 4, "--save_every_n_steps", 2)
 
@@ -58,7 +58,10 @@ def test_predictions_move_further_as_training_goes_on_and_averages_lag(
         (("--gradient_checkpointing", "--blocks_to_swap", 1, "--override_dit", "{}"), "k5-tiny-t2v"),
         (("--network_module", "networks.loha", "--lora_format", "kohya"), "k5-tiny-t2v"),
         (("--network_module", "networks.lokr", "--lora_format", "kohya"), "k5-tiny-t2v"),
-        (("--optimizer_type", "tests.kandinsky5.test_train_saved.ThirdsScheduleFree"), "k5-tiny-t2v"),
+        (
+            ("--optimizer_type", "tests.kandinsky5.training.test_train_saved.ThirdsScheduleFree"),
+            "k5-tiny-t2v",
+        ),
         (("--network_dropout", 0.5, "--network_args", "module_dropout=0.5"), "k5-tiny-i2v"),
     ],
     ids=["fp8", "int8", "swap", "loha", "lokr", "schedule-free", "i2v"],

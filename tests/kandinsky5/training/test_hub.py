@@ -19,13 +19,13 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-import kandinsky5.hub as hub
-from kandinsky5 import objective
+import kandinsky5.training.results.hub as hub
 from kandinsky5.configs.train import HubConfig
+from kandinsky5.training.loss import objective
 from modules.errors import ResourceError
 from modules.interruption import StopRequest
-from tests.kandinsky5 import fault_kit
-from tests.kandinsky5.training_runs import exit_code, lora_bytes, train, write_dataset, write_dit
+from tests.kandinsky5.training import fault_kit
+from tests.kandinsky5.training.training_runs import exit_code, lora_bytes, train, write_dataset, write_dit
 
 ConnectionFailed: Any = HfHubHTTPError.__bases__[0]
 """The error of the HTTP library under the hub's client."""

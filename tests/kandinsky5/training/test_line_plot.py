@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from kandinsky5.line_plot import Panel, Series, draw_panel, tick_labels, ticks
+from kandinsky5.training.validation.line_plot import Panel, Series, draw_panel, tick_labels, ticks
 
 RED = (255, 0, 0)
 

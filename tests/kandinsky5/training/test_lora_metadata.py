@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from modules.tensor_files import read_header, read_tensors, write_tensors
-from tests.kandinsky5.training_runs import train
+from tests.kandinsky5.training.training_runs import train
 
 
 def metadata_of(dit: Path, dataset: Path, folder: Path, *words: object) -> dict[str, str]:
@@ -42,7 +42,7 @@ _COSINE = ("--lr_scheduler", "cosine", "--lr_warmup_steps", 1)
     ("words", "rate", "schedule", "warmup"),
     [
         (_COSINE, "0.001", "cosine", "1"),
-        ((*_COSINE, "--optimizer_type", "tests.kandinsky5.test_train_saved.ThirdsScheduleFree"),
+        ((*_COSINE, "--optimizer_type", "tests.kandinsky5.training.test_train_saved.ThirdsScheduleFree"),
          "0.001", "None", "0"),
         ((*_COSINE, "--optimizer_type", "AdaFactor"), "None", "adafactor", "0"),
         ((*_COSINE, "--lr_scheduler_type", "StepLR", "--lr_scheduler_args", "step_size=1"),

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dataset.cache_files import TextCache
-from dataset.cached_dataset import CachedBatch
-from kandinsky5.conditioning import VelocityModel
+from dataset.cache.cached_dataset import CachedBatch
+from dataset.cache.files import TextCache
 from kandinsky5.configs.train import ConditioningConfig, LossConfig, TimestepConfig
-from kandinsky5.flow_matching import mean_squared_error
-from kandinsky5.objective import Draws, Objective
-from kandinsky5.prior import PriorPreservation, passes
+from kandinsky5.model.conditioning import VelocityModel
+from kandinsky5.model.flow_matching import mean_squared_error
+from kandinsky5.training.loss.objective import Draws, Objective
+from kandinsky5.training.loss.prior import PriorPreservation, passes
 from networks.lora import LoRANetwork
 from networks.lora_kandinsky import create_network
 from tests.tiny import tiny_dit

@@ -11,15 +11,16 @@ from typing import Any, cast
 import pytest
 import torch
 
-from kandinsky5 import compilation, train_setup
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import TIMESTEP_SAMPLINGS, WEIGHTING_SCHEMES, TrainConfig
-from kandinsky5.nabla import make_plan, select_blocks
-from kandinsky5.timesteps import loss_weight, sigma_at
-from kandinsky5.training import Trainer
+from kandinsky5.model import compilation
+from kandinsky5.model.nabla import make_plan, select_blocks
+from kandinsky5.training import setup as train_setup
+from kandinsky5.training.loss.timesteps import loss_weight, sigma_at
+from kandinsky5.training.trainer import Trainer
 from modules.lr_schedules import SCHEDULE_NAMES, multiplier
 from modules.tensor_files import read_tensors, write_tensors
-from tests.kandinsky5.training_runs import CLIPS, exit_code, train, write_dataset
+from tests.kandinsky5.training.training_runs import CLIPS, exit_code, train, write_dataset
 from tests.tiny import tiny_dit
 
 BASE = "--task k5-tiny-t2v --dataset_config d.toml --output_dir out --output_name name"

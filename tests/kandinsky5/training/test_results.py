@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky5.results import delete_result, find_results
-from kandinsky5.saving import OutputNames, is_lora_name, is_state_name
-from kandinsky5.training_state import find_state
-from tests.kandinsky5.training_runs import exit_code, train
+from kandinsky5.training.results.names import OutputNames, is_lora_name, is_state_name
+from kandinsky5.training.results.ownership import delete_result, find_results
+from kandinsky5.training.results.state import find_state
+from tests.kandinsky5.training.training_runs import exit_code, train
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky5 import training
-from kandinsky5.training_state import StateMark, find_state, read_mark
-from tests.kandinsky5.training_runs import lora_bytes, metrics, train
+from kandinsky5.training import trainer as training
+from kandinsky5.training.results.state import StateMark, find_state, read_mark
+from tests.kandinsky5.training.training_runs import lora_bytes, metrics, train
 
 WORDS = ("--max_train_steps", 6, "--save_every_n_steps", 2, "--save_state")
 CHANGED = (*WORDS, "--learning_rate", 5e-4)

@@ -14,20 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.cache_files import TextCacheMeta, empty_text_cache_name, write_text_cache
-from kandinsky5 import objective, train_samples, training
-from kandinsky5.text_encoders import TextEncoders
-from kandinsky5.training_state import read_state
+from dataset.cache.files import TextCacheMeta, empty_text_cache_name, write_text_cache
+from kandinsky5.text.encoders import TextEncoders
+from kandinsky5.training import samples as train_samples
+from kandinsky5.training import trainer as training
+from kandinsky5.training.loss import objective
+from kandinsky5.training.results.state import read_state
 from modules.tensor_files import write_tensors
-from tests.kandinsky5.step_record import (
+from tests.kandinsky5.training.step_record import (
     Record,
     assert_same_results,
     assert_same_steps,
     recorded,
     state_hashes,
 )
-from tests.kandinsky5.test_train_loss import ALL, write_rich_dataset
-from tests.kandinsky5.training_runs import Clip, train, write_dataset, write_dit
+from tests.kandinsky5.training.test_train_loss import ALL, write_rich_dataset
+from tests.kandinsky5.training.training_runs import Clip, train, write_dataset, write_dit
 from tests.tiny import tiny_dit
 
 Words = tuple[object, ...]

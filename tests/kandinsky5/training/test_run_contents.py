@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.cache_files import TextCacheMeta, write_text_cache
-from dataset.cache_names import empty_text_cache_name, mask_cache_name
-from dataset.mask_cache import MaskCacheMeta, write_mask_cache
-from kandinsky5 import training
-from kandinsky5.run_contents import changed
+from dataset.cache.files import TextCacheMeta, write_text_cache
+from dataset.cache.mask_cache import MaskCacheMeta, write_mask_cache
+from dataset.cache.names import empty_text_cache_name, mask_cache_name
+from kandinsky5.training import trainer as training
+from kandinsky5.training.run_contents import changed
 from modules.tensor_files import read_tensors, write_tensors
-from tests.kandinsky5.training_runs import exit_code, lora_bytes, metrics, train, write_dataset
+from tests.kandinsky5.training.training_runs import exit_code, lora_bytes, metrics, train, write_dataset
 
 WORDS = ("--masked_loss", "--caption_dropout_rate", 0.3)
 

@@ -19,9 +19,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kandinsky5 import trackers, training
-from kandinsky5.sample_files import SampleNames, animate, write_sample
-from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train
+from kandinsky5.training import trainer as training
+from kandinsky5.training.sample_files import SampleNames, animate, write_sample
+from kandinsky5.training.tracking import trackers
+from tests.kandinsky5.training.training_runs import SMALLER, lora_bytes, metrics, train
 
 KEY = "canary0123456789canary0123456789canary00"
 SETTINGS = ("api_key", "base_url", "console", "disable_git", "save_code", "x_disable_meta")

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from kandinsky5 import metrics as metrics_module
-from kandinsky5 import train_output, training_state
-from kandinsky5.training_state import find_state, read_state
-from tests.kandinsky5 import fault_kit
-from tests.kandinsky5.step_record import assert_same_steps, recorded
-from tests.kandinsky5.training_runs import exit_code, lora_bytes, metrics, train
+from kandinsky5.training import output as train_output
+from kandinsky5.training.results import state as training_state
+from kandinsky5.training.results.state import find_state, read_state
+from kandinsky5.training.tracking import metrics as metrics_module
+from tests.kandinsky5.training import fault_kit
+from tests.kandinsky5.training.step_record import assert_same_steps, recorded
+from tests.kandinsky5.training.training_runs import exit_code, lora_bytes, metrics, train
 
 EVERY_STEP = ("--save_state", "--save_every_n_steps", 1)
 
@@ -218,7 +219,7 @@ def test_folders_that_cannot_be_written_are_found_before_anything_is_loaded(
         (tmp_path / "locked").mkdir(mode=0o500)
         if os.access(bad, os.W_OK):
             pytest.skip("this user may write everywhere")
-    monkeypatch.setattr("kandinsky5.train_setup.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("kandinsky5.training.setup.load_model", lambda *_: pytest.fail("a model was loaded"))
     words = () if option == "--output_dir" else (option, bad)
     assert exit_code(dit, dataset, bad if option == "--output_dir" else tmp_path / "out", *words) == 5
     assert f"{option} {bad}" in capsys.readouterr().err

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from kandinsky5 import training
-from kandinsky5.training_state import find_state, read_state, remove_stray_states
+from kandinsky5.training import trainer as training
+from kandinsky5.training.results.state import find_state, read_state, remove_stray_states
 from modules.files import remove_strays
 from modules.tensor_files import read_tensors
-from tests.kandinsky5 import fault_kit
-from tests.kandinsky5.step_record import assert_same_results, hash_of, state_hashes
-from tests.kandinsky5.training_runs import train, write_dataset, write_dit
+from tests.kandinsky5.training import fault_kit
+from tests.kandinsky5.training.step_record import assert_same_results, hash_of, state_hashes
+from tests.kandinsky5.training.training_runs import train, write_dataset, write_dit
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.cache_files import TextCacheMeta, write_text_cache
-from dataset.cache_names import empty_text_cache_name, mask_cache_name, prior_text_cache_name, text_cache_name
-from dataset.mask_cache import MaskCacheMeta, write_mask_cache
-from kandinsky5 import train_setup, training
+from dataset.cache.files import TextCacheMeta, write_text_cache
+from dataset.cache.mask_cache import MaskCacheMeta, write_mask_cache
+from dataset.cache.names import empty_text_cache_name, mask_cache_name, prior_text_cache_name, text_cache_name
+from kandinsky5.training import setup as train_setup
+from kandinsky5.training import trainer as training
 from modules.tensor_files import read_header, read_tensors, write_tensors
-from tests.kandinsky5.training_runs import (
+from tests.kandinsky5.training.training_runs import (
     CLIPS,
     SMALLER,
     lora_bytes,

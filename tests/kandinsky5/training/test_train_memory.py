@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from modules.tensor_files import write_tensors
-from tests.kandinsky5.training_runs import lora_bytes, metrics, train, write_dataset
+from tests.kandinsky5.training.training_runs import lora_bytes, metrics, train, write_dataset
 from tests.tiny import tiny_dit
 
 WHOLE = ("--override_dit", "{}", "--gradient_checkpointing", "--max_train_steps", 3)

@@ -11,7 +11,7 @@ from modules.errors import ConfigError
 from modules.tensor_files import read_header
 from networks.lora_files import read_lora
 from networks.lora_kandinsky import known_layer_names
-from tests.kandinsky5.training_runs import lora_bytes, metrics, train
+from tests.kandinsky5.training.training_runs import lora_bytes, metrics, train
 
 
 @pytest.mark.parametrize(("module", "key"), [("loha", "hada_w1_a"), ("lokr", "lokr_w1")])

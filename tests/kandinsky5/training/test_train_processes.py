@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from modules.tensor_files import read_header, read_tensors, write_tensors
-from tests.kandinsky5.recording_trainer import WORD
-from tests.kandinsky5.test_resume_matrix import write_two_datasets
-from tests.kandinsky5.training_runs import metrics, train
+from tests.kandinsky5.training.recording_trainer import WORD
+from tests.kandinsky5.training.test_resume_matrix import write_two_datasets
+from tests.kandinsky5.training.training_runs import metrics, train
 from tests.tiny import tiny_dit
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def launch(dit: Path, dataset: Path, output: Path, root: Path, *extra: object, w
     words = (
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2),
         *("--num_machines", 1, "--num_cpu_threads_per_process", 1, "--main_process_port", 0),
-        *(root / "tests/kandinsky5/recording_trainer.py", "--task", "k5-tiny-t2v", "--dit", dit),
+        *(root / "tests/kandinsky5/training/recording_trainer.py", "--task", "k5-tiny-t2v", "--dit", dit),
         *("--dataset_config", dataset, "--output_name", "lora", "--output_dir", output),
         *("--network_dim", 4, "--network_alpha", 4, "--seed", 3, "--learning_rate", 1e-3),
         *("--timestep_sampling", "shift", "--discrete_flow_shift", 5.0, "--max_data_loader_n_workers", 0),

@@ -14,13 +14,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kandinsky5 import training
-from kandinsky5.metrics import Metrics
-from kandinsky5.training_state import read_state
+from kandinsky5.training import trainer as training
+from kandinsky5.training.results.state import read_state
+from kandinsky5.training.tracking.metrics import Metrics
 from modules.errors import ModelFileError
 from modules.tensor_files import read_header, read_tensors, write_tensors
-from tests.kandinsky5.step_record import assert_same_steps, hash_of, recorded
-from tests.kandinsky5.training_runs import (
+from tests.kandinsky5.training.step_record import assert_same_steps, hash_of, recorded
+from tests.kandinsky5.training.training_runs import (
     CURVE,
     exit_code,
     loss_curve,
@@ -51,7 +51,7 @@ def on_call(
 def test_the_losses_are_those_of_earlier_versions(dit: Path, dataset: Path, tmp_path: Path) -> None:
     """A change of this curve is a change of every result: it must be meant.
 
-    `python -m tests.kandinsky5.training_runs` renews it.
+    `python -m tests.kandinsky5.training.training_runs` renews it.
     """
     losses = loss_curve(dit, dataset, tmp_path)
     expected = json.loads(CURVE.read_text(encoding="utf-8"))

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from kandinsky5 import train_preparation, train_setup
-from kandinsky5.memory_rehearsal import META
-from kandinsky5.training_state import read_state, write_state
+from kandinsky5.memory.activations import META
+from kandinsky5.training import preparation as train_preparation
+from kandinsky5.training import setup as train_setup
+from kandinsky5.training.results.state import read_state, write_state
 from modules.tensor_files import write_tensors
-from tests.kandinsky5.training_runs import exit_code, lora_bytes, train
+from tests.kandinsky5.training.training_runs import exit_code, lora_bytes, train
 
 STEPS = ("--max_train_steps", 3)
 

@@ -17,14 +17,16 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from kandinsky5 import train_output, training, training_state
 from kandinsky5.configs.train import DEFAULT_TRAIN_STEPS
-from kandinsky5.train_resume import resolve_total_steps
-from kandinsky5.training_state import find_state, read_state, remove_stray_states, state_problem
+from kandinsky5.training import output as train_output
+from kandinsky5.training import trainer as training
+from kandinsky5.training.results import state as training_state
+from kandinsky5.training.results.state import find_state, read_state, remove_stray_states, state_problem
+from kandinsky5.training.resume import resolve_total_steps
 from modules import files
 from modules.errors import DataError, ModelFileError
 from modules.strays import machine_mark
-from tests.kandinsky5.training_runs import SMALLER, exit_code, lora_bytes, metrics, train
+from tests.kandinsky5.training.training_runs import SMALLER, exit_code, lora_bytes, metrics, train
 
 
 def test_resuming_a_finished_run_does_nothing_and_more_steps_continue_it(

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kandinsky5 import objective, train_setup
-from kandinsky5.train_plan import reader_problem
+from kandinsky5.training import setup as train_setup
+from kandinsky5.training.loss import objective
+from kandinsky5.training.plan import reader_problem
 from modules.locks import sole_user
 from modules.tensor_files import read_header, read_tensors
-from tests.kandinsky5.training_runs import (
+from tests.kandinsky5.training.training_runs import (
     exit_code,
     lora_bytes,
     metrics,

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kandinsky5 import train_samples, training
-from kandinsky5.prompt_templates import PromptTemplates, load_prompt_templates
-from kandinsky5.sample_files import SampleNames, write_grid, write_sample
-from kandinsky5.text_encoders import TextEncoders
+from kandinsky5.text.encoders import TextEncoders
+from kandinsky5.text.templates import PromptTemplates, load_prompt_templates
+from kandinsky5.training import samples as train_samples
+from kandinsky5.training import trainer as training
+from kandinsky5.training.sample_files import SampleNames, write_grid, write_sample
 from modules.errors import DivergedError
-from tests.kandinsky5.generation_kit import frames_of
-from tests.kandinsky5.training_runs import (
+from tests.kandinsky5.generation.generation_kit import frames_of
+from tests.kandinsky5.training.training_runs import (
     exit_code,
     lora_bytes,
     metrics,

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from kandinsky5 import training
 from kandinsky5.configs.train import ROOM_FOR_ENDINGS
-from kandinsky5.sample_files import SampleNames
-from kandinsky5.saving import OutputNames, average_path, effect_path
-from kandinsky5.training_state import read_state
+from kandinsky5.training import trainer as training
+from kandinsky5.training.results.names import OutputNames, average_path, effect_path
+from kandinsky5.training.results.state import read_state
+from kandinsky5.training.sample_files import SampleNames
 from modules.file_names import MAX_NAME_BYTES
 from modules.tensor_files import read_header, read_tensors
 from networks.lora_scales import lora_config_path
-from tests.kandinsky5.training_runs import exit_code, lora_bytes, metrics, train
+from tests.kandinsky5.training.training_runs import exit_code, lora_bytes, metrics, train
 
 
 class ThirdsScheduleFree(torch.optim.SGD):

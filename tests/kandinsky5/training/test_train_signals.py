@@ -14,10 +14,14 @@ from typing import Any
 
 import pytest
 
-from kandinsky5 import objective, train_output, train_setup, training, validation
-from kandinsky5.training_state import find_state, read_state
-from tests.kandinsky5 import fault_kit
-from tests.kandinsky5.training_runs import SMALLER, lora_bytes, metrics, train
+from kandinsky5.training import output as train_output
+from kandinsky5.training import setup as train_setup
+from kandinsky5.training import trainer as training
+from kandinsky5.training.loss import objective
+from kandinsky5.training.results.state import find_state, read_state
+from kandinsky5.training.validation import measure as validation
+from tests.kandinsky5.training import fault_kit
+from tests.kandinsky5.training.training_runs import SMALLER, lora_bytes, metrics, train
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")
 
@@ -167,7 +171,7 @@ def test_a_signal_while_the_model_loads_leaves_nothing(
 def test_a_second_signal_leaves_at_once_and_halves_nothing(run: Run, whole: dict[str, bytes]) -> None:
     def prepare() -> None:
         # In the middle of the second state: the files are written, the manifest is not.
-        import kandinsky5.training_state as state
+        import kandinsky5.training.results.state as state
 
         before_call(state, "_fingerprint", 5, lambda: send(signal.SIGINT, signal.SIGINT))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kandinsky5.configs.train import TIMESTEP_SAMPLINGS, TimestepConfig
-from kandinsky5.timesteps import (
+from kandinsky5.training.loss.timesteps import (
     MAX_REDRAWS,
     RARE_SHARE,
     draw_sigma,
@@ -25,7 +25,7 @@ from kandinsky5.timesteps import (
 from kandinsky5_train_network import main
 from modules.errors import ConfigError
 from modules.seeding import generator_for
-from tests.kandinsky5.training_runs import SMALLER
+from tests.kandinsky5.training.training_runs import SMALLER
 
 SIZE = (64, 96)
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from dataset.cached_dataset import CachedDataset
-from dataset.config import load_dataset_config
-from kandinsky5 import train_plan
-from kandinsky5.train_plan import PlanSequence, RunLength
-from tests.kandinsky5 import fault_kit
-from tests.kandinsky5.step_record import assert_same_results
-from tests.kandinsky5.training_runs import SMALLER, lora_bytes, train
+from dataset.cache.cached_dataset import CachedDataset
+from dataset.config.config import load_dataset_config
+from kandinsky5.training import plan as train_plan
+from kandinsky5.training.plan import PlanSequence, RunLength
+from tests.kandinsky5.training import fault_kit
+from tests.kandinsky5.training.step_record import assert_same_results
+from tests.kandinsky5.training.training_runs import SMALLER, lora_bytes, train
 
-RUNS = "tests.kandinsky5.training_runs"
+RUNS = "tests.kandinsky5.training.training_runs"
 PROJECT = ("kandinsky5", "modules", "networks", "dataset", "kandinsky5_train_network", RUNS)
 SAVING = ("--save_state", "--save_every_n_steps", 1, "--save_last_n_steps", 1, "--ema_decay", 0.8)
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux what is open")

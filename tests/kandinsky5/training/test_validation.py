@@ -14,12 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
-from kandinsky5 import training, validation
-from kandinsky5.validation import NUM_BINS, Validation, draw_levels
-from kandinsky5.validation_plot import write_validation_plot
+from kandinsky5.training import trainer as training
+from kandinsky5.training.validation import measure as validation
+from kandinsky5.training.validation.measure import NUM_BINS, Validation, draw_levels
+from kandinsky5.training.validation.plot import write_validation_plot
 from modules.errors import CacheError
 from modules.tensor_files import read_tensors, write_tensors
-from tests.kandinsky5.training_runs import SMALLER, exit_code, lora_bytes, metrics, train, write_dataset
+from tests.kandinsky5.training.training_runs import (
+    SMALLER,
+    exit_code,
+    lora_bytes,
+    metrics,
+    train,
+    write_dataset,
+)
 
 SPLIT = ("--validation_split", 0.4)
 
@@ -193,7 +201,7 @@ def test_what_cannot_be_measured_is_refused(
 
 
 def test_image_to_video_and_averaged_weights_are_measured(dit: Path, dataset: Path, tmp_path: Path) -> None:
-    optimizer = "tests.kandinsky5.test_train_saved.ThirdsScheduleFree"
+    optimizer = "tests.kandinsky5.training.test_train_saved.ThirdsScheduleFree"
     words = ("--optimizer_type", optimizer, "--learning_rate", 0.1, "--max_train_steps", 3, *SPLIT)
     train(dit, dataset, tmp_path / "few", *words, task="k5-tiny-i2v")
     train(dit, dataset, tmp_path / "many", *words, "--validate_every_n_steps", 1, task="k5-tiny-i2v")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from dataset.cache_files import LatentCacheMeta, TextCacheMeta, write_latent_cache, write_text_cache
-from dataset.cache_names import text_cache_name, video_cache_name
-from kandinsky5 import train_setup
+from dataset.cache.files import LatentCacheMeta, TextCacheMeta, write_latent_cache, write_text_cache
+from dataset.cache.names import text_cache_name, video_cache_name
+from kandinsky5.training import setup as train_setup
 from kandinsky5_train_network import main
 from modules.tensor_files import read_tensors, write_tensors
 from tests.tiny import tiny_dit

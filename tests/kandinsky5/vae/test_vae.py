@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kandinsky5.tiny_models import VAE_CONFIG
-from kandinsky5.vae import (
+from kandinsky5.vae.tiles import TileGrid, Tiling
+from kandinsky5.vae.video_vae import (
     VideoVAE,
     check_vae_file,
     encode_or_tile,
@@ -23,7 +24,6 @@ from kandinsky5.vae import (
     uint8_to_pixels,
     vae_from_config,
 )
-from kandinsky5.vae_tiles import TileGrid, Tiling
 from modules.errors import DataError, ModelFileError
 from modules.seeding import generator_for
 from modules.tensor_files import read_tensors, write_tensors
