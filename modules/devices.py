@@ -1,4 +1,4 @@
-"""Where to compute, from the word of the command line."""
+"""The device to compute on, and giving back its memory."""
 
 from __future__ import annotations
 
@@ -27,3 +27,9 @@ def pick_device(word: str | None, process: int | None = None) -> torch.device:
     if device.type == "meta":
         raise ResourceError("--device meta cannot be used: it holds shapes and no data")
     return device
+
+
+def empty_device_cache(device: torch.device) -> None:
+    """Return freed memory to the device, so that the next model finds it in one piece."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

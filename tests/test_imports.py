@@ -11,6 +11,24 @@ import pytest
 
 LAYERS = {"scripts": 3, "kandinsky5": 2, "dataset": 1, "networks": 1, "modules": 0}
 
+PACKAGE_ORDER = {
+    "kandinsky5": (
+        ("tasks", "prompts", "weight_checks", "tiny_tokenizers"),
+        ("configs",),
+        ("cli", "model"),
+        ("vae", "text"),
+        ("sampling",),
+        ("memory",),
+        ("caching", "generation", "training"),
+        ("tiny_models", "prompt_templates"),
+    ),
+    "kandinsky5/training": (("loss", "results"), ("tracking",), ("validation",), ("*",)),
+}
+"""Modules and packages of a folder in groups: each imports from groups before its own, none from its own.
+
+A last group `*` stands for all modules of the folder that are not named; these may import each other.
+"""
+
 
 def imported_modules(path: Path) -> list[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -20,7 +38,8 @@ def imported_modules(path: Path) -> list[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.append(node.module or "")
+            # `from package import module` imports the module.
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
     return names
 
 
@@ -34,6 +53,29 @@ def test_imports_go_from_scripts_down_to_modules(root: Path) -> None:
             target = name.split(".")[0]
             if target in LAYERS and target != here and LAYERS[target] >= LAYERS[here]:
                 wrong.append(f"{relative} imports {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", PACKAGE_ORDER)
+def test_packages_import_in_one_order(root: Path, folder: str) -> None:
+    ranks = {name: rank for rank, group in enumerate(PACKAGE_ORDER[folder]) for name in group}
+    prefix = folder.replace("/", ".") + "."
+    unnamed, wrong = set(), []
+    for path in sorted((root / folder).rglob("*.py")):
+        here = path.relative_to(root / folder).parts[0].removesuffix(".py")
+        if here == "__init__":
+            continue
+        if "*" not in ranks and here not in ranks:
+            unnamed.add(here)
+        for name in imported_modules(path):
+            target = name.removeprefix(prefix).split(".")[0]
+            if not name.startswith(prefix) or target == here:
+                continue
+            ours, theirs = ranks.get(here, ranks.get("*")), ranks.get(target, ranks.get("*"))
+            is_free = here not in ranks and target not in ranks
+            if ours is not None and theirs is not None and theirs >= ours and not is_free:
+                wrong.append(f"{path.relative_to(root)} imports {name}")
+    assert not unnamed, "add these to PACKAGE_ORDER"
     assert not wrong
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from kandinsky5.generation.models import SamplingModel, empty_device_cache
+from kandinsky5.generation.models import SamplingModel
 from kandinsky5.generation.run import Run, raise_together
 from kandinsky5.generation.settings import repeat_command
 from kandinsky5.memory.advice import memory_advice
@@ -15,6 +15,7 @@ from kandinsky5.prompts import parse_prompt_line
 from kandinsky5.sampling.pipeline import encode_images, encode_prompts
 from kandinsky5.text.encoders import TextEncoders
 from kandinsky5.vae.video_vae import VideoVAE
+from modules.devices import empty_device_cache
 from modules.errors import UserError
 from modules.interruption import keyboard_interrupts
 from modules.logs import get_logger

@@ -266,9 +266,3 @@ class ModelLoader:
         network.requires_grad_(False).train(False).to(self.device)
         network.set_multiplier(lora.multiplier)
         return network
-
-
-def empty_device_cache(device: torch.device) -> None:
-    """Give freed memory back, so that the next model finds it in one piece."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -20,7 +20,6 @@ from kandinsky5.generation.models import (
     ModelLoader,
     SamplingModel,
     check_models,
-    empty_device_cache,
     log_trigger_words,
     magcache_ratios,
     read_loras,
@@ -52,7 +51,7 @@ from kandinsky5.text.templates import load_prompt_templates
 from kandinsky5.vae.files import check_vae_values
 from kandinsky5.vae.video_vae import VideoVAE
 from modules.byte_sizes import GIB
-from modules.devices import pick_device
+from modules.devices import empty_device_cache, pick_device
 from modules.dtypes import dtype_name
 from modules.errors import ConfigError, DataError, DivergedError, ResourceError, UserError
 from modules.files import check_free_space

@@ -19,11 +19,11 @@ from kandinsky5.configs.train import ModelConfig, TrainConfig
 from kandinsky5.memory.activations import META, Activations, AnswerYes, Batch, step_activations
 from kandinsky5.memory.optimizer import OptimizerMemory, optimizer_memory
 from kandinsky5.memory.roofline import NABLA_DENSITY, Work, training_work
+from kandinsky5.model import assembly
 from kandinsky5.model.conditioning import VelocityModel
 from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.model.offload import StreamedGroup, choose_page_locking, streamed_groups
 from kandinsky5.tasks import DitParams
-from kandinsky5.training import setup as train_setup
 from modules.host_buffer import page_locked_buffer_size
 from modules.staged_copies import STAGING_BUFFERS, staging_size
 from networks.lora import LoRANetwork
@@ -219,11 +219,11 @@ class TrainingPlanner:
         if key not in self._assembled:
             plain = replace(model, base_weights=(), base_weights_multiplier=(), no_weight_check=True)
             with AnswerYes():
-                dit = train_setup.load_model(plain, META, self.dtype)
+                dit = assembly.load_model(plain, META, self.dtype)
             # Attention of other libraries has the same inputs and outputs as torch's.
             dit.set_attention_backend("sdpa")
             dit.nabla_observer = None
-            network = train_setup.build_network(
+            network = assembly.build_network(
                 self.config.network, dit, 0, allow_partial=model.lora_allow_partial, device=META
             )
             # Dropout would draw masks; they are as small as the LoRA's inner activations.
@@ -261,7 +261,7 @@ class TrainingPlanner:
                 velocity=lambda short: VelocityModel(
                     short, model.task.scale_factor, model.nabla, parts.network
                 ),
-                offload_min_bytes=train_setup.OFFLOADED_BYTES if offloads else None,
+                offload_min_bytes=assembly.OFFLOADED_BYTES if offloads else None,
                 host_rounding=page_locked_buffer_size if self.device.type == "cuda" else int,
             )
         return self._activations[key]

@@ -25,6 +25,7 @@ from kandinsky5.training.plan import RunLength
 from kandinsky5.training.rehearsal import rehearse
 from kandinsky5.training.results.hub import HubUploads
 from kandinsky5.training.results.names import OutputNames
+from kandinsky5.training.results.run_mark import RunMark, mark_run
 from kandinsky5.training.results.saved_config import shareable_options, write_config
 from kandinsky5.training.results.state import SavedState, remove_stray_states
 from kandinsky5.training.resume import (
@@ -37,7 +38,6 @@ from kandinsky5.training.resume import (
 )
 from kandinsky5.training.run_contents import cache_contents, model_contents
 from kandinsky5.training.samples import PreparedPrompt, are_missing, encode_requests, read_requests
-from kandinsky5.training.setup import RunMark
 from kandinsky5.training.tracking.trackers import Tracker, open_trackers
 from kandinsky5.training.validation.schedule import was_measured
 from modules.files import remove_strays
@@ -111,7 +111,7 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
         if is_main:
             print_report(train_memory.dry_run_report(config, data, accelerator))
         return None
-    mark = train_setup.mark_run(config.tracking.log_prefix, saved.run if saved else None, branch)
+    mark = mark_run(config.tracking.log_prefix, saved.run if saved else None, branch)
     trackers: list[Tracker] = []
     if is_main:
         _write_options(config, seed, length, accelerator.device)

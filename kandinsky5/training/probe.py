@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 
 from dataset.cache.cached_dataset import BatchPlan, CachedDataset
-from kandinsky5.generation.models import empty_device_cache
 from kandinsky5.memory.activations import Batch
 from kandinsky5.memory.advice import out_of_memory_message
 from kandinsky5.memory.plan import TrainingPlanner, batch_elements, batch_of
 from kandinsky5.training.loss.objective import Objective
 from modules.byte_sizes import size_text
+from modules.devices import empty_device_cache
 from modules.errors import ResourceError
 from networks.lora import LoRANetwork
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from kandinsky5.configs.train import OptimizerConfig, TrainConfig
 from kandinsky5.memory.activations import META
+from kandinsky5.model import assembly
 from kandinsky5.model.checkpoints import build_meta_dit
 from kandinsky5.training import setup as train_setup
 from kandinsky5.training.results.state import SavedState
@@ -38,9 +39,9 @@ def rehearse(
         ResourceError: a package is missing.
     """
     model, settings = config.model, config.optimizer
-    train_setup.read_base_weights(model)
+    assembly.read_base_weights(model)
     dit = build_meta_dit(model.dit_params, torch.bfloat16)
-    network = train_setup.build_network(
+    network = assembly.build_network(
         config.network, dit, 0, allow_partial=model.lora_allow_partial, device=META
     )
     if device is not None:

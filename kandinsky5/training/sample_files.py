@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ _GRID_GAP = 4
 _LABEL_HEIGHT = 16
 _FONT_SIZE = 13
 _MAX_COLUMNS = 64
-_ANIMATION_SIDE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,27 +129,3 @@ def _thumbnail(path: Path) -> Image.Image:
     with Image.open(path) as image:
         width = max(1, round(image.width * _GRID_HEIGHT / image.height))
         return image.convert("RGB").resize((width, _GRID_HEIGHT))
-
-
-@dataclass(frozen=True, slots=True)
-class Animation:
-    """A small moving picture: a whole GIF file, or PNG for one frame."""
-
-    encoded: bytes
-    size: tuple[int, int]
-    """Width, height."""
-
-
-def animate(frames: np.ndarray) -> Animation:
-    """Frames uint8 [F, H, W, 3] as a picture small enough for a log."""
-    height, width = frames.shape[1:3]
-    factor = min(1.0, _ANIMATION_SIDE / max(height, width))
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    first, *rest = [Image.fromarray(frame).resize(size) for frame in frames]
-    stream = io.BytesIO()
-    if rest:
-        # Hundredths of a second are all that GIF knows.
-        first.save(stream, format="gif", save_all=True, append_images=rest, duration=40, loop=0)
-    else:
-        first.save(stream, format="png")
-    return Animation(stream.getvalue(), size)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kandinsky5.configs.train import SampleConfig, SavingConfig, TrainConfig
-from kandinsky5.generation.models import empty_device_cache
 from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.model.offload import resident_weights_on_host
 from kandinsky5.model.precision import vae_dtype
@@ -32,9 +31,11 @@ from kandinsky5.sampling.video_files import check_video_encoder
 from kandinsky5.text.encoders import check_text_encoder_paths, default_qwen_dtype, load_text_encoders
 from kandinsky5.text.templates import load_prompt_templates
 from kandinsky5.training.plan import reader_problem
-from kandinsky5.training.sample_files import Animation, SampleNames, animate, write_sample
+from kandinsky5.training.sample_files import SampleNames, write_sample
+from kandinsky5.training.tracking.animation import Animation, animate
 from kandinsky5.training.tracking.metrics import FILE_NAME, read_records
 from kandinsky5.vae.video_vae import VideoVAE, check_vae_file, load_vae
+from modules.devices import empty_device_cache
 from modules.errors import ConfigError, DataError, ModelFileError, UserError
 from modules.interruption import Interrupted
 from modules.logs import get_logger

@@ -23,6 +23,7 @@ from dataset.cache.cached_dataset import CachedBatch, CachedDataset
 from kandinsky5.configs.train import TrainConfig
 from kandinsky5.memory.advice import out_of_memory_message, out_of_memory_while_loading
 from kandinsky5.memory.plan import largest_batch
+from kandinsky5.model import assembly
 from kandinsky5.model.conditioning import VelocityModel
 from kandinsky5.training import memory as train_memory
 from kandinsky5.training import samples as train_samples
@@ -128,8 +129,8 @@ class Trainer:
 
         dtype = train_setup.compute_dtype(config.model, self.device)
         self.planner = train_memory.planner_for(config, accelerator)
-        self.dit = train_setup.load_model(config.model, self.device, dtype)
-        self.network: LoRANetwork = train_setup.build_network(
+        self.dit = assembly.load_model(config.model, self.device, dtype)
+        self.network: LoRANetwork = assembly.build_network(
             config.network, self.dit, run.seed, allow_partial=config.model.lora_allow_partial
         )
         self.network.train()
@@ -137,7 +138,7 @@ class Trainer:
         norms = weight_norms(self.network, self.device) if accelerator.is_main_process else {}
         # Only the LoRA is handed to accelerate: the frozen model is neither wrapped, nor copied, nor saved.
         self.runner: nn.Module = accelerator.prepare(self.network)
-        train_setup.finish_model(config.model, self.dit, self.device)
+        assembly.finish_model(config.model, self.dit, self.device)
         optimizer_config = config.optimizer
         self.optimizer = train_setup.optimizer_for(optimizer_config, self.network)
         self.optimizer_name = describe_optimizer(self.optimizer, optimizer_config.optimizer_args)

@@ -23,11 +23,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from kandinsky5.model.assembly import OFFLOADED_BYTES
 from kandinsky5.model.checkpoints import build_meta_dit
 from kandinsky5.model.conditioning import TextBatch, VelocityModel
 from kandinsky5.model.offload import host_placement, stream_weights
 from kandinsky5.tasks import LITE_PARAMS, PRO_PARAMS, TINY_PARAMS
-from kandinsky5.training.setup import OFFLOADED_BYTES
 from modules.activation_offload import ActivationOffload, tensor_mover
 from modules.fp8 import Fp8Linear, quantise_rows
 from networks.lora_kandinsky import create_network, is_target_name

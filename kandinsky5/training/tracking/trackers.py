@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kandinsky5.configs.train import TrackingConfig, TrainConfig
+from kandinsky5.training.results.run_mark import RunMark
 from kandinsky5.training.results.saved_config import shareable_options
-from kandinsky5.training.sample_files import Animation
-from kandinsky5.training.setup import RunMark
+from kandinsky5.training.tracking.animation import Animation
 from modules.errors import ConfigError, ResourceError
 
 _ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, TypeError)

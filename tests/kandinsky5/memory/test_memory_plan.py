@@ -11,11 +11,10 @@ from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import ModelConfig, TrainConfig
 from kandinsky5.memory.activations import META, AnswerYes, peak_of_step
 from kandinsky5.memory.plan import Batch, Held, TrainingPlanner, hold_weights
-from kandinsky5.model import offload
+from kandinsky5.model import assembly, offload
 from kandinsky5.model.conditioning import VelocityModel
 from kandinsky5.model.offload import stream_weights
 from kandinsky5.tasks import TASKS, TINY_PARAMS
-from kandinsky5.training import setup as train_setup
 from modules.block_swap import DirectCopies
 from modules.optimizers import build_optimizer, moments_on_device
 from modules.tensor_files import write_tensors
@@ -67,9 +66,9 @@ def test_weights_ring_and_host_copies_are_planned_to_the_byte(
     options = dict.fromkeys(base, True) | {"blocks_to_swap": swapped, "block_swap_ring_size": ring}
     model = with_model(config, **options).model
     plan = TrainingPlanner(replace(config, model=model), CPU, dtype).plan(model, BATCHES[1])
-    dit = train_setup.load_model(model, CPU, dtype)
-    train_setup.build_network(config.network, dit, 0, allow_partial=False)
-    train_setup.finish_model(model, dit, CPU)
+    dit = assembly.load_model(model, CPU, dtype)
+    assembly.build_network(config.network, dit, 0, allow_partial=False)
+    assembly.finish_model(model, dit, CPU)
     resident = size([*dit.parameters(), *dit.buffers()])  # what streams is nowhere before the first pass
     held = plan.held.device
     assert held["weights"] + held["modulation"] == resident
@@ -85,7 +84,7 @@ def test_streamed_modulation_is_planned_to_the_byte(
     monkeypatch.setattr(offload, "available_memory", lambda: 0)
     model = replace(config.model, fp8_base=True, blocks_to_swap=2)
     held = hold(model, torch.device("cuda"))
-    dit = train_setup.load_model(model, CPU, torch.bfloat16)
+    dit = assembly.load_model(model, CPU, torch.bfloat16)
     stream_weights(dit, 2, CPU, engine=DirectCopies())
     blocks, modulation = dit.weight_streams
     assert held.device["weights"] == size([*dit.parameters(), *dit.buffers()])
@@ -98,7 +97,7 @@ def test_streamed_modulation_is_planned_to_the_byte(
 
 def hold(model: ModelConfig, device: torch.device) -> Held:
     with AnswerYes():
-        dit = train_setup.load_model(model, META, torch.bfloat16)
+        dit = assembly.load_model(model, META, torch.bfloat16)
     return hold_weights(
         dit,
         device,
@@ -142,8 +141,8 @@ def test_lora_and_optimizer_are_planned_to_the_byte(
 
 
 def real_network(config: TrainConfig) -> LoRANetwork:
-    dit = train_setup.load_model(config.model, CPU, torch.float32)
-    return train_setup.build_network(config.network, dit, 0, allow_partial=False)
+    dit = assembly.load_model(config.model, CPU, torch.float32)
+    return assembly.build_network(config.network, dit, 0, allow_partial=False)
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=["one clip", "two clips"])
@@ -166,8 +165,8 @@ def test_planned_activations_are_those_of_a_real_step(
     """The plan runs two and three blocks without data and extends them; here all six compute."""
     changed = with_model(config, **options)
     planned = TrainingPlanner(changed, CPU, dtype).plan(changed.model, batch).held.device["activations"]
-    dit = train_setup.load_model(changed.model, CPU, dtype)
-    network = train_setup.build_network(changed.network, dit, 0, allow_partial=False)
+    dit = assembly.load_model(changed.model, CPU, dtype)
+    network = assembly.build_network(changed.network, dit, 0, allow_partial=False)
     model = VelocityModel(dit, changed.model.task.scale_factor, None, network)
     real = peak_of_step(model, network, changed.model.task, batch)
     assert planned == pytest.approx(real, rel=ACTIVATION_TOLERANCE)
@@ -176,7 +175,7 @@ def test_planned_activations_are_those_of_a_real_step(
 def test_offloaded_block_inputs_are_planned_in_host_memory(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_setup, "OFFLOADED_BYTES", 1024)
+    monkeypatch.setattr(assembly, "OFFLOADED_BYTES", 1024)
     kept = with_model(config, gradient_checkpointing=True)
     away = with_model(kept, gradient_checkpointing_cpu_offload=True)
     batch = BATCHES[0]
@@ -191,7 +190,7 @@ def test_offloaded_block_inputs_are_planned_in_host_memory(
 def test_what_travels_is_counted_without_the_roundings_of_host_memory(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_setup, "OFFLOADED_BYTES", 1024)
+    monkeypatch.setattr(assembly, "OFFLOADED_BYTES", 1024)
     changed = with_model(
         config,
         blocks_to_swap=3,
@@ -204,7 +203,7 @@ def test_what_travels_is_counted_without_the_roundings_of_host_memory(
         TrainingPlanner(changed, device, torch.bfloat16).plan(changed.model, clips).held
         for device in (torch.device("cuda"), CPU)
     )
-    dit = train_setup.load_model(changed.model, CPU, torch.bfloat16)
+    dit = assembly.load_model(changed.model, CPU, torch.bfloat16)
     stream_weights(dit, 3, CPU, engine=DirectCopies())
     blocks, modulation = dit.weight_streams
     activations = on_cpu.pageable["activations"]

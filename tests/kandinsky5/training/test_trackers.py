@@ -20,8 +20,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kandinsky5.training import trainer as training
-from kandinsky5.training.sample_files import SampleNames, animate, write_sample
+from kandinsky5.training.sample_files import SampleNames, write_sample
 from kandinsky5.training.tracking import trackers
+from kandinsky5.training.tracking.animation import animate
 from tests.kandinsky5.training.training_runs import SMALLER, lora_bytes, metrics, train
 
 KEY = "canary0123456789canary0123456789canary00"

@@ -219,7 +219,7 @@ def test_folders_that_cannot_be_written_are_found_before_anything_is_loaded(
         (tmp_path / "locked").mkdir(mode=0o500)
         if os.access(bad, os.W_OK):
             pytest.skip("this user may write everywhere")
-    monkeypatch.setattr("kandinsky5.training.setup.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("kandinsky5.model.assembly.load_model", lambda *_: pytest.fail("a model was loaded"))
     words = () if option == "--output_dir" else (option, bad)
     assert exit_code(dit, dataset, bad if option == "--output_dir" else tmp_path / "out", *words) == 5
     assert f"{option} {bad}" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import torch
 from dataset.cache.files import TextCacheMeta, write_text_cache
 from dataset.cache.mask_cache import MaskCacheMeta, write_mask_cache
 from dataset.cache.names import empty_text_cache_name, mask_cache_name, prior_text_cache_name, text_cache_name
-from kandinsky5.training import setup as train_setup
+from kandinsky5.model import assembly
 from kandinsky5.training import trainer as training
 from modules.tensor_files import read_header, read_tensors, write_tensors
 from tests.kandinsky5.training.training_runs import (
@@ -171,7 +171,7 @@ def test_a_run_that_would_learn_nothing_is_refused_before_a_model_loads(
     dit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once the only learned clip is held out, once there is none."""
-    monkeypatch.setattr(train_setup, "load_model", None)
+    monkeypatch.setattr(assembly, "load_model", None)
     data, output = marked(tmp_path), tmp_path / "out"
     remove(tmp_path / "cache", "0134")
     remove(tmp_path / "prior/cache", "2")

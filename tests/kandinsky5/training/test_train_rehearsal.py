@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kandinsky5.memory.activations import META
+from kandinsky5.model import assembly
 from kandinsky5.training import preparation as train_preparation
-from kandinsky5.training import setup as train_setup
 from kandinsky5.training.results.state import read_state, write_state
 from modules.tensor_files import write_tensors
 from tests.kandinsky5.training.training_runs import exit_code, lora_bytes, train
@@ -22,7 +22,7 @@ STEPS = ("--max_train_steps", 3)
 @pytest.fixture
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model is a failure, unless it is one without data."""
-    plain = train_setup.load_model
+    plain = assembly.load_model
 
     def load(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
         assert device == META, "a model was loaded"
@@ -31,7 +31,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def encode(*_: Any) -> None:
         raise AssertionError("text encoders were loaded")
 
-    monkeypatch.setattr(train_setup, "load_model", load)
+    monkeypatch.setattr(assembly, "load_model", load)
     monkeypatch.setattr(train_preparation, "encode_requests", encode)
 
 

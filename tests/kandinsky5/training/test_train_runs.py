@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kandinsky5.training import setup as train_setup
+from kandinsky5.model import assembly
 from kandinsky5.training.loss import objective
 from kandinsky5.training.plan import reader_problem
 from modules.locks import sole_user
@@ -284,7 +284,7 @@ def test_a_model_that_does_not_fit_is_told_with_what_helps(
     def fail(*_arguments: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(train_setup, "load_model", fail)
+    monkeypatch.setattr(assembly, "load_model", fail)
     assert exit_code(dit, dataset, tmp_path, "--max_train_steps", 1) == 5
     said = capsys.readouterr().err
     assert "while the model was loaded: no room" in said

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from kandinsky5.model import assembly
 from kandinsky5.training import output as train_output
-from kandinsky5.training import setup as train_setup
 from kandinsky5.training import trainer as training
 from kandinsky5.training.loss import objective
 from kandinsky5.training.results.state import find_state, read_state
@@ -162,7 +162,7 @@ def test_a_signal_during_the_last_validation_leaves_it_to_the_resumed_run(
 def test_a_signal_while_the_model_loads_leaves_nothing(
     number: int, run: Run, whole: dict[str, bytes]
 ) -> None:
-    pid = run.start(lambda: before_call(train_setup, "load_model", 1, lambda: send(number)))
+    pid = run.start(lambda: before_call(assembly, "load_model", 1, lambda: send(number)))
     assert fault_kit.wait(pid, 30) == 128 + number
     assert run.step() == 0
     run.assert_goes_on(whole)
@@ -247,7 +247,7 @@ def test_a_run_whose_launcher_died_saves_and_ends(
     moment: str, word: str, run: Run, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, name = {
-        "while the model loads": (train_setup, "load_model"),
+        "while the model loads": (assembly, "load_model"),
         "in a step": (objective.Objective, "training_losses"),
     }[moment]
     with monkeypatch.context() as patch:

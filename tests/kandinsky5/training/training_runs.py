@@ -13,7 +13,7 @@ import torch
 
 from dataset.cache.files import LatentCacheMeta, TextCacheMeta, write_latent_cache, write_text_cache
 from dataset.cache.names import text_cache_name, video_cache_name
-from kandinsky5.training import setup as train_setup
+from kandinsky5.model import assembly
 from kandinsky5_train_network import main
 from modules.tensor_files import read_tensors, write_tensors
 from tests.tiny import tiny_dit
@@ -101,13 +101,13 @@ def train(
 
 def write_word_while_loading(output: Path, word: str, patch: pytest.MonkeyPatch) -> None:
     """What a user writes into the control file of a run whose model loads."""
-    plain = train_setup.load_model
+    plain = assembly.load_model
 
     def load_model(*given: Any) -> Any:
         (output / "lora.control").write_text(word, encoding="utf-8")
         return plain(*given)
 
-    patch.setattr(train_setup, "load_model", load_model)
+    patch.setattr(assembly, "load_model", load_model)
 
 
 def exit_code(*arguments: Any, **named: str) -> int | str | None:

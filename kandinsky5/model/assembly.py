@@ -1,0 +1,130 @@
+"""Assembles the model that is trained: the frozen DiT with merged LoRAs, and the LoRA that learns."""
+
+from __future__ import annotations
+
+import torch
+
+from kandinsky5.configs.train import ModelConfig, NetworkConfig
+from kandinsky5.model.checkpoints import load_dit
+from kandinsky5.model.compilation import compile_blocks
+from kandinsky5.model.dit import DiffusionTransformer3D
+from kandinsky5.model.nabla import DensityReport
+from kandinsky5.model.offload import host_placement, stream_weights
+from modules.activation_offload import ActivationOffload, tensor_mover
+from networks.lora import LoRANetwork
+from networks.lora_files import LoadedLora, load_weights, read_lora
+from networks.lora_kandinsky import (
+    block_layer_sizes,
+    create_network,
+    create_network_from_weights,
+    linear_layer_sizes,
+)
+
+OFFLOADED_BYTES = 2**20
+"""Saved tensors below this size are not worth a trip to host memory."""
+
+
+def read_base_weights(model: ModelConfig) -> list[LoadedLora]:
+    """The LoRAs of `--base_weights`, each at its strength.
+
+    Raises:
+        ModelFileError: see `read_lora`.
+    """
+    params = model.dit_params
+    layers = block_layer_sizes(
+        model_dim=params.model_dim,
+        ff_dim=params.ff_dim,
+        time_dim=params.time_dim,
+        num_text_blocks=params.num_text_blocks,
+        num_visual_blocks=params.num_visual_blocks,
+    )
+    return [
+        read_lora(path, layers, allow_partial=model.lora_allow_partial).with_multiplier(strength)
+        for path, strength in zip(model.base_weights, model.base_weights_multiplier, strict=True)
+    ]
+
+
+def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer3D:
+    """The frozen model with `--base_weights` merged in; on the meta device all of it without data.
+
+    Raises:
+        ModelFileError: see `load_dit` and `read_base_weights`.
+    """
+    params = model.dit_params
+    dit = load_dit(
+        model.dit,
+        params,
+        device=device,
+        compute_dtype=dtype,
+        fp8=model.fp8_base,
+        fp8_fast=model.fp8_fast,
+        int8=model.int8_base,
+        int8_fast=model.int8_fast,
+        loras=read_base_weights(model),
+        use_mmap=not model.disable_numpy_memmap,
+        check_finite=not model.no_weight_check,
+        placement=host_placement(
+            params,
+            device,
+            blocks_to_swap=model.blocks_to_swap,
+            modulation_on_host=model.modulation_on_host,
+        ),
+    )
+    dit.requires_grad_(False)
+    dit.set_attention_backend(model.attention)
+    if model.nabla is not None:
+        dit.nabla_observer = DensityReport(params.num_visual_blocks)
+    dit.gradient_checkpointing = model.gradient_checkpointing
+    dit.kept_attention_blocks = model.gradient_checkpointing_keep_attention
+    if model.gradient_checkpointing_cpu_offload:
+        dit.activation_offload = ActivationOffload(tensor_mover(device), min_bytes=OFFLOADED_BYTES)
+    return dit
+
+
+def finish_model(model: ModelConfig, dit: DiffusionTransformer3D, device: torch.device) -> None:
+    """Let weights on the host stream, and compile, once the LoRA is in and on the device."""
+    stream_weights(
+        dit,
+        model.blocks_to_swap,
+        device,
+        ring_size=model.block_swap_ring_size,
+        force_pin=model.use_pinned_memory_for_block_swap,
+    )
+    if model.compile is not None:
+        compile_blocks(dit, model.compile, device)
+
+
+def build_network(
+    config: NetworkConfig,
+    dit: DiffusionTransformer3D,
+    seed: int,
+    *,
+    allow_partial: bool,
+    device: torch.device | str = "cpu",
+) -> LoRANetwork:
+    """Put the LoRA into the model, new or from `--network_weights`; without data on the meta device."""
+    weights = config.network_weights
+    lora = (
+        None if weights is None else read_lora(weights, linear_layer_sizes(dit), allow_partial=allow_partial)
+    )
+    with torch.device(device):
+        if config.dim_from_weights and lora is not None:
+            return create_network_from_weights(
+                dit,
+                lora,
+                network_dropout=config.network_dropout,
+                network_args=config.network_args,
+                seed=seed,
+            )
+        network = create_network(
+            dit,
+            network_dim=config.network_dim,
+            network_alpha=config.network_alpha,
+            network_dropout=config.network_dropout,
+            network_args=config.network_args,
+            seed=seed,
+            network_module=config.network_module,
+        )
+    if lora is not None:
+        load_weights(network, lora)
+    return network
