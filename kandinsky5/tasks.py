@@ -131,22 +131,15 @@ class Task:
     nabla: NablaParams | None = None
     qwen_max_length: int = 256
     clip_max_length: int = 77
+    is_i2v: bool = False
+    """Image to video: a clip starts from a given frame."""
     is_tiny: bool = False
     """A random model for trying things out: its token counts are not checked against the real tokenizers."""
-
-    @property
-    def is_i2v(self) -> bool:
-        return "i2v" in self.name
 
     @property
     def default_num_frames(self) -> int:
         """Pixel frames, 4k + 1."""
         return self.seconds * FPS + 1
-
-    @property
-    def size_divisor(self) -> int:
-        """What pixel sides must be a multiple of."""
-        return 128 if self.nabla is not None else 16
 
     @property
     def image_size_divisor(self) -> int:
@@ -212,15 +205,16 @@ _HD_SCALE = (1.0, 3.16, 3.16)
 _IMAGE_TASKS = ("k5-lite-t2i-hd", "k5-lite-i2i-hd")
 
 
-def _video_task(name: str, checkpoint: str, params: DitParams, **settings: Any) -> Task:
-    is_hd = name.endswith("-hd")
+def _video_task(
+    name: str, checkpoint: str, params: DitParams, *, is_hd: bool = False, seconds: int = 5, **settings: Any
+) -> Task:
     return Task(
         name=name,
         checkpoint=f"{checkpoint}.safetensors",
         dit_params=params,
         resolution=1024 if is_hd else 512,
         scale_factor=_HD_SCALE if is_hd else _SD_SCALE,
-        seconds=10 if "-10s-" in name else 5,
+        seconds=seconds,
         **settings,
     )
 
@@ -243,20 +237,31 @@ _NABLA = NablaParams()
 # Source: kandinskylab/kandinsky-5 configs/*.yaml; a scheduler scale left out there is the pipeline's.
 _TASKS = (
     _video_task("k5-pro-t2v-5s-sd", "kandinsky5pro_t2v_sft_5s", PRO_PARAMS),
-    _video_task("k5-pro-t2v-5s-hd", "kandinsky5pro_t2v_sft_5s", PRO_PARAMS, nabla=NablaParams(P=0.8)),
-    _video_task("k5-pro-t2v-10s-sd", "kandinsky5pro_t2v_sft_10s", PRO_PARAMS, nabla=_NABLA),
-    _video_task("k5-pro-t2v-10s-hd", "kandinsky5pro_t2v_sft_10s", PRO_PARAMS, nabla=NablaParams(P=0.7)),
-    _video_task("k5-pro-i2v-5s-sd", "kandinsky5pro_i2v_sft_5s", PRO_PARAMS),
+    _video_task(
+        "k5-pro-t2v-5s-hd", "kandinsky5pro_t2v_sft_5s", PRO_PARAMS, is_hd=True, nabla=NablaParams(P=0.8)
+    ),
+    _video_task("k5-pro-t2v-10s-sd", "kandinsky5pro_t2v_sft_10s", PRO_PARAMS, seconds=10, nabla=_NABLA),
+    _video_task(
+        "k5-pro-t2v-10s-hd",
+        "kandinsky5pro_t2v_sft_10s",
+        PRO_PARAMS,
+        is_hd=True,
+        seconds=10,
+        nabla=NablaParams(P=0.7),
+    ),
+    _video_task("k5-pro-i2v-5s-sd", "kandinsky5pro_i2v_sft_5s", PRO_PARAMS, is_i2v=True),
     _video_task(
         "k5-pro-i2v-5s-hd",
         "kandinsky5pro_i2v_sft_5s",
         PRO_PARAMS,
+        is_hd=True,
+        is_i2v=True,
         nabla=NablaParams(P=0.8),
         scheduler_scale=5.0,
     ),
     _video_task("k5-lite-t2v-5s-sd", "kandinsky5lite_t2v_sft_5s", LITE_PARAMS),
-    _video_task("k5-lite-t2v-10s-sd", "kandinsky5lite_t2v_sft_10s", LITE_PARAMS, nabla=_NABLA),
-    _video_task("k5-lite-i2v-5s-sd", "kandinsky5lite_i2v_5s", LITE_PARAMS),
+    _video_task("k5-lite-t2v-10s-sd", "kandinsky5lite_t2v_sft_10s", LITE_PARAMS, seconds=10, nabla=_NABLA),
+    _video_task("k5-lite-i2v-5s-sd", "kandinsky5lite_i2v_5s", LITE_PARAMS, is_i2v=True),
     _video_task(
         "k5-lite-t2v-5s-distil-sd",
         "kandinsky5lite_t2v_distilled16steps_5s",
@@ -269,6 +274,7 @@ _TASKS = (
         "k5-lite-t2v-10s-distil-sd",
         "kandinsky5lite_t2v_distilled16steps_10s",
         LITE_PARAMS,
+        seconds=10,
         steps=16,
         guidance=1.0,
         nabla=_NABLA,
@@ -279,13 +285,20 @@ _TASKS = (
         "k5-lite-t2v-10s-nocfg-sd",
         "kandinsky5lite_t2v_sft_10s",
         LITE_PARAMS,
+        seconds=10,
         guidance=1.0,
         nabla=_NABLA,
     ),
     _video_task("k5-lite-t2v-5s-pretrain-sd", "kandinsky5lite_t2v_pretrain_5s", LITE_PARAMS),
-    _video_task("k5-lite-t2v-10s-pretrain-sd", "kandinsky5lite_t2v_pretrain_10s", LITE_PARAMS, nabla=_NABLA),
+    _video_task(
+        "k5-lite-t2v-10s-pretrain-sd",
+        "kandinsky5lite_t2v_pretrain_10s",
+        LITE_PARAMS,
+        seconds=10,
+        nabla=_NABLA,
+    ),
     _tiny_task("k5-tiny-t2v"),
-    _tiny_task("k5-tiny-i2v"),
+    _tiny_task("k5-tiny-i2v", is_i2v=True),
     _tiny_task("k5-tiny-nabla", nabla=NablaParams(wT=3, wH=1, wW=1)),
 )
 TASKS = {task.name: task for task in _TASKS}

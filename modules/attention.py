@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from modules.errors import ResourceError
+from modules.attention_backends import DEFAULT_BACKEND, load_attention
 
-AttentionBackend = Literal["sdpa", "flash_attn", "flash3", "sage_attn", "xformers"]
-
-_PACKAGES = {
-    # back end: (what is imported, how to get it)
-    "flash_attn": ("flash_attn", "pip install flash-attn"),
-    "flash3": (
-        "flash_attn_interface",
-        "FlashAttention 3, built from the flash-attention repository's hopper folder",
-    ),
-    "sage_attn": ("sageattention", "pip install sageattention"),
-    "xformers": ("xformers.ops", "pip install xformers"),
-}
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 _ATTENTION_OPERATORS = frozenset({
@@ -50,24 +34,9 @@ class KeyMask:
     """The same on the host, for back ends that take no mask."""
 
     @classmethod
-    def for_backend(cls, mask: Tensor, backend: AttentionBackend) -> KeyMask:
+    def for_backend(cls, mask: Tensor, backend: str) -> KeyMask:
         """Read the lengths from the device only where the back end needs them."""
-        return cls(mask, None if backend == "sdpa" else tuple(mask.sum(dim=-1).tolist()))
-
-
-def check_attention_backend(backend: AttentionBackend, *, for_training: bool) -> None:
-    """Refuse a back end that cannot be used here; nothing is loaded.
-
-    Raises:
-        ResourceError: its package is missing, or it has no backward pass and is asked to train.
-    """
-    if backend == "sage_attn" and for_training:
-        raise ResourceError("--sage_attn has no backward pass: it cannot train; use --sdpa")
-    if backend == "sdpa":
-        return
-    name, how = _PACKAGES[backend]
-    if importlib.util.find_spec(name.split(".")[0]) is None:
-        raise ResourceError(f"--{backend} needs the package {name.split('.')[0]}: {how}; or use --sdpa")
+        return cls(mask, None if backend == DEFAULT_BACKEND else tuple(mask.sum(dim=-1).tolist()))
 
 
 def attention(
@@ -76,7 +45,7 @@ def attention(
     value: Tensor,
     *,
     keys: KeyMask | None = None,
-    backend: AttentionBackend = "sdpa",
+    backend: str = DEFAULT_BACKEND,
 ) -> Tensor:
     """softmax(query key^T / sqrt(d)) value, per head.
 
@@ -84,17 +53,20 @@ def attention(
         query: [B, N, heads, d].
         key, value: [B, L, heads, d].
         keys: which of the keys are real; None where all are, which is faster.
-        backend: all compute the same function; sage_attn rounds queries and keys to int8.
+        backend: a name in `ATTENTION_BACKENDS`; all compute the same function, sage_attn with int8 queries
+            and keys.
     Returns:
         [B, N, heads, d].
     Raises:
         ValueError: the back end cannot compute in the dtype of the query.
     """
-    if backend == "sdpa":
+    if backend == DEFAULT_BACKEND:
         return _sdpa(query, key, value, None if keys is None else keys.mask)
     if query.dtype not in _HALF_DTYPES:
-        raise ValueError(f"{backend} computes in bfloat16 or float16, not {query.dtype}; use --sdpa")
-    attend = _attend_function(backend)
+        raise ValueError(
+            f"{backend} computes in bfloat16 or float16, not {query.dtype}; use --{DEFAULT_BACKEND}"
+        )
+    attend = load_attention(backend)
     if keys is None:
         return attend(query, key, value)
     if keys.lengths is None:
@@ -123,24 +95,6 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor |
             0
         ]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-
-@cache
-def _attend_function(backend: AttentionBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """(query, key, value), each [B, N, heads, d] -> [B, N, heads, d], without a mask."""
-    module: Any = importlib.import_module(_PACKAGES[backend][0])
-    if backend == "xformers":
-        return module.memory_efficient_attention
-    if backend == "sage_attn":
-        return lambda q, k, v: module.sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
-    if backend == "flash_attn":
-        return module.flash_attn_func
-
-    def flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = module.flash_attn_func(query, key, value)
-        return out[0] if isinstance(out, tuple) else out  # older releases return the log-sum-exp too
-
-    return flash3
 
 
 def keep_attention_outputs() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

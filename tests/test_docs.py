@@ -34,7 +34,6 @@ from dataset.config.keys import (
 )
 from dataset.media.frames import CutRule, cut_frames
 from kandinsky5.cli.train import parse_train
-from kandinsky5.cli.train_options import UNAVAILABLE, UNAVAILABLE_VALUES
 from kandinsky5.configs.train import TrainConfig
 from kandinsky5.prompts import read_prompt_file
 from kandinsky5.tasks import TASKS
@@ -82,8 +81,6 @@ def render(what: str) -> str:
         return f"```text\n{help_text(name).rstrip()}\n```\n"
     if kind == "tasks":
         return _task_table()
-    if kind == "unavailable":
-        return _unavailable_list()
     if kind == "packages":
         return _package_list()
     raise ValueError(f"unknown generated part {what!r}")
@@ -101,13 +98,6 @@ def _task_table() -> str:
             f"| `{task.name}` | `{task.checkpoint}` | {task.resolution} | {task.default_num_frames} "
             f"| {task.steps} | {task.guidance:g} | {task.scheduler_scale:g} | {attention} |"
         )
-    return "\n".join(lines) + "\n"
-
-
-def _unavailable_list() -> str:
-    rows = {f"--{name}": why for name, why in UNAVAILABLE.items()}
-    rows |= {f"--{name} {value}": why for (name, value), why in UNAVAILABLE_VALUES.items()}
-    lines = ["Training:", "", *(f"- `{option}` {why}" for option, why in rows.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from kandinsky5.cli.attention_options import (
+    ATTENTION_WORDS,
+    add_attention_options,
+    attention_problems,
+    chosen_attention,
+)
 from kandinsky5.cli.common import (
     DTYPE_CHOICES,
     VRAM_BUDGET_RANGE,
@@ -33,7 +39,6 @@ from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.configs.generate import (
     OUTPUT_SUFFIXES,
     OUTPUT_TYPES,
-    AttentionName,
     DitConfig,
     GenerateConfig,
     LoraConfig,
@@ -61,16 +66,6 @@ _EPILOG = (
 _ROOM = len("-999_latent.safetensors")
 """What may be added to the name of an output: a number where it is taken, and the kind of the file."""
 _MAGCACHE_SETTINGS = ("magcache_threshold", "magcache_k", "magcache_retention_ratio")
-_ATTENTION_FLAGS: tuple[AttentionName, ...] = ("sdpa", "flash_attn", "flash3", "sage_attn", "xformers")
-_ATTENTION_WORDS: dict[str, AttentionName] = {
-    "torch": "sdpa",
-    "sdpa": "sdpa",
-    "flash": "flash_attn",
-    "flash2": "flash_attn",
-    "flash3": "flash3",
-    "sageattn": "sage_attn",
-    "xformers": "xformers",
-}
 
 
 def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
@@ -83,9 +78,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
     args = parser.parse_args(argv)
     given = given_options(parser, args)
     task = get_task(args.task)
-    attention = _attention(args)
-    problems = [f"one attention at a time: {' and '.join('--' + name for name in attention)} were given"]
-    problems = problems if len(attention) > 1 else []
+    problems = attention_problems(args, for_training=False)
     problems += _nabla_problems(args, task)
     problems += _file_problems(args)
     problems += _pattern_problems(args)
@@ -94,7 +87,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
     problems += text_problems({"--prompt": args.prompt, "--negative_prompt": args.negative_prompt})
     if problems:
         raise ConfigError(problems)
-    config = _config(args, task, attention[0])
+    config = _config(args, task)
     for name, why in ACCEPTED.items():
         if name in given:
             log.info("--%s has no effect: %s", name, why)
@@ -103,7 +96,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
     return config
 
 
-def _config(args: argparse.Namespace, task: Task, attention: AttentionName) -> GenerateConfig:
+def _config(args: argparse.Namespace, task: Task) -> GenerateConfig:
     return GenerateConfig(
         task=task,
         models=ModelPaths(
@@ -131,7 +124,7 @@ def _config(args: argparse.Namespace, task: Task, attention: AttentionName) -> G
             disable_numpy_memmap=args.disable_numpy_memmap,
             no_weight_check=args.no_weight_check,
             nabla=_nabla(args, task),
-            attention=attention,
+            attention=chosen_attention(args),
             magcache=_magcache(args),
             cpu_noise=args.cpu_noise,
             compile=_compile(args),
@@ -252,14 +245,6 @@ def _nabla_problems(args: argparse.Namespace, task: Task) -> list[str]:
     if args.nabla_P is not None and args.nabla_method != "topk" and args.nabla_P > 1:
         return [f"--nabla_P {args.nabla_P:g}: a share of at most 1 is wanted with topcdf"]
     return []
-
-
-def _attention(args: argparse.Namespace) -> list[AttentionName]:
-    """The back ends that were asked for, each once; sdpa if none was."""
-    chosen: list[AttentionName] = [name for name in _ATTENTION_FLAGS if vars(args)[name]]
-    if args.attn_mode is not None and _ATTENTION_WORDS[args.attn_mode] not in chosen:
-        chosen.append(_ATTENTION_WORDS[args.attn_mode])
-    return chosen or ["sdpa"]
 
 
 def _magcache(args: argparse.Namespace) -> MagCacheConfig | None:
@@ -435,15 +420,8 @@ def _add_dit_options(parser: Parser) -> None:
         metavar="X",
         help="own ratios, conditional and unconditional in turn from the second step on",
     )
-    for name, what in (
-        ("sdpa", "torch's attention (default)"),
-        ("flash_attn", "FlashAttention 2"),
-        ("flash3", "FlashAttention 3"),
-        ("sage_attn", "SageAttention"),
-        ("xformers", "xformers' attention"),
-    ):
-        add(f"--{name}", action="store_true", help=what)
-    add("--attn_mode", choices=tuple(_ATTENTION_WORDS), help="another spelling of the attention options")
+    add_attention_options(add)
+    add("--attn_mode", choices=ATTENTION_WORDS, help="another spelling of the attention options")
     add("--split_attn", action="store_true", help="accepted; changes nothing")
     add("--img_in_txt_in_offloading", action="store_true", help="accepted; changes nothing")
     add("--force_nabla_attention", action="store_true", help="block-sparse attention whatever the task says")

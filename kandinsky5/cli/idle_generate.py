@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kandinsky5.cli.idle_rules import IdleRule
 from kandinsky5.configs.generate import GenerateConfig
+from modules.attention_backends import ATTENTION_BACKENDS
 
 ACCEPTED = {
     "lycoris": "LoHa and LoKr files are recognised by themselves",
@@ -45,11 +46,7 @@ _DIT = (
     "magcache_k",
     "magcache_retention_ratio",
     "magcache_mag_ratios",
-    "sdpa",
-    "flash_attn",
-    "flash3",
-    "sage_attn",
-    "xformers",
+    *ATTENTION_BACKENDS,
     "attn_mode",
     "force_nabla_attention",
     *_NABLA,

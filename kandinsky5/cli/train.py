@@ -10,12 +10,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from kandinsky5.cli.attention_options import attention_problems, chosen_attention
 from kandinsky5.cli.common import local_name
 from kandinsky5.cli.compile_options import compile_config
 from kandinsky5.cli.config_file import file_values, read_toml, with_config_file
 from kandinsky5.cli.idle_options import OPTIMIZER_RULES, RUN_RULES, TIMESTEP_RULES
 from kandinsky5.cli.idle_rules import given_options, idle_notes
-from kandinsky5.cli.train_options import ACCEPTED, UNAVAILABLE, UNAVAILABLE_VALUES, build_parser
+from kandinsky5.cli.train_options import ACCEPTED, build_parser
 from kandinsky5.cli.weight_options import dit_weight_problems
 from kandinsky5.configs.compilation import NO_BACKEND
 from kandinsky5.configs.text_encoders import qwen_quantization
@@ -84,7 +85,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig | ShowTimestep
 
 
 def _train_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> TrainConfig:
-    problems = [*_missing(args), *_refused(parser, args), *_impossible_pairs(args)]
+    problems = [*_missing(args), *_refused(args), *_impossible_pairs(args)]
     parts: dict[str, Any] = {}
     builders: dict[str, Callable[[argparse.Namespace], Any]] = {
         "model": _model,
@@ -127,27 +128,14 @@ def _missing(args: argparse.Namespace) -> list[str]:
     return [f"--{name} is required" for name in required if vars(args)[name] is None]
 
 
-def _refused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    given = vars(args)
-    problems = [
-        f"--{name} {why}" for name, why in UNAVAILABLE.items() if given[name] != parser.get_default(name)
-    ]
-    problems += [
-        f"--{name} {value} {why}" for (name, value), why in UNAVAILABLE_VALUES.items() if given[name] == value
-    ]
+def _refused(args: argparse.Namespace) -> list[str]:
     if args.mixed_precision == "fp16" or args.dit_dtype in ("fp16", "float16"):
-        problems.append(
-            "fp16 cannot hold this model's activations: use --mixed_precision bf16, or no for float32"
-        )
-    return problems
+        return ["fp16 cannot hold this model's activations: use --mixed_precision bf16, or no for float32"]
+    return []
 
 
 def _impossible_pairs(args: argparse.Namespace) -> list[str]:
-    attention = [
-        name for name in ("sdpa", "flash_attn", "flash3", "sage_attn", "xformers") if vars(args)[name]
-    ]
     checks = [
-        (len(attention) > 1, f"only one attention can be chosen, got --{' --'.join(attention)}"),
         (args.fp8_scaled and not args.fp8_base, "--fp8_scaled needs --fp8_base"),
         (
             args.blocks_to_swap > 0 and not args.gradient_checkpointing,
@@ -194,7 +182,8 @@ def _impossible_pairs(args: argparse.Namespace) -> list[str]:
             f"--log_with {args.log_with} needs --logging_dir",
         ),
     ]
-    return [message for is_wrong, message in checks if is_wrong] + dit_weight_problems(args)
+    problems = [message for is_wrong, message in checks if is_wrong]
+    return [*attention_problems(args, for_training=True), *problems, *dit_weight_problems(args)]
 
 
 def _model(args: argparse.Namespace) -> ModelConfig:
@@ -202,11 +191,10 @@ def _model(args: argparse.Namespace) -> ModelConfig:
         raise ConfigError("--task is required")
     task = get_task(args.task)
     multipliers = tuple(args.base_weights_multiplier)
-    attention = [name for name in ("flash_attn", "flash3", "xformers") if vars(args)[name]]
     return _fill(
         ModelConfig,
         args,
-        attention=attention[0] if attention else "sdpa",
+        attention=chosen_attention(args),
         compile=compile_config(args),
         task=task,
         dit=args.dit or task.dit_path,
@@ -276,11 +264,7 @@ def _optimizer(args: argparse.Namespace) -> OptimizerConfig:
 
 def _network(args: argparse.Namespace) -> NetworkConfig:
     module = args.network_module.removeprefix("musubi_tuner.")
-    known = [
-        *NETWORK_MODULES,
-        *(value for name, value in UNAVAILABLE_VALUES if name == "network_module"),
-    ]
-    if module not in known:
+    if module not in NETWORK_MODULES:
         raise ConfigError(f"--network_module {args.network_module}: use one of {', '.join(NETWORK_MODULES)}")
     return _fill(
         NetworkConfig,

@@ -1,10 +1,11 @@
-"""Every option of kandinsky5_train_network.py, and what this version says about those it cannot serve."""
+"""Every option of kandinsky5_train_network.py."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from kandinsky5.cli.attention_options import add_attention_options
 from kandinsky5.cli.common import (
     DTYPE_CHOICES,
     VRAM_BUDGET_RANGE,
@@ -32,16 +33,6 @@ ACCEPTED = {
     "keep_cache": "training deletes no caches",
 }
 """Options that are taken and change nothing, each with the reason that is logged."""
-
-_LATER = "is not available in this version"
-UNAVAILABLE = {
-    "sage_attn": "has no backward pass and cannot train; use --sdpa",
-}
-"""Options that are refused when given, each with what the message says after the option's name."""
-
-UNAVAILABLE_VALUES = {
-    ("network_module", "lycoris.kohya"): f"{_LATER}; use networks.lora_kandinsky",
-}
 
 _positive = float_between(1e-12, 1e12)
 _share = float_between(0.0, 1.0)
@@ -305,11 +296,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 
 def _add_attention_and_compile(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("attention")
-    group.add_argument("--sdpa", action="store_true", help="torch's attention (default)")
-    group.add_argument("--flash_attn", action="store_true", help="FlashAttention 2")
-    group.add_argument("--flash3", action="store_true", help="FlashAttention 3")
-    group.add_argument("--sage_attn", action="store_true", help="SageAttention, for generation only")
-    group.add_argument("--xformers", action="store_true", help="xformers' memory-efficient attention")
+    add_attention_options(group.add_argument)
     group.add_argument("--split_attn", action="store_true", help="accepted, no effect")
     group = parser.add_argument_group(
         "NABLA, block-sparse attention",

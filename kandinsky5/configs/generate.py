@@ -11,11 +11,11 @@ from kandinsky5.configs.text_encoders import Quantization
 from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.prompts import PromptSpec
 from kandinsky5.tasks import NablaParams, Task
+from modules.attention_backends import DEFAULT_BACKEND
 from modules.errors import ConfigError
 
 OutputType = Literal["video", "images", "latent", "both", "latent_images"]
 OUTPUT_TYPES: tuple[OutputType, ...] = ("video", "images", "latent", "both", "latent_images")
-AttentionName = Literal["sdpa", "flash_attn", "flash3", "sage_attn", "xformers"]
 OUTPUT_SUFFIXES = (".mp4", ".png", ".safetensors")
 
 
@@ -49,7 +49,8 @@ class DitConfig(WeightsConfig):
     offload_dit_during_sampling: bool = False
     nabla: NablaParams | None = None
     """Block-sparse attention; None is full attention."""
-    attention: AttentionName = "sdpa"
+    attention: str = DEFAULT_BACKEND
+    """A name in `ATTENTION_BACKENDS`."""
     magcache: MagCacheConfig | None = None
     """None runs all blocks at every step."""
     cpu_noise: bool = False

@@ -12,6 +12,7 @@ from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.configs.text_encoders import Quantization
 from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.tasks import DitParams, NablaParams, Task
+from modules.attention_backends import DEFAULT_BACKEND
 from modules.errors import ConfigError
 
 TIMESTEP_SAMPLINGS = (
@@ -90,7 +91,8 @@ class ModelConfig(WeightsConfig):
     """None: what accelerate was started with, else bf16 on CUDA and float32 on the CPU."""
     dit_dtype: str | None = None
     """A dtype word; wins over mixed_precision."""
-    attention: Literal["sdpa", "flash_attn", "flash3", "xformers"] = "sdpa"
+    attention: str = DEFAULT_BACKEND
+    """A name in `ATTENTION_BACKENDS`."""
     gradient_checkpointing: bool = False
     gradient_checkpointing_keep_attention: int = 0
     """Visual blocks whose attention outputs are kept instead of computed again."""

@@ -24,7 +24,7 @@ from kandinsky5.text.encoders import (
 )
 from kandinsky5.text.templates import PromptTemplates
 from kandinsky5.vae.video_vae import VideoVAE, check_vae_file, load_vae
-from modules.attention import check_attention_backend
+from modules.attention_backends import DEFAULT_BACKEND, check_attention_backend
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 from networks.lora import LoRANetwork
@@ -85,7 +85,7 @@ def check_dit_options(config: GenerateConfig, device: torch.device) -> None:
         problems.append(
             f"--magcache: there are no official ratios for {config.task.name}; give --magcache_mag_ratios"
         )
-    if dit.attention != "sdpa" and compute_dtype(dit.dtype, device) == torch.float32:
+    if dit.attention != DEFAULT_BACKEND and compute_dtype(dit.dtype, device) == torch.float32:
         problems.append(f"--{dit.attention} computes in bfloat16 or float16: add --dtype bfloat16")
     if problems:
         raise ConfigError(problems)

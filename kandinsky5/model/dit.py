@@ -26,7 +26,8 @@ from kandinsky5.model.layers import (
 from kandinsky5.model.nabla import MaskObserver, from_fractal, make_plan, to_fractal
 from kandinsky5.tasks import DitParams, NablaParams
 from modules.activation_offload import ActivationOffload
-from modules.attention import AttentionBackend, KeyMask, keep_attention_outputs
+from modules.attention import KeyMask, keep_attention_outputs
+from modules.attention_backends import DEFAULT_BACKEND
 from modules.block_swap import BlockSwap
 
 NUM_TIMESTEPS = 1000
@@ -88,7 +89,7 @@ class DiffusionTransformer3D(nn.Module):
             instruct_type=instruct_type,
         )
         self.compute_dtype = compute_dtype
-        self.attention_backend: AttentionBackend = "sdpa"
+        self.attention_backend = DEFAULT_BACKEND
         self.gradient_checkpointing = False
         self.kept_attention_blocks = 0
         self.activation_offload: ActivationOffload | None = None
@@ -111,7 +112,7 @@ class DiffusionTransformer3D(nn.Module):
         )
         self.out_layer = OutLayer(model_dim, time_dim, out_visual_dim, patch)
 
-    def set_attention_backend(self, backend: AttentionBackend) -> None:
+    def set_attention_backend(self, backend: str) -> None:
         """Choose the library that computes attention (`check_attention_backend` first)."""
         self.attention_backend = backend
         for module in self.modules():

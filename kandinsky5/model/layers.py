@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kandinsky5.model.nabla import NablaPlan, nabla_attention
-from modules.attention import AttentionBackend, KeyMask, attention
+from modules.attention import KeyMask, attention
+from modules.attention_backends import DEFAULT_BACKEND
 from modules.fused_ops import (
     GELU,
     ModulatedLayerNorm,
@@ -177,7 +178,7 @@ class Attention(nn.Module):
     def __init__(self, model_dim: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.backend: AttentionBackend = "sdpa"
+        self.backend = DEFAULT_BACKEND
         self.to_query = nn.Linear(model_dim, model_dim)
         self.to_key = nn.Linear(model_dim, model_dim)
         self.to_value = nn.Linear(model_dim, model_dim)

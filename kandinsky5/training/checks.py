@@ -17,7 +17,7 @@ from kandinsky5.training.results.names import OutputNames
 from kandinsky5.training.results.ownership import delete_result, find_results, maker
 from kandinsky5.training.samples import sample_model_problems
 from kandinsky5.training.tracking.trackers import check_trackers
-from modules.attention import check_attention_backend
+from modules.attention_backends import check_attention_backend
 from modules.errors import ConfigError, ModelFileError, ResourceError
 from modules.files import STRAY_PREFIX, atomic_writer, check_folder_unwritten
 from modules.locks import sole_user

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules import attention as module
-from modules.attention import AttentionBackend, KeyMask, attention, check_attention_backend
+from modules.attention import KeyMask, attention
+from modules.attention_backends import ATTENTION_BACKENDS, check_attention_backend, load_attention
 from modules.errors import ResourceError
 
 SHAPE = (2, 6, 3, 64)  # [B, N, heads, d]
@@ -86,7 +86,7 @@ STAND_INS = {
 
 
 @pytest.fixture(params=STAND_INS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[AttentionBackend]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     name, functions = STAND_INS[request.param]
     stand_in = ModuleType(name)
     for function_name, function in functions.items():
@@ -94,9 +94,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if "." in name:
         monkeypatch.setitem(sys.modules, name.split(".")[0], ModuleType(name.split(".")[0]))
     monkeypatch.setitem(sys.modules, name, stand_in)
-    module._attend_function.cache_clear()
+    load_attention.cache_clear()
     yield request.param
-    module._attend_function.cache_clear()
+    load_attention.cache_clear()
 
 
 def case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -107,7 +107,7 @@ def case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return query, key, value, mask
 
 
-def test_every_back_end_equals_sdpa_with_unequal_captions(backend: AttentionBackend) -> None:
+def test_every_back_end_equals_sdpa_with_unequal_captions(backend: str) -> None:
     query, key, value, mask = case(torch.bfloat16)
     keys = KeyMask.for_backend(mask, backend)
     assert keys.lengths == LENGTHS
@@ -124,17 +124,21 @@ def test_padding_has_no_influence() -> None:
     )
 
 
-def test_float32_is_refused_by_half_precision_back_ends(backend: AttentionBackend) -> None:
+def test_float32_is_refused_by_half_precision_back_ends(backend: str) -> None:
     query, key, value, _ = case(torch.float32)
     with pytest.raises(ValueError, match="use --sdpa"):
         attention(query, key, value, backend=backend)
 
 
-@pytest.mark.parametrize("backend_name", STAND_INS)
-def test_a_missing_package_is_named(backend_name: AttentionBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ResourceError, match=f"--{backend_name} needs the package"):
-        check_attention_backend(backend_name, for_training=False)
+@pytest.mark.parametrize("name", ATTENTION_BACKENDS.keys() - {"sdpa"})
+def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, ATTENTION_BACKENDS[name].package, None)
+    with pytest.raises(ResourceError, match=f"--{name} requires the package"):
+        check_attention_backend(name, for_training=False)
+
+
+def test_every_back_end_of_a_library_has_a_stand_in_here() -> None:
+    assert STAND_INS.keys() == ATTENTION_BACKENDS.keys() - {"sdpa"}
 
 
 def test_sage_attention_cannot_train() -> None:

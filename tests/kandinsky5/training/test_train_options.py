@@ -96,7 +96,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         (["--override_dit", '{"axes_dims": [15, 25, 24]}'], "must be even"),
         (["--override_dit", '{"model_dim": 100}'], "must divide model_dim 100"),
         (["--log_with", "all"], "--log_with all needs --logging_dir"),
-        (["--network_module", "lycoris.kohya"], "not available"),
+        (["--network_module", "lycoris.kohya"], "use one of networks.lora_kandinsky"),
         (["--sage_attn"], "cannot train"),
         (["--min_timestep", "800", "--max_timestep", "200"], "below"),
         (["--output_name", "a/b"], "folders belong to --output_dir"),
