@@ -1,0 +1,1 @@
+"""A small base model that has learnt a drawn world, the judge of what its clips show, and its training."""
