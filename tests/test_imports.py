@@ -21,6 +21,7 @@ PACKAGE_ORDER = {
         ("memory",),
         ("caching", "generation", "training"),
         ("tiny_models", "prompt_templates"),
+        ("small_world",),
     ),
     "kandinsky5/training": (("loss", "results"), ("tracking",), ("validation",), ("*",)),
 }
