@@ -9,10 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PIXEL_STEP = 16
-"""Sides are multiples of this: the VAE's 8 times the DiT's patch of 2."""
-NABLA_STEP = 128
-"""Sides that NABLA needs: 8 tokens per block side, each PIXEL_STEP pixels."""
+from dataset.geometry import NABLA_STEP, PIXEL_STEP
 
 Size = tuple[int, int]
 """(width, height) in pixels."""

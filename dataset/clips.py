@@ -15,9 +15,10 @@ from fractions import Fraction
 
 import numpy as np
 
-from dataset.buckets import PIXEL_STEP, Size, bucket_sizes, choose_bucket, nabla_size
+from dataset.buckets import Size, bucket_sizes, choose_bucket, nabla_size
 from dataset.cache.names import LATENT_SUFFIX, image_cache_name, video_cache_name
 from dataset.config.config import AnyDatasetConfig, ImageDatasetConfig, VideoDatasetConfig
+from dataset.geometry import FPS, PIXEL_STEP, round_frames
 from dataset.media.files import frame_paths
 from dataset.media.frames import (
     are_even,
@@ -25,7 +26,6 @@ from dataset.media.frames import (
     fps_rules,
     resample_by_time,
     resample_even,
-    round_frames,
 )
 from dataset.media.masks import PlannedMask, plan_mask
 from dataset.media.media import (
@@ -191,7 +191,7 @@ class _Planner:
         paths = frame_paths(item.path)
         if not paths:
             raise MediaError(item.path, UNREADABLE, "the folder holds no images")
-        rate = dataset.rates[0] if dataset.rates else Fraction(24)
+        rate = dataset.rates[0] if dataset.rates else Fraction(FPS)
         numbers, fps = _resampled(dataset, tuple(i / rate for i in range(len(paths))))
         size, fingerprint = probe_image(paths[0]), frames_fingerprint(paths)
         mask = _mask(item, size, len(paths))
@@ -301,13 +301,13 @@ def _notes(dataset: AnyDatasetConfig, results: Sequence[_ItemResult]) -> Iterato
         )
     if dataset.source_fps is None:
         rates = [(name, video.fps) for name, video in known if video.fps is not None]
-        other = [(name, fps) for name, fps in rates if abs(fps - 24) > Fraction(1, 2)]
+        other = [(name, fps) for name, fps in rates if abs(fps - FPS) > Fraction(1, 2)]
         if other:
             name, fps = other[0]
             yield (
-                f"dataset {dataset.index}: {len(other)} videos are not at about 24 frames a second, for "
+                f"dataset {dataset.index}: {len(other)} videos are not at about {FPS} frames a second, for "
                 f"example {name} ({float(fps):g}); every frame is used as it is, so "
-                "motion changes its speed. Set source_fps to have frames dropped down to 24 a second"
+                f"motion changes its speed. Set source_fps to have frames dropped down to {FPS} a second"
             )
 
 

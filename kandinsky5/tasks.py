@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dataset.geometry import FPS, size_step
 from modules.errors import ConfigError
 
 WEIGHTS_FOLDER = Path("weights")
 """Where the default paths of all tasks start, relative to the working directory."""
 
-FPS = 24
 MAX_LATENT_FRAMES = 128
 MAX_LATENT_SIDE = 256
 """The rotary tables have 128 positions per axis: one latent frame, or two latent rows or columns, each."""
@@ -144,7 +144,7 @@ class Task:
     @property
     def image_size_divisor(self) -> int:
         """What the sides of an image-to-video clip are rounded to."""
-        return 128 if self.resolution >= 1024 or self.nabla is not None else 16
+        return size_step(uses_nabla=self.resolution >= 1024 or self.nabla is not None)
 
     @property
     def image_max_area(self) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dataset.geometry import LATENT_CHANNELS
 from kandinsky5.cli.common import Parser, non_negative_int, user_errors
 from kandinsky5.tasks import TINY_PARAMS, DitParams
 from kandinsky5.tiny_tokenizers import save_clip_tokenizer, save_qwen_tokenizer
@@ -31,7 +32,7 @@ VAE_CONFIG = {
     "block_out_channels": (8, 8, 16, 16),
     "layers_per_block": 1,
     "norm_num_groups": 4,
-    "latent_channels": 16,
+    "latent_channels": LATENT_CHANNELS,
     "scaling_factor": 0.476986,
 }
 """Constructor arguments of diffusers' AutoencoderKLHunyuanVideo; compression is the real one."""

@@ -24,7 +24,7 @@ from dataset.cache.names import (
     text_cache_name,
     video_cache_name,
 )
-from dataset.media.frames import latent_frame_count
+from dataset.geometry import LATENT_CHANNELS, PIXELS_PER_LATENT, latent_frame_count, pixel_size
 from modules.dtypes import dtype_from_word, dtype_name
 from modules.errors import CacheError, DataError, ModelFileError
 from modules.tensor_files import TensorFile, TensorFileHeader, read_header, write_tensors
@@ -65,8 +65,6 @@ FORMAT_VERSION = "1.0.1"
 """musubi-tuner's, which its readers expect."""
 CACHE_VERSION = 1
 """Ours: raised when the content of a cache changes its meaning; older files are then made again."""
-LATENT_CHANNELS = 16
-PIXELS_PER_LATENT = 8
 
 _SINGLE_ENCODES = "single_image_encodes"
 _UPSTREAM_MAX_FRAMES = 24
@@ -424,7 +422,7 @@ def write_latent_cache(path: Path, latents: Tensor, latents_image: Tensor, meta:
     frames, height, width = latents.shape[1:]
     assert latents.shape[0] == LATENT_CHANNELS
     assert frames == latent_frame_count(meta.frame_count)
-    assert f"{width * PIXELS_PER_LATENT}x{height * PIXELS_PER_LATENT}" == meta.crop
+    assert "{}x{}".format(*pixel_size(height, width)) == meta.crop
     assert latents_image.shape == (LATENT_CHANNELS, 2, height, width)
     tensors = {
         f"latents_{frames}x{height}x{width}_{dtype_name(dtype)}": _finite(path, "latents", latents.to(dtype)),

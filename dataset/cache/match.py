@@ -9,7 +9,6 @@ from pathlib import Path
 
 from dataset.buckets import Size, bucket_sizes, choose_bucket, nabla_size
 from dataset.cache.files import (
-    PIXELS_PER_LATENT,
     LatentCacheInfo,
     TextCacheInfo,
     cache_origin,
@@ -33,6 +32,7 @@ from dataset.cache.names import (
 )
 from dataset.cache.summary import DatasetSummary
 from dataset.config.config import AnyDatasetConfig, DatasetConfig, ImageDatasetConfig, VideoDatasetConfig
+from dataset.geometry import pixel_size, size_label
 from dataset.media.frames import fps_rules
 from dataset.sources import SkippedItem
 from modules.errors import CacheError
@@ -89,7 +89,7 @@ class CachedItem:
     @property
     def bucket(self) -> str:
         """Width x height x frames in pixels."""
-        return f"{self.shape[2] * PIXELS_PER_LATENT}x{self.shape[1] * PIXELS_PER_LATENT}x{self.num_frames}"
+        return size_label(*pixel_size(*self.shape[1:]), self.num_frames)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -363,7 +363,7 @@ class _Matcher:
         mask_path, mask_origin = self._mask_of(path, info) if self.options.use_masks else (None, "")
         num_frames = _parsed(path, self.dataset).num_frames or 1
         self._used_names.add(base_name)
-        self._labels[f"{info.shape[2] * 8}x{info.shape[1] * 8}x{num_frames}"] += 1
+        self._labels[size_label(*pixel_size(*info.shape[1:]), num_frames)] += 1
         self.items.append(
             CachedItem(
                 key=f"{self.dataset.index}/{path.name.removesuffix(LATENT_SUFFIX)}",
@@ -415,7 +415,7 @@ class _Matcher:
 
     def _size_problem(self, name: LatentName, info: LatentCacheInfo) -> str | None:
         allowed = self._allowed_sizes(name)
-        found = (info.shape[2] * PIXELS_PER_LATENT, info.shape[1] * PIXELS_PER_LATENT)
+        found = pixel_size(*info.shape[1:])
         if found in allowed:
             return None
         sizes = " or ".join(f"{width}x{height}" for width, height in dict.fromkeys(allowed))

@@ -29,7 +29,8 @@ from dataset.config.keys import (
     nearest_key,
 )
 from dataset.config.text import ConfigText, read_config_text
-from dataset.media.frames import CutRule, FrameExtraction, round_frames
+from dataset.geometry import FPS, round_frames
+from dataset.media.frames import CutRule, FrameExtraction
 from modules.errors import ConfigError
 
 
@@ -132,7 +133,7 @@ class VideoDatasetConfig(_CommonConfig):
     max_frames: int = 129
     source_fps: float | None = None
     """Frames a second of the clips; None uses every frame whatever the files say."""
-    target_fps: float = 24.0
+    target_fps: float = float(FPS)
     """Frames are dropped down to this rate when `source_fps` is given."""
 
     @property

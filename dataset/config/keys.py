@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dataset.buckets import PIXEL_STEP
+from dataset.geometry import PIXEL_STEP
 from dataset.media.frames import FRAME_EXTRACTIONS
 
 KeyCheck = Callable[[Any], Any]

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-MODEL_FPS = Fraction(24)
-"""What Kandinsky 5 was trained at."""
+from dataset.geometry import FPS, round_frames
+
+_MODEL_FPS = Fraction(FPS)
 
 FrameExtraction = Literal["head", "chunk", "slide", "uniform", "full"]
 FRAME_EXTRACTIONS: tuple[FrameExtraction, ...] = ("head", "chunk", "slide", "uniform", "full")
@@ -39,16 +40,6 @@ class CutRule:
     """`uniform`: how many cuts per length."""
     max_frames: int = 129
     """`full`: upper limit."""
-
-
-def round_frames(num_frames: int) -> int:
-    """Round down to 4k+1, the lengths the VAE packs without a rest."""
-    return (num_frames - 1) // 4 * 4 + 1
-
-
-def latent_frame_count(num_frames: int) -> int:
-    """Latent frames for 4k+1 pixel frames."""
-    return (num_frames - 1) // 4 + 1
 
 
 def cut_frames(total: int, rule: CutRule) -> tuple[Cut, ...]:
@@ -79,7 +70,7 @@ def _starts(total: int, length: int, rule: CutRule) -> Sequence[int]:
             return (0,)
 
 
-def resample_even(total: int, source_fps: Fraction, target_fps: Fraction = MODEL_FPS) -> list[int]:
+def resample_even(total: int, source_fps: Fraction, target_fps: Fraction = _MODEL_FPS) -> list[int]:
     """The numbers of the frames kept from an evenly spaced video: the first of each slot of 1/target_fps.
 
     Frames are only ever dropped. A source slower than the target keeps all of its frames.
@@ -94,7 +85,7 @@ def resample_even(total: int, source_fps: Fraction, target_fps: Fraction = MODEL
     return kept
 
 
-def resample_by_time(times: Sequence[Fraction], target_fps: Fraction = MODEL_FPS) -> list[int]:
+def resample_by_time(times: Sequence[Fraction], target_fps: Fraction = _MODEL_FPS) -> list[int]:
     """The numbers of the frames kept from an unevenly spaced video, by their times in seconds.
 
     The first frame of each slot of 1/target_fps since the first frame is kept; slots without one are skipped.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset.buckets import Size
-from dataset.cache.files import PIXELS_PER_LATENT
+from dataset.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from dataset.media.files import VIDEO_EXTENSIONS, frame_paths
 from dataset.media.media import (
     CHANGED,
@@ -28,8 +28,6 @@ from dataset.media.media import (
 from dataset.media.videos import VideoInfo, probe_video, read_frames
 
 MISFIT = "does not fit"
-
-FRAMES_PER_LATENT = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,6 +26,7 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from dataset.buckets import Size
+from dataset.geometry import FPS
 from dataset.media.container_ends import ends_early
 from dataset.media.media import (
     DAMAGED,
@@ -291,7 +292,7 @@ def _count_frames(
     known = [stamp for stamp in stamps if stamp is not None]
     if len(known) == len(stamps) and known == sorted(set(known)):
         return first, tuple(stamp * packets.time_base for stamp in known)
-    rate = packets.average_rate or Fraction(24)
+    rate = packets.average_rate or Fraction(FPS)
     return first, tuple(Fraction(number) / rate for number in range(len(stamps)))
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from dataset.clips import PlannedClip, cut_batches, load_batches
 from dataset.config.config import AnyDatasetConfig
+from dataset.geometry import FPS
 from kandinsky5.configs.caching import DebugConfig
 from kandinsky5.sampling.video_files import write_video
-from kandinsky5.tasks import FPS
 from modules.files import atomic_writer
 from modules.logs import get_logger
 

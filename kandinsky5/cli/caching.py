@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dataset.geometry import NABLA_STEP
 from kandinsky5.cli.common import DTYPE_CHOICES, Parser, existing_file, positive_int
 from kandinsky5.cli.vae_options import add_vae_tiling_options, tile_px
 from kandinsky5.cli.weight_options import add_qwen_weight_options
@@ -110,7 +111,7 @@ def _add_latent_options(parser: Parser) -> None:
     add(
         "--nabla_resize",
         action="store_true",
-        help="round sizes up to multiples of 128 pixels, as tasks with NABLA attention need them",
+        help=f"round sizes up to multiples of {NABLA_STEP} pixels, as tasks with NABLA attention need them",
     )
     add_vae_tiling_options(add, "encode")
     add("--disable_cudnn_backend", action="store_true", help="compute convolutions without cuDNN")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dataset.geometry import FPS, NABLA_STEP, PIXEL_STEP
 from kandinsky5.cli.attention_options import (
     ATTENTION_WORDS,
     add_attention_options,
@@ -342,7 +343,8 @@ def _add_sampling_options(parser: Parser) -> None:
     add(
         "--width",
         type=int,
-        help="pixels, a multiple of 16 (128 with NABLA); default: the task's, or the image's",
+        help=f"pixels, a multiple of {PIXEL_STEP} ({NABLA_STEP} with NABLA); default: the task's, or the "
+        "image's",
     )
     add("--height", type=int, help="pixels, as --width")
     add("--video_size", type=int, nargs=2, metavar=("H", "W"), help=argparse.SUPPRESS)
@@ -509,7 +511,7 @@ def _add_output_options(parser: Parser) -> None:
     add(
         "--fps",
         type=int_between(1, 1000),
-        default=24,
+        default=FPS,
         help="frames per second, at most 1000 (default: %(default)s)",
     )
     add(

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from dataset.geometry import PIXELS_PER_LATENT
 from kandinsky5.cli.common import positive_int
 from kandinsky5.configs.caching import DEFAULT_TILE_PX, MIN_TILE_PX
 
@@ -17,7 +18,7 @@ def add_vae_tiling_options(add: Callable[..., Any], verb: str) -> None:
         "--vae_spatial_tile_sample_min_size",
         type=_tile_side,
         metavar="PX",
-        help="side of the tiles, a multiple of 8; implies --vae_tiling",
+        help=f"side of the tiles, a multiple of {PIXELS_PER_LATENT}; implies --vae_tiling",
     )
     add(
         "--vae_chunk_size",
@@ -36,6 +37,8 @@ def tile_px(args: argparse.Namespace) -> int | None:
 
 def _tile_side(word: str) -> int:
     side = int(word)
-    if side < MIN_TILE_PX or side % 8:
-        raise argparse.ArgumentTypeError(f"must be a multiple of 8 from {MIN_TILE_PX} on, got {word}")
+    if side < MIN_TILE_PX or side % PIXELS_PER_LATENT:
+        raise argparse.ArgumentTypeError(
+            f"must be a multiple of {PIXELS_PER_LATENT} from {MIN_TILE_PX} on, got {word}"
+        )
     return side

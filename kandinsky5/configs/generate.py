@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dataset.geometry import FPS
 from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.configs.text_encoders import Quantization
 from kandinsky5.configs.weights import WeightsConfig
@@ -120,7 +121,7 @@ class OutputConfig:
     output_is_folder: bool = False
     """The word ended with a path separator."""
     output_type: OutputType = "video"
-    fps: int = 24
+    fps: int = FPS
     crf: int = 14
     trim_tail_frames: int = 0
     overwrite: bool = False

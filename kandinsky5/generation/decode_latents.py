@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dataset.geometry import pixel_frame_count
 from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.generation.models import ModelLoader
 from kandinsky5.generation.outputs import OutputNames, read_latents, write_outputs
@@ -31,7 +32,7 @@ def decode_saved_latents(config: GenerateConfig, path: Path, device: torch.devic
     check_vae_file(config.models.vae)
     names = OutputNames(config.output, makes_many=False)
     seed = int(metadata["seeds"]) if metadata.get("seeds", "").isdigit() else 0
-    num_frames = 4 * latents.shape[2] - 3
+    num_frames = pixel_frame_count(latents.shape[2])
     problems = names.problems(num_frames)
     if problems:
         raise ConfigError(problems)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataset.geometry import LATENT_CHANNELS
 from kandinsky5.configs.generate import OutputConfig
 from kandinsky5.sampling.video_files import (
     check_video_encoder,
@@ -212,7 +213,7 @@ def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
     """
     tensors, metadata = read_tensors(path)
     latents = tensors.get(LATENT_KEY)
-    if latents is None or latents.ndim != 4 or latents.shape[0] != 16:
+    if latents is None or latents.ndim != 4 or latents.shape[0] != LATENT_CHANNELS:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(tensors.items())[:3])
         raise ModelFileError(
             f"{path}: no saved latent: expected '{LATENT_KEY}' [16, F, H, W], found {shapes}"

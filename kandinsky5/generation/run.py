@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dataset.geometry import size_step
 from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.generation.decode_latents import decode_saved_latents
 from kandinsky5.generation.models import (
@@ -58,9 +59,6 @@ from modules.files import check_free_space
 from modules.logs import get_logger, print_report
 
 log = get_logger(__name__)
-
-NABLA_SIZE_DIVISOR = 128
-"""Pixels: NABLA selects squares of 8 x 8 tokens of 16 pixels each."""
 
 
 def generate(config: GenerateConfig) -> None:
@@ -187,7 +185,7 @@ class Run:
         request = resolve_request(
             spec.over(config.spec),
             config.task,
-            size_divisor=16 if config.dit.nabla is None else NABLA_SIZE_DIVISOR,
+            size_divisor=size_step(uses_nabla=config.dit.nabla is not None),
             default_frames=1 if self.names.wants_one_image else config.task.default_num_frames,
             default_negative_prompt=self.templates.negative_prompt,
             lora_count=len(config.lora.lora_weight),

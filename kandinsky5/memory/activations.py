@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dataset.geometry import pixel_frame_count, pixel_size, size_label
 from kandinsky5.model.conditioning import FrameConditioning, TextBatch, VelocityModel, condition_frames
 from kandinsky5.model.dit import BlockResidual, DiffusionTransformer3D
 from kandinsky5.model.flow_matching import flow_matching_loss
@@ -40,12 +41,12 @@ class Batch:
 
     @property
     def pixel_frames(self) -> int:
-        return 4 * self.latent_frames - 3
+        return pixel_frame_count(self.latent_frames)
 
     @property
     def size(self) -> str:
         """Width x height x frames in pixels, as the training log names buckets."""
-        return f"{self.latent_width * 8}x{self.latent_height * 8}x{self.pixel_frames}"
+        return size_label(*pixel_size(self.latent_height, self.latent_width), self.pixel_frames)
 
     def video_tokens(self, patch_size: tuple[int, int, int]) -> int:
         """Tokens of one clip."""

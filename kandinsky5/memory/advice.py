@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from dataset.geometry import pixel_size
 from kandinsky5.configs.train import ModelConfig
 from kandinsky5.memory.activations import Batch
 from kandinsky5.memory.plan import TrainingPlanner
@@ -28,10 +29,11 @@ def out_of_memory_message(
         where: "step 12", or what else ran.
     """
     plan = planner.plan(planner.config.model, batch)
+    width, height = pixel_size(batch.latent_height, batch.latent_width)
     lines = [
         f"out of device memory in {where}: {str(error).splitlines()[0]}",
-        f"The batch: {batch.clips} clip(s) of {batch.pixel_frames} frames, {batch.latent_width * 8} x "
-        f"{batch.latent_height * 8} pixels, {plan.video_tokens} video tokens each; planned peak "
+        f"The batch: {batch.clips} clip(s) of {batch.pixel_frames} frames, {width} x {height} "
+        f"pixels, {plan.video_tokens} video tokens each; planned peak "
         f"{size_text(plan.peak)}.",
     ]
     helpers = helping_options(planner, batch)

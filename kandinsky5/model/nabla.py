@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from dataset.geometry import NABLA_STEP
 from kandinsky5.tasks import NablaParams
 from modules.block_sparse import block_sparse_attention, describe_block_sparse_path
 from modules.logs import get_logger
@@ -89,7 +90,7 @@ def check_geometry(grid: tuple[int, int, int]) -> None:
     if h % SQUARE or w % SQUARE:
         raise ValueError(
             f"NABLA needs a token grid of whole {SQUARE}x{SQUARE} squares, got {h}x{w} tokens: "
-            "the clip's width and height must be multiples of 128 pixels"
+            f"the clip's width and height must be multiples of {NABLA_STEP} pixels"
         )
 
 

@@ -10,6 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dataset.geometry import (
+    FRAMES_PER_LATENT,
+    HD_LATENT_AREA,
+    LATENT_CHANNELS,
+    PIXELS_PER_LATENT,
+    latent_frame_count,
+    pixel_frame_count,
+    round_frames,
+)
 from dataset.media.media import probe_image, read_image
 from kandinsky5.prompts import PromptSpec
 from kandinsky5.sampling.images import image_clip_size
@@ -19,18 +28,13 @@ from modules.logs import get_logger
 
 log = get_logger(__name__)
 
-LATENT_CHANNELS = 16
-PIXELS_PER_LATENT = 8
-FRAMES_PER_LATENT = 4
 MAX_SIDE = MAX_LATENT_SIDE * PIXELS_PER_LATENT
-MAX_FRAMES = (MAX_LATENT_FRAMES - 1) * FRAMES_PER_LATENT + 1
+MAX_FRAMES = pixel_frame_count(MAX_LATENT_FRAMES)
 DEFAULT_SEED = 42
 MAX_STEPS = 1000
 MAX_MULTIPLIER = 1e3
 """Of a LoRA; what is stronger leaves no number finite."""
 _SEED_LIMIT = 2**63
-_HD_LATENT_AREA = 14080
-"""Latent positions of the smallest HD size (640 x 1408): where the rotary scale of the HD tasks begins."""
 _OFFICIAL_SIZES = {
     512: {(512, 512), (512, 768), (768, 512)},
     1024: {(1024, 1024), (640, 1408), (1408, 640), (768, 1280), (1280, 768), (896, 1152), (1152, 896)},
@@ -65,7 +69,7 @@ class VideoRequest:
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(16, F, H, W)."""
-        frames = (self.num_frames - 1) // FRAMES_PER_LATENT + 1
+        frames = latent_frame_count(self.num_frames)
         return LATENT_CHANNELS, frames, self.height // PIXELS_PER_LATENT, self.width // PIXELS_PER_LATENT
 
     @property
@@ -126,18 +130,13 @@ def resolve_request(
     )
 
 
-def legal_frames(frames: int) -> int:
-    """The largest 4k + 1 not above `frames`."""
-    return (frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
-
-
 def log_size_remarks(request: VideoRequest, task: Task) -> None:
     """Say what is unusual about a size that is legal all the same."""
     size = (request.width, request.height)
     if task.is_tiny:
         return
     latent_area = request.latent_shape[2] * request.latent_shape[3]
-    is_hd_size, is_hd_task = latent_area >= _HD_LATENT_AREA, task.resolution >= 1024
+    is_hd_size, is_hd_task = latent_area >= HD_LATENT_AREA, task.resolution >= 1024
     if is_hd_size != is_hd_task:
         twins = (task.name.removesuffix("-sd") + "-hd", task.name.removesuffix("-hd") + "-sd")
         other = next((name for name in twins if name in TASKS and name != task.name), None)
@@ -156,7 +155,7 @@ def _frames(frames: int | None, default: int, prefix: str, problems: list[str]) 
     if not 1 <= frames <= MAX_FRAMES:
         problems.append(f"{prefix}--frames {frames}: 1 to {MAX_FRAMES} pixel frames are possible, as 4k+1")
         return 1
-    legal = legal_frames(frames)
+    legal = round_frames(frames)
     if legal != frames:
         log.info(
             "%s%d frames rounded down to %d (a clip has 4k+1 pixel frames; next: %d)",

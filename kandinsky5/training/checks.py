@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dataset.cache.cached_dataset import CachedDataset
 from dataset.config.config import DatasetConfig
+from dataset.geometry import HD_LATENT_AREA, NABLA_STEP, pixel_frame_count, pixel_size
 from kandinsky5.configs.train import ModelConfig, OptimizerConfig, TrainConfig
 from kandinsky5.model.checkpoints import check_dit_file, file_name_warning
 from kandinsky5.model.compilation import check_compile_backend
@@ -28,9 +29,6 @@ from modules.strays import stray_name
 from networks.lora_kandinsky import parse_network_args
 
 log = get_logger(__name__)
-
-HD_POSITIONS = 14080
-"""Latent positions per frame (640 x 1408 pixels) from which the HD rotary scale was trained."""
 
 
 def check_files(config: TrainConfig) -> None:
@@ -215,10 +213,11 @@ def check_sizes(config: TrainConfig, data: CachedDataset) -> None:
     shapes = sorted({item.shape for item in data.items})
     problems = _text_width_problems(config, data)
     for frames, height, width in shapes:
-        where = f"{width * 8}x{height * 8} pixels, {frames * 4 - 3} frames"
-        if config.model.nabla is not None and (height % 16 or width % 16):
+        where = "{}x{} pixels, {} frames".format(*pixel_size(height, width), pixel_frame_count(frames))
+        if config.model.nabla is not None and any(side % NABLA_STEP for side in pixel_size(height, width)):
             problems.append(
-                f"caches of {where}: NABLA needs sides divisible by 128 pixels. Cache the latents again:\n"
+                f"caches of {where}: NABLA needs sides divisible by {NABLA_STEP} pixels. "
+                "Cache the latents again:\n"
                 f"  python kandinsky5_cache_latents.py --dataset_config {data.config.path} "
                 "--vae <path> --nabla_resize"
             )
@@ -246,7 +245,7 @@ def _text_width_problems(config: TrainConfig, data: CachedDataset) -> list[str]:
 def _hint_at_other_scale(task: Task, sizes: Iterable[tuple[int, int]]) -> None:
     """The rotary scale follows the task; sizes of the other regime fit another task better."""
     is_hd = task.resolution >= 1024
-    wrong = sorted({size for size in sizes if (size[0] * size[1] >= HD_POSITIONS) != is_hd})
+    wrong = sorted({size for size in sizes if (size[0] * size[1] >= HD_LATENT_AREA) != is_hd})
     if not wrong or task.is_tiny:
         return
     height, width = wrong[0]
@@ -254,7 +253,7 @@ def _hint_at_other_scale(task: Task, sizes: Iterable[tuple[int, int]]) -> None:
     fitting = f"--task {other} fits them" if other in TASKS else "no task of this model fits them"
     log.warning(
         "%d of the sizes, such as %dx%d pixels, belong to the other rotary scale: %s",
-        len(wrong), width * 8, height * 8, fitting,
+        len(wrong), *pixel_size(height, width), fitting,
     )  # fmt: skip
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dataset.geometry import FPS
 from kandinsky5.sampling.video_files import write_png, write_video
 from modules.files import atomic_writer
 from modules.logs import get_logger
 
 log = get_logger(__name__)
 
-FPS = 24
 _GRID_HEIGHT = 192
 _GRID_GAP = 4
 _LABEL_HEIGHT = 16

@@ -14,6 +14,7 @@ import av
 import torch
 from torch import Tensor
 
+from dataset.geometry import size_step
 from kandinsky5.configs.train import SampleConfig, SavingConfig, TrainConfig
 from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.model.offload import resident_weights_on_host
@@ -45,7 +46,6 @@ log = get_logger(__name__)
 
 DEFAULT_FRAMES = 17
 """Pixel frames of a prompt that names none."""
-_NABLA_SIZE_DIVISOR = 128
 KIND = "sample"
 """Of the lines in metrics.jsonl."""
 
@@ -120,7 +120,7 @@ def read_requests(config: TrainConfig) -> list[VideoRequest]:
             request = resolve_request(
                 spec.over(defaults),
                 task,
-                size_divisor=16 if config.model.nabla is None else _NABLA_SIZE_DIVISOR,
+                size_divisor=size_step(uses_nabla=config.model.nabla is not None),
                 default_frames=DEFAULT_FRAMES,
                 default_negative_prompt=templates.negative_prompt,
                 lora_count=1,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataset.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, round_frames
 from kandinsky5.configs.caching import MIN_TILE_PX
 from kandinsky5.vae.attention import FrameCausalMidBlock
 from kandinsky5.vae.files import check_vae_file, read_vae, vae_fingerprint, vae_from_config
@@ -23,8 +24,6 @@ from modules.logs import get_logger
 
 __all__ = [
     "MIN_TILE_PX",
-    "SPACE_COMPRESSION",
-    "TIME_COMPRESSION",
     "VideoVAE",
     "check_vae_file",
     "load_vae",
@@ -37,8 +36,6 @@ __all__ = [
 
 log = get_logger(__name__)
 
-SPACE_COMPRESSION = 8
-TIME_COMPRESSION = 4
 _FRAME_WINDOWS = Tiling(17, 8)
 _LATENT_WINDOWS = Tiling(5, 2)
 # What a later window adds once its first entry is dropped: 16 frames or 4 latents, half of them overlapping.
@@ -104,7 +101,7 @@ class VideoVAE:
         [B, 3, F_px, H_px, W_px] -> [B, 32, F, H, W] float32; `tiles` is in pixels.
         """
         _check_pixel_shape(pixels)
-        latent_tiles = tiles.scaled(1, SPACE_COMPRESSION) if tiles else None
+        latent_tiles = tiles.scaled(1, PIXELS_PER_LATENT) if tiles else None
 
         def encode_window(window: Tensor) -> Tensor:
             window = window.to(self.device, self.dtype)
@@ -124,7 +121,7 @@ class VideoVAE:
 
         Yields [B, 3, frames, 8H, 8W] float32 in order. `tiles` is in pixels.
         """
-        latent_tiles = tiles.scaled(1, SPACE_COMPRESSION) if tiles else None
+        latent_tiles = tiles.scaled(1, PIXELS_PER_LATENT) if tiles else None
 
         def decode_window(window: Tensor) -> Tensor:
             window = (window.to(self.device).float() / self.scaling_factor).to(self.dtype)
@@ -155,7 +152,7 @@ def square_tiles(tile_px: int | None) -> TileGrid | None:
     """Tiles of about `tile_px` (rounded down to a multiple of 8, at least 64) that overlap by 32 pixels."""
     if tile_px is None:
         return None
-    size = max(MIN_TILE_PX, tile_px // SPACE_COMPRESSION * SPACE_COMPRESSION)
+    size = max(MIN_TILE_PX, tile_px // PIXELS_PER_LATENT * PIXELS_PER_LATENT)
     side = Tiling(size, size - _TILE_OVERLAP_PX)
     return TileGrid(side, side)
 
@@ -196,10 +193,13 @@ def pixels_to_uint8(pixels: Tensor) -> Tensor:
 def _check_pixel_shape(pixels: Tensor) -> None:
     num_frames, height, width = pixels.shape[2:]
     problems = []
-    if num_frames % TIME_COMPRESSION != 1:
-        lower = max(1, (num_frames - 1) // TIME_COMPRESSION * TIME_COMPRESSION + 1)
+    if num_frames % FRAMES_PER_LATENT != 1:
+        lower = max(1, round_frames(num_frames))
         problems.append(f"{num_frames} frames cannot be encoded: 4k + 1 are needed, for example {lower}")
-    if height % SPACE_COMPRESSION or width % SPACE_COMPRESSION or not height or not width:
-        problems.append(f"frames of {width} x {height} cannot be encoded: both sides must be multiples of 8")
+    if height % PIXELS_PER_LATENT or width % PIXELS_PER_LATENT or not height or not width:
+        problems.append(
+            f"frames of {width} x {height} cannot be encoded: both sides must be multiples of "
+            f"{PIXELS_PER_LATENT}"
+        )
     if problems:
         raise DataError(problems)

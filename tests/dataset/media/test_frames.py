@@ -12,10 +12,8 @@ from dataset.media.frames import (
     FrameExtraction,
     are_even,
     cut_frames,
-    latent_frame_count,
     resample_by_time,
     resample_even,
-    round_frames,
 )
 
 
@@ -59,31 +57,6 @@ def test_a_clip_of_the_exact_length_is_cut_and_one_frame_less_is_not(mode: Frame
     rule = {"frame_sample": 3, "frame_stride": 4}
     assert starts(25, mode, (25,), **rule) == {25: [0]}
     assert starts(24, mode, (25,), **rule) == {}
-
-
-@pytest.mark.parametrize(
-    ("length", "rounded"),
-    [
-        (1, 1),
-        (2, 1),
-        (4, 1),
-        (5, 5),
-        (16, 13),
-        (17, 17),
-        (24, 21),
-        (80, 77),
-        (81, 81),
-        (124, 121),
-        (129, 129),
-    ],
-)
-def test_lengths_are_rounded_down_to_4k_plus_1(length: int, rounded: int) -> None:
-    assert round_frames(length) == rounded
-
-
-@pytest.mark.parametrize(("frames", "latents"), [(1, 1), (17, 5), (25, 7), (81, 21), (121, 31), (241, 61)])
-def test_four_frames_make_one_latent(frames: int, latents: int) -> None:
-    assert latent_frame_count(frames) == latents
 
 
 def test_30_fps_keeps_four_of_five_frames_and_never_drifts() -> None:
