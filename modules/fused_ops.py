@@ -7,13 +7,14 @@ float32 copy of a whole activation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 CHUNK_ELEMENTS = 2**22
 """How much of an activation is held in float32 at a time."""
@@ -87,6 +88,35 @@ class Recomputable(Protocol):
     def again(self, x: Tensor) -> tuple[Tensor, Gradient]:
         """The value for the x of an earlier pass, which stays as it is, and the gradient; no autograd."""
         ...
+
+
+class JointLinear(nn.Module, ABC):
+    """A linear layer that can compute several layers of one input in one step; see `project`."""
+
+    @abstractmethod
+    def project_jointly(
+        self, x: Tensor, layers: Sequence[nn.Module], before: Recomputable | None
+    ) -> list[Tensor] | None:
+        """What `project` returns, or None where these layers have to be computed one by one."""
+
+
+def project(x: Tensor, layers: Sequence[nn.Module], before: Recomputable | None = None) -> list[Tensor]:
+    """The outputs of several linear layers for one input, in one step where the layers can do that.
+
+    Args:
+        x: [..., in].
+        before: acts on x before the layers.
+    Returns:
+        One [..., out] per layer.
+    """
+    first = layers[0]
+    if isinstance(first, JointLinear):
+        outputs = first.project_jointly(x, layers, before)
+        if outputs is not None:
+            return outputs
+    if before is not None:
+        x = before.value(x)
+    return [layer(x) for layer in layers]
 
 
 class Gelu:

@@ -14,7 +14,7 @@ from modules.errors import ConfigError
 from modules.files import disk_errors
 from modules.logs import get_logger
 from modules.tensor_files import write_tensors
-from networks.factors import LokrFactors, LoraFactors
+from networks.lora import LoraFactors
 from networks.lora_files import LoadedLora, kohya_suffix, read_lora, save_folded, with_hashes
 from networks.lora_kandinsky import known_layer_names
 from networks.lora_keys import underscored
@@ -76,9 +76,8 @@ def _factor_tensors(lora: LoadedLora, written: Mapping[str, str]) -> dict[str, T
         base = written[name]
         for role, tensor in layer.tensors.items():
             tensors[f"{base}.{kohya_suffix(role)}"] = tensor
-        is_full = isinstance(layer, LokrFactors) and layer.is_full
         # float32: an alpha such as 3.3 would lose digits in the factors' bfloat16.
-        tensors[f"{base}.alpha"] = torch.tensor(float(layer.rank if is_full else layer.scale * layer.rank))
+        tensors[f"{base}.alpha"] = torch.tensor(layer.alpha)
     return tensors
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from modules.command_line import Parser, user_errors
 from modules.dtypes import dtype_name
 from modules.logs import format_table, print_report
-from networks.factors import LayerFactors, LohaFactors, LokrFactors, LoraFactors
+from networks.factors import LayerFactors
 from networks.lora_files import LoadedLora, read_adapter_tensors, read_lora
 from networks.lora_kandinsky import known_layer_names
 from networks.lora_keys import layout_of, parse_key
+from networks.lora_types import LORA_TYPES, LoraType
 
 _BLOCK = re.compile(r"((?:text|visual)_transformer_blocks\.\d+)\..+")
-_KIND_NAMES = {LoraFactors: "LoRA", LohaFactors: "LoHa", LokrFactors: "LoKr"}
 _MAX_VALUE_LENGTH = 100
 # Layouts that each program reads; see docs on LoRA formats.
 _READERS = {
@@ -28,7 +28,8 @@ _READERS = {
     "diffusers": {"diffusers"},
     "official pipeline": {"diffusers", "peft", "bare"},
 }
-_PLAIN_ONLY = {"diffusers", "official pipeline"}
+_WITHOUT_ALPHA_KEYS = {"diffusers", "official pipeline"}
+"""Programs that refuse `.alpha` tensors."""
 
 
 def report(path: Path) -> str:
@@ -42,7 +43,7 @@ def report(path: Path) -> str:
     layers, layout = list(lora.layers.values()), layout_of(tensors)
     lines = [
         f"{path.name}: {len(tensors)} tensors, {path.stat().st_size / 2**20:.1f} MiB, {layout} layout",
-        f"layers: {len(layers)} ({_counted(_KIND_NAMES[type(layer)] for layer in layers)})",
+        f"layers: {len(layers)} ({_counted(_type_of(layer).title for layer in layers)})",
         f"ranks: {_counted(layer.rank for layer in layers)}",
         f"scales: {_counted(f'{layer.scale:g}' for layer in layers)}",
         f"dtypes: {_counted(dtype_name(tensor.dtype) for tensor in tensors.values())}",
@@ -71,28 +72,24 @@ def _norm_rows(lora: LoadedLora) -> list[tuple[str, int, str]]:
     squares: dict[str, list[float]] = {}
     for name, layer in lora.layers.items():
         match = _BLOCK.fullmatch(name)
-        squares.setdefault(match[1] if match else name, []).append(change_norm(layer) ** 2)
+        squares.setdefault(match[1] if match else name, []).append(float(layer.norm()) ** 2)
     return [(part, len(values), f"{sum(values) ** 0.5:.4g}") for part, values in squares.items()]
 
 
-def change_norm(layer: LayerFactors) -> float:
-    """||delta||_F; for plain LoRA from rank x rank products, so that no weight-sized matrix is made."""
-    if not isinstance(layer, LoraFactors):
-        return float(layer.delta().norm())
-    up, down = layer.up.double(), layer.down.double()
-    return abs(layer.scale) * float(((up.t() @ up) * (down @ down.t())).sum().clamp(min=0).sqrt())
+def _type_of(layer: LayerFactors) -> LoraType:
+    return next(kind for kind in LORA_TYPES if type(layer) is kind.factors_class())
 
 
 def _reader_rows(lora: LoadedLora, layout: str, tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    is_plain = all(isinstance(layer, LoraFactors) for layer in lora.layers.values())
+    kinds = [_type_of(layer) for layer in lora.layers.values()]
     has_alpha = any(key.endswith(".alpha") for key in tensors)
     rows = []
     for program, layouts in _READERS.items():
         if layout not in layouts:
             answer = "no: convert it (python -m networks.convert_lora)"
-        elif program in _PLAIN_ONLY and not is_plain:
+        elif any(program not in kind.programs for kind in kinds):
             answer = "no: only plain LoRA"
-        elif program in _PLAIN_ONLY and has_alpha:
+        elif program in _WITHOUT_ALPHA_KEYS and has_alpha:
             answer = "no: it refuses .alpha keys, convert it"
         else:
             answer = "yes"

@@ -6,13 +6,16 @@ Source: Yeh et al. 2023, "Navigating Text-To-Image Customization" (https://arxiv
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from modules.seeding import generator_for
 from networks.dense_adapter import DenseAdapter
-from networks.factors import LokrFactors
+from networks.factors import LayerFactors
 
 
 def split_size(size: int, factor: int = -1) -> tuple[int, int]:
@@ -28,6 +31,57 @@ def split_size(size: int, factor: int = -1) -> tuple[int, int]:
         limit = min(limit, factor)
     small = next(part for part in range(limit, 0, -1) if size % part == 0)
     return small, size // small
+
+
+@dataclass(frozen=True, slots=True)
+class LokrFactors(LayerFactors):
+    """delta = scale * kron(w1 [out_l, in_m], w2 [out_k, in_n]); either may be given as a product of two.
+
+    Source of the key names: LyCORIS.
+    """
+
+    PRODUCTS: ClassVar[tuple[tuple[str, str], ...]] = (("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"))
+
+    @classmethod
+    def is_complete(cls, roles: Collection[str]) -> bool:
+        return all(
+            whole in roles or {f"{whole}_a", f"{whole}_b"} <= set(roles) for whole in ("lokr_w1", "lokr_w2")
+        )
+
+    @property
+    def rank(self) -> int:
+        for role in ("lokr_w2_b", "lokr_w1_b"):
+            if role in self.tensors:
+                return self.tensors[role].shape[0]
+        return min(self.tensors["lokr_w2"].shape)
+
+    @property
+    def is_scaled(self) -> bool:
+        """False where both factors are whole matrices: there is no rank, and alpha has no effect."""
+        return not {"lokr_w1", "lokr_w2"} <= set(self.tensors)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        (out_l, in_m), (out_k, in_n) = self._size("lokr_w1"), self._size("lokr_w2")
+        return out_l * out_k, in_m * in_n
+
+    def delta(self) -> Tensor:
+        w1, w2 = self._matrix("lokr_w1"), self._matrix("lokr_w2")
+        # The Kronecker product, as one broadcast product in the memory order of the result.
+        product = w1[:, None, :, None] * (w2 * self.scale)[None, :, None, :]  # [out_l, out_k, in_m, in_n]
+        return product.reshape(self.shape)
+
+    def _size(self, role: str) -> tuple[int, int]:
+        if role in self.tensors:
+            rows, columns = self.tensors[role].shape
+        else:
+            rows, columns = self.tensors[f"{role}_a"].shape[0], self.tensors[f"{role}_b"].shape[1]
+        return rows, columns
+
+    def _matrix(self, role: str) -> Tensor:
+        if role in self.tensors:
+            return self.tensors[role].float()
+        return self.tensors[f"{role}_a"].float() @ self.tensors[f"{role}_b"].float()
 
 
 class LokrAdapter(DenseAdapter):

@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.fused_ops import Recomputable
+from modules.fused_ops import JointLinear, Recomputable
 from modules.seeding import derive_seed, generator_for
-from networks.factors import LayerFactors, LoraFactors
+from networks.factors import LayerFactors
 from networks.fused_lora import LowRankLayer, can_fuse, fused_lora
 
 
 @dataclass(slots=True)
-class _Switch:
-    """What a network's layers read at every call; one object per network."""
+class AdapterState:
+    """The settings that a network's layers read at every call; one object per network."""
 
     multiplier: float = 1.0
     is_enabled: bool = True
@@ -101,6 +101,45 @@ class Adapter(nn.Module, ABC):
         generator = generator_for(*seed, kind, self.path, device=like.device)
         drawn = torch.rand(tuple(shape), generator=generator, device=like.device)
         return (drawn >= chance).to(like.dtype).div_(1.0 - chance)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFactors(LayerFactors):
+    """delta = scale * up [out, r] @ down [r, in]."""
+
+    PRODUCTS: ClassVar[tuple[tuple[str, str], ...]] = (("lora_up", "lora_down"),)
+
+    @classmethod
+    def is_complete(cls, roles: Collection[str]) -> bool:
+        return {"lora_down", "lora_up"} <= set(roles)
+
+    @property
+    def down(self) -> Tensor:
+        return self.tensors["lora_down"]
+
+    @property
+    def up(self) -> Tensor:
+        return self.tensors["lora_up"]
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def delta(self) -> Tensor:
+        return (self.up.float() * self.scale) @ self.down.float()
+
+    def norm(self) -> Tensor:
+        """||delta||_F from rank x rank products, without forming delta: ||U D||_F^2 = trace((U^T U)(D D^T)).
+
+        In float64, so that small factors do not vanish when they are squared.
+        """
+        up, down = self.up.double(), self.down.double()
+        squared = ((up.t() @ up) * (down @ down.t())).sum().clamp(min=0.0)
+        return squared.sqrt() * abs(self.scale)
 
 
 class LoRAAdapter(Adapter):
@@ -183,7 +222,7 @@ class LoRAAdapter(Adapter):
         return norm
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(JointLinear):
     """Takes the place of a linear layer: its output plus the adapter's, from the same input.
 
     Args:
@@ -191,13 +230,13 @@ class LoRALinear(nn.Module):
             `LoRALinear` too, so that adapters stack.
     """
 
-    def __init__(self, base: nn.Module, adapter: Adapter, switch: _Switch) -> None:
+    def __init__(self, base: nn.Module, adapter: Adapter, state: AdapterState) -> None:
         super().__init__()
         self.base = base
         self.in_features, self.out_features = adapter.in_features, adapter.out_features
         # In a tuple, so that the adapter is no submodule of the model (see the top of this file).
         self._adapter = (adapter,)
-        self._switch = switch
+        self._state = state
 
     @property
     def adapter(self) -> Adapter:
@@ -205,31 +244,28 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        switch = self._switch
-        if not switch.is_enabled or switch.multiplier == 0.0:
+        state = self._state
+        if not state.is_enabled or state.multiplier == 0.0:
             return self.base(x)
-        return self.adapter.forward_with(self.base, x, switch.multiplier, switch.step_seed)
+        return self.adapter.forward_with(self.base, x, state.multiplier, state.step_seed)
 
     def fusible(self) -> LowRankLayer | None:
-        """See `LoRAAdapter.fusible`; None for other adapters and while this one is switched off."""
-        switch, adapter = self._switch, self.adapter
-        if not (switch.is_enabled and switch.multiplier != 0.0 and isinstance(adapter, LoRAAdapter)):
+        """See `LoRAAdapter.fusible`; None for other adapters and while this one is disabled."""
+        state, adapter = self._state, self.adapter
+        if not (state.is_enabled and state.multiplier != 0.0 and isinstance(adapter, LoRAAdapter)):
             return None
-        return adapter.fusible(self.base, switch.multiplier, switch.step_seed)
+        return adapter.fusible(self.base, state.multiplier, state.step_seed)
 
-
-def project(x: Tensor, layers: Sequence[nn.Module], before: Recomputable | None = None) -> list[Tensor]:
-    """The outputs of several linear layers for one input, in one step where all of them carry a LoRA.
-
-    Args:
-        before: acts on x before the layers.
-    """
-    fusible = [layer.fusible() if isinstance(layer, LoRALinear) else None for layer in layers]
-    together = [layer for layer in fusible if layer is not None]
-    is_fused = len(together) == len(layers)
-    if before is not None and (before.is_trained or not is_fused):
-        x, before = before.value(x), None
-    return fused_lora(x, together, before) if is_fused else [layer(x) for layer in layers]
+    def project_jointly(
+        self, x: Tensor, layers: Sequence[nn.Module], before: Recomputable | None
+    ) -> list[Tensor] | None:
+        fusible = [layer.fusible() if isinstance(layer, LoRALinear) else None for layer in layers]
+        together = [layer for layer in fusible if layer is not None]
+        if len(together) != len(layers):
+            return None
+        if before is not None and before.is_trained:
+            x, before = before.value(x), None
+        return fused_lora(x, together, before)
 
 
 class LoRANetwork(nn.Module):
@@ -244,12 +280,12 @@ class LoRANetwork(nn.Module):
     ) -> None:
         super().__init__()
         self._host = (host,)  # in a tuple: the frozen model is no submodule of the network
-        self._switch = _Switch()
+        self._state = AdapterState()
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.adapters: Mapping[str, Adapter] = {adapter.path: adapter for adapter in adapters}
         for adapter in adapters:
             _register(self, adapter)
-            _replace(host, adapter.path, LoRALinear(host.get_submodule(adapter.path), adapter, self._switch))
+            _replace(host, adapter.path, LoRALinear(host.get_submodule(adapter.path), adapter, self._state))
 
     @property
     def host(self) -> nn.Module:
@@ -262,11 +298,11 @@ class LoRANetwork(nn.Module):
 
     @property
     def multiplier(self) -> float:
-        return self._switch.multiplier
+        return self._state.multiplier
 
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of all adapters; at 0 the model's output is bit for bit its own."""
-        self._switch.multiplier = multiplier
+        self._state.multiplier = multiplier
 
     def set_step_seed(self, seed: int, *position: int) -> None:
         """Fix the dropout masks until the next call: a function of `seed`, `position` and the layer alone.
@@ -274,17 +310,21 @@ class LoRANetwork(nn.Module):
         Args:
             position: what tells this forward and backward pass from all others (step, micro-step, process).
         """
-        self._switch.step_seed = (seed, *position)
+        self._state.step_seed = (seed, *position)
+
+    @property
+    def is_enabled(self) -> bool:
+        return self._state.is_enabled
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model computes exactly what it does without adapters."""
-        before = self._switch.is_enabled
-        self._switch.is_enabled = False
+        before = self._state.is_enabled
+        self._state.is_enabled = False
         try:
             yield
         finally:
-            self._switch.is_enabled = before
+            self._state.is_enabled = before
 
     def remove(self) -> None:
         """Give the model its own layers back; the network keeps its factors."""
@@ -292,7 +332,7 @@ class LoRANetwork(nn.Module):
             holder_path, _, name = path.rpartition(".")
             holder = self.host.get_submodule(holder_path)
             layer = getattr(holder, name)
-            while layer._switch is not self._switch:  # an adapter of another network lies on top
+            while layer._state is not self._state:  # an adapter of another network lies on top
                 holder, name, layer = layer, "base", layer.base
             setattr(holder, name, layer.base)
 

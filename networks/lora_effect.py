@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from modules.quantised_linear import QuantisedLinear, dequantise
-from networks.factors import LayerFactors, LoraFactors
 from networks.lora import LoRALinear, LoRANetwork
 
 
@@ -79,7 +78,7 @@ def _frozen_weight(host: nn.Module, path: str, device: torch.device) -> Tensor:
 def measure_effect(network: LoRANetwork, base_norms: Mapping[str, float]) -> LoraEffect:
     """Compare the network's changes with the weights, whose norms `weight_norms` gave."""
     names = list(network.adapters)
-    norms = torch.stack([_delta_norm(network.adapters[name].factors()) for name in names]).tolist()
+    norms = torch.stack([network.adapters[name].factors().norm() for name in names]).tolist()
     changes, weights = defaultdict(list), defaultdict(list)
     for name, norm in zip(names, norms, strict=True):
         block = block_of(name)
@@ -96,15 +95,3 @@ def measure_effect(network: LoRANetwork, base_norms: Mapping[str, float]) -> Lor
 def _ratio(changes: list[float], weights: list[float]) -> float:
     whole = math.hypot(*weights)
     return math.hypot(*changes) / whole if whole > 0 else math.inf
-
-
-def _delta_norm(factors: LayerFactors) -> Tensor:
-    """||delta||_F, float64 []; of a plain LoRA from rank x rank products, without forming delta.
-
-    ||U D||_F^2 = trace((U^T U)(D D^T)); in float64, so that small factors do not vanish when squared.
-    """
-    if not isinstance(factors, LoraFactors):
-        return torch.linalg.vector_norm(factors.delta(), dtype=torch.float64)
-    up, down = factors.up.double(), factors.down.double()
-    squared = ((up.t() @ up) * (down @ down.t())).sum().clamp(min=0.0)
-    return squared.sqrt() * abs(factors.scale)

@@ -29,8 +29,8 @@ from modules.errors import ConfigError, ModelFileError
 from modules.files import write_json
 from modules.logs import get_logger
 from modules.tensor_files import encode_header, file_order, read_tensors, tensor_bytes, write_tensors
-from networks.factors import LayerFactors, LoraFactors, factors_from_roles, product_problem
-from networks.lora import LoRANetwork
+from networks.factors import LayerFactors, factors_from_roles
+from networks.lora import LoraFactors, LoRANetwork
 from networks.lora_keys import LayerNames, group_keys, is_dora_key, parse_key, underscored
 from networks.lora_scales import FOLDED_MARK, PeftScale, find_scale, lora_config_path
 
@@ -190,13 +190,13 @@ def _build_layer(path: Path, layer: str, roles: dict[str, Tensor], peft: PeftSca
     if factors is None:
         shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in sorted(roles.items()))
         raise ModelFileError(f"{path}: the weights of layer {layer} are incomplete: found {shapes}")
-    problem = product_problem(roles)
+    problem = factors.product_problem()
     if problem:
         raise ModelFileError(f"{path}: layer {layer}: {problem}")
     if alpha is None:
         # LyCORIS files without alpha mean scale 1; plain ones may have PEFT settings.
         scale = peft.factor(layer, factors.rank) if isinstance(factors, LoraFactors) else 1.0
-    elif getattr(factors, "is_full", False):
+    elif not factors.is_scaled:
         scale = 1.0
     else:
         scale = (float(alpha) or factors.rank) / factors.rank  # alpha 0 stands for alpha = rank

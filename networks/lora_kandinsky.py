@@ -1,11 +1,9 @@
-"""Which layers of Kandinsky 5 carry adapters, and networks made from the words of `--network_args`."""
+"""Which layers of Kandinsky 5 carry adapters, and networks built from `--network_args`."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +11,9 @@ from torch import nn
 
 from modules.errors import ConfigError
 from modules.logs import get_logger
-from networks.loha import LohaAdapter
-from networks.lokr import LokrAdapter
-from networks.lora import Adapter, DropoutRates, LoRAAdapter, LoRANetwork, inject
+from networks.lora import DropoutRates, LoRANetwork, inject
 from networks.lora_files import LayerSizes, LoadedLora, load_weights
+from networks.lora_types import DEFAULT_TYPE, NetworkArgs, lora_type, parse_network_args
 
 log = get_logger(__name__)
 
@@ -28,34 +25,19 @@ _TARGET = re.compile(
 )
 
 
-def block_layer_sizes(
-    *, model_dim: int, ff_dim: int, time_dim: int, num_text_blocks: int, num_visual_blocks: int
-) -> dict[str, LayerSizes]:
-    """Every linear layer inside the blocks with its sizes, modulation included, from the model's sizes."""
-    layers: dict[str, LayerSizes] = {}
-    kinds = (
-        ("text", num_text_blocks, ("self_attention",), 6),
-        ("visual", num_visual_blocks, ("self_attention", "cross_attention"), 9),
-    )
-    for kind, count, attentions, chunks in kinds:
-        for index in range(count):
-            block = f"{kind}_transformer_blocks.{index}"
-            layers[f"{block}.{kind}_modulation.out_layer"] = (chunks * model_dim, time_dim)
-            for attention in attentions:
-                layers |= {
-                    f"{block}.{attention}.{name}": (model_dim, model_dim) for name in _ATTENTION_LAYERS
-                }
-            layers[f"{block}.feed_forward.in_layer"] = (ff_dim, model_dim)
-            layers[f"{block}.feed_forward.out_layer"] = (model_dim, ff_dim)
-    return layers
-
-
 def known_layer_names() -> list[str]:
-    """The dotted names of all linear layers that a Kandinsky 5 model of any size has, or might have."""
-    sizes = block_layer_sizes(model_dim=1, ff_dim=1, time_dim=1, num_text_blocks=16, num_visual_blocks=128)
+    """The dotted names of all linear layers that a Kandinsky 5 model of any published size can have."""
     embeddings = ("text_embeddings", "pooled_text_embeddings", "visual_embeddings", "time_embeddings")
-    outside = [*(f"{name}.in_layer" for name in embeddings), "time_embeddings.out_layer"]
-    return [*sizes, *outside, "out_layer.out_layer", "out_layer.modulation.out_layer"]
+    names = [f"{name}.in_layer" for name in embeddings]
+    names += ["time_embeddings.out_layer", "out_layer.out_layer", "out_layer.modulation.out_layer"]
+    for kind, count, attentions in (
+        ("text", 16, ("self_attention",)),
+        ("visual", 128, ("self_attention", "cross_attention")),
+    ):
+        inside = [f"{kind}_modulation.out_layer", "feed_forward.in_layer", "feed_forward.out_layer"]
+        inside += [f"{attention}.{layer}" for attention in attentions for layer in _ATTENTION_LAYERS]
+        names += [f"{kind}_transformer_blocks.{index}.{layer}" for index in range(count) for layer in inside]
+    return names
 
 
 def is_target_name(layer: str) -> bool:
@@ -135,92 +117,6 @@ def _matches(patterns: Sequence[re.Pattern[str]], *names: str) -> bool:
     return any(pattern.fullmatch(name) for pattern in patterns for name in names)
 
 
-WORDS_WITHOUT_EFFECT = ("conv_dim", "conv_alpha")
-"""Words of `--network_args` that are taken although the model has no convolutions."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NetworkArgs:
-    """The settings that `--network_args` may carry, checked."""
-
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
-    loraplus_lr_ratio: float | None = None
-    exclude_patterns: tuple[str, ...] = ()
-    include_patterns: tuple[str, ...] = ()
-    verbose: bool = False
-    factor: int | None = None
-    """LoKr only: the wanted size of the smaller matrix, -1 for the most even split."""
-
-
-def parse_network_args(
-    values: Mapping[str, Any], *, network_module: str = "networks.lora_kandinsky"
-) -> NetworkArgs:
-    """Check the values of `--network_args`, already read as Python literals.
-
-    Raises:
-        ConfigError: an unknown name or a value of the wrong type or range; all problems at once.
-    """
-    checks = _SHARED_CHECKS | _OWN_CHECKS[network_module]
-    problems: list[str] = []
-    settings: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in WORDS_WITHOUT_EFFECT:
-            continue
-        if name in checks:
-            check, wanted = checks[name]
-            if check(value):
-                settings[name] = tuple(value) if isinstance(value, list) else value
-            else:
-                problems.append(f"--network_args {name}: must be {wanted}, got {value!r}")
-        else:
-            nearest = difflib.get_close_matches(name, checks, n=1)
-            known = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(checks)}"
-            problems.append(f"--network_args {name}: unknown for {network_module}; {known}")
-    if problems:
-        raise ConfigError(problems)
-    return NetworkArgs(**settings)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_chance(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
-
-
-def _is_pattern_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-
-
-def _is_factor(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value > 0)
-
-
-_Check = tuple[Callable[[Any], bool], str]
-_SHARED_CHECKS: dict[str, _Check] = {
-    "module_dropout": (_is_chance, "a number from 0 to below 1"),
-    "exclude_patterns": (_is_pattern_list, "a list of regular expressions, such as ['.*feed_forward.*']"),
-    "include_patterns": (_is_pattern_list, "a list of regular expressions, such as ['.*cross_attention.*']"),
-    "verbose": (lambda value: isinstance(value, bool), "True or False"),
-}
-_OWN_CHECKS: dict[str, dict[str, _Check]] = {
-    "networks.lora_kandinsky": {
-        "rank_dropout": (_is_chance, "a number from 0 to below 1"),
-        "loraplus_lr_ratio": (lambda value: _is_number(value) and value > 0, "a number above 0"),
-    },
-    "networks.loha": {},
-    "networks.lokr": {"factor": (_is_factor, "a whole number above 0, or -1")},
-}
-NETWORK_KINDS: dict[str, Callable[..., Adapter]] = {
-    "networks.lora_kandinsky": LoRAAdapter,
-    "networks.loha": LohaAdapter,
-    "networks.lokr": LokrAdapter,
-}
-"""What `--network_module` may name; nothing is imported because an option or a file says so."""
-
-
 def create_network(
     dit: nn.Module,
     *,
@@ -229,7 +125,7 @@ def create_network(
     network_dropout: float | None,
     network_args: Mapping[str, Any],
     seed: int,
-    network_module: str = "networks.lora_kandinsky",
+    network_module: str = DEFAULT_TYPE.network_module,
 ) -> LoRANetwork:
     """Freeze the DiT, put adapters on its target layers and return the trainable network.
 
@@ -237,17 +133,15 @@ def create_network(
         network_dim: rank.
         network_alpha: 0 means alpha = rank.
         network_args: `--network_args` as name -> Python value.
-        network_module: one of `NETWORK_KINDS`.
+        network_module: one of `NETWORK_MODULES`.
     Raises:
         ConfigError: settings that this kind of network does not have, or see `parse_network_args` and
             `target_module_names`.
     """
     settings = parse_network_args(network_args, network_module=network_module)
-    make_adapter = NETWORK_KINDS[network_module]
-    if make_adapter is not LoRAAdapter and network_dropout:
+    kind = lora_type(network_module)
+    if network_dropout and not kind.is_plain:
         raise ConfigError(f"--network_dropout: not available with --network_module {network_module}")
-    if settings.factor is not None:
-        make_adapter = partial(make_adapter, factor=settings.factor)
     return inject(
         dit,
         _chosen_layers(dit, settings),
@@ -256,7 +150,7 @@ def create_network(
         seed=seed,
         dropout=_dropout_rates(settings, network_dropout),
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
-        make_adapter=make_adapter,
+        make_adapter=partial(kind.adapter_class(), **settings.constructor),
     )
 
 

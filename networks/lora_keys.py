@@ -10,12 +10,15 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from networks.lora_types import LORA_TYPES
+
 UNDERSCORED_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_")
 DOTTED_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 
+_OTHER_ROLES = [role for kind in LORA_TYPES if not kind.is_plain for role in kind.roles]
 _KEY = re.compile(
     r"(?P<name>.+?)\.(?:lora_(?P<half>down|up|A|B)(?:\.[^.]+)?\.weight"
-    r"|(?P<role>alpha|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)(?:\.weight)?)"
+    rf"|(?P<role>alpha|{'|'.join(_OTHER_ROLES)})(?:\.weight)?)"
 )
 _ROLE_BY_HALF = {"down": "lora_down", "A": "lora_down", "up": "lora_up", "B": "lora_up"}
 _DORA_SUFFIXES = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.default.weight")

@@ -21,7 +21,6 @@ from kandinsky5.cli.weight_options import dit_weight_problems
 from kandinsky5.configs.compilation import NO_BACKEND
 from kandinsky5.configs.text_encoders import qwen_quantization
 from kandinsky5.configs.train import (
-    NETWORK_MODULES,
     ROOM_FOR_ENDINGS,
     ConditioningConfig,
     DataConfig,
@@ -43,6 +42,7 @@ from kandinsky5.tasks import DitParams, NablaParams, Task, get_task, override_pa
 from modules.errors import ConfigError
 from modules.file_names import name_problem
 from modules.keyword_args import parse_keyword_args
+from networks.lora_types import NETWORK_MODULES, lora_type
 
 _SECRETS = ("wandb_api_key", "huggingface_token")
 _PLACES = ("vae",)
@@ -339,9 +339,9 @@ def _hints(config: TrainConfig, given: set[str]) -> list[str]:
             "--sample_prompts without --sample_every_n_*: only the control file asks for samples",
         ),
         (
-            config.network.network_module.endswith((".loha", ".lokr"))
-            and config.saving.lora_format != "kohya",
-            "LoHa and LoKr are saved in kohya's layout, the one other programs read",
+            not lora_type(config.network.network_module).is_plain and config.saving.lora_format != "kohya",
+            f"{lora_type(config.network.network_module).title} is saved in the kohya layout, "
+            "which other programs read",
         ),
         (
             optimizer.lr_scheduler == "warmup_stable_decay" and optimizer.lr_decay_steps == 0,

@@ -19,6 +19,7 @@ from kandinsky5.cli.common import (
 from kandinsky5.cli.compile_options import add_accelerate_compile_options, add_compile_options
 from kandinsky5.cli.weight_options import add_dit_weight_options, add_qwen_weight_options
 from kandinsky5.configs.train import DEFAULT_TRAIN_STEPS, TIMESTEP_SAMPLINGS, WEIGHTING_SCHEMES
+from networks.lora_types import DEFAULT_TYPE, NETWORK_MODULES
 
 DESCRIPTION = "Train a LoRA for Kandinsky 5 on cached latents and captions."
 
@@ -385,8 +386,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("LoRA")
     group.add_argument(
         "--network_module",
-        default="networks.lora_kandinsky",
-        help="networks.lora_kandinsky (default), networks.loha or networks.lokr",
+        default=DEFAULT_TYPE.network_module,
+        help=f"kind of adapter: {', '.join(NETWORK_MODULES)} (default: {DEFAULT_TYPE.network_module})",
     )
     group.add_argument("--network_dim", type=positive_int, default=4, help="rank (default: 4; 32 is usual)")
     group.add_argument(

@@ -14,6 +14,7 @@ from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.tasks import DitParams, NablaParams, Task
 from modules.attention_backends import DEFAULT_BACKEND
 from modules.errors import ConfigError
+from networks.lora_types import DEFAULT_TYPE, lora_type
 
 TIMESTEP_SAMPLINGS = (
     "sigma",
@@ -28,7 +29,6 @@ TIMESTEP_SAMPLINGS = (
     "qinglong_flux",
     "qinglong_qwen",
 )
-NETWORK_MODULES = ("networks.lora_kandinsky", "networks.loha", "networks.lokr")
 ROOM_FOR_ENDINGS = 64
 """Bytes kept for what is added to the output name: position, time, seed, ending of LoRA, state or sample."""
 WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
@@ -176,7 +176,7 @@ class OptimizerConfig:
 class NetworkConfig:
     """The LoRA."""
 
-    network_module: str = "networks.lora_kandinsky"
+    network_module: str = DEFAULT_TYPE.network_module
     network_dim: int = 4
     network_alpha: float = 1.0
     network_dropout: float | None = None
@@ -190,7 +190,7 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ConfigError(f"--ema_decay must lie between 0 and 1, got {self.ema_decay:g}")
-        if self.network_module == "networks.lora_kandinsky":
+        if lora_type(self.network_module).is_plain:
             return
         given = {
             "network_dropout": self.network_dropout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kandinsky5.configs.train import ModelConfig, NetworkConfig
-from kandinsky5.model.checkpoints import load_dit
+from kandinsky5.model.checkpoints import build_meta_dit, load_dit
 from kandinsky5.model.compilation import compile_blocks
 from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.model.nabla import DensityReport
@@ -14,7 +14,6 @@ from modules.activation_offload import ActivationOffload, tensor_mover
 from networks.lora import LoRANetwork
 from networks.lora_files import LoadedLora, load_weights, read_lora
 from networks.lora_kandinsky import (
-    block_layer_sizes,
     create_network,
     create_network_from_weights,
     linear_layer_sizes,
@@ -30,14 +29,7 @@ def read_base_weights(model: ModelConfig) -> list[LoadedLora]:
     Raises:
         ModelFileError: see `read_lora`.
     """
-    params = model.dit_params
-    layers = block_layer_sizes(
-        model_dim=params.model_dim,
-        ff_dim=params.ff_dim,
-        time_dim=params.time_dim,
-        num_text_blocks=params.num_text_blocks,
-        num_visual_blocks=params.num_visual_blocks,
-    )
+    layers = linear_layer_sizes(build_meta_dit(model.dit_params, torch.float32)) if model.base_weights else {}
     return [
         read_lora(path, layers, allow_partial=model.lora_allow_partial).with_multiplier(strength)
         for path, strength in zip(model.base_weights, model.base_weights_multiplier, strict=True)

@@ -23,9 +23,9 @@ from modules.fused_ops import (
     gated_sum,
     layer_norm,
     modulated_layer_norm,
+    project,
     rms_norm_rotate,
 )
-from networks.lora import project
 
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
 """What nn.RMSNorm's default eps is for float32 input; 1e-6 is wrong for small activations."""

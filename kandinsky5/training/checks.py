@@ -26,7 +26,7 @@ from modules.logs import get_logger
 from modules.lr_schedules import SCHEDULE_NAMES
 from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
 from modules.strays import stray_name
-from networks.lora_kandinsky import parse_network_args
+from networks.lora_types import parse_network_args
 
 log = get_logger(__name__)
 

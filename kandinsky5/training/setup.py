@@ -30,9 +30,7 @@ from modules.lr_schedules import ScheduleSettings, build_lr_schedule
 from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
 from modules.optimizers import build_optimizer
 from networks.lora import LoRANetwork
-from networks.lora_kandinsky import (
-    parse_network_args,
-)
+from networks.lora_types import parse_network_args
 
 log = get_logger(__name__)
 

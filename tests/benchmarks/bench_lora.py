@@ -19,7 +19,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from networks.lora import inject, project
+from modules.fused_ops import project
+from networks.lora import inject
 
 
 def main():

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modules.fp8 import Fp8Linear, quantise_rows
-from modules.fused_ops import GELU, ModulatedLayerNorm, gelu
+from modules.fused_ops import GELU, ModulatedLayerNorm, gelu, project
 from networks import fused_lora as fused
 from networks.fused_lora import LowRankLayer, fused_lora
-from networks.lora import LoRANetwork, inject, project
+from networks.lora import LoRANetwork, inject
 
 NAMES = ["query", "key", "value"]
 

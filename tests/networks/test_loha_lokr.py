@@ -10,8 +10,8 @@ import torch
 
 from modules.errors import ConfigError, ModelFileError
 from modules.tensor_files import write_tensors
-from networks.factors import LohaFactors, LokrFactors
-from networks.lokr import LokrAdapter, split_size
+from networks.loha import LohaFactors
+from networks.lokr import LokrAdapter, LokrFactors, split_size
 from networks.lora import LoRANetwork
 from networks.lora_files import load_weights, read_lora, save_lora
 from networks.lora_kandinsky import create_network, linear_layer_sizes
@@ -98,9 +98,9 @@ def test_the_formulas() -> None:
 
 def test_a_rank_too_large_for_lokr_gives_a_whole_matrix_at_scale_one() -> None:
     adapter = LokrAdapter("layer", 128, 128, rank=8, alpha=2.0, seed=0)
-    assert adapter.is_full
+    assert not adapter.factors().is_scaled
     assert adapter.scale == 1.0
-    assert not LokrAdapter("layer", 128, 128, rank=7, alpha=2.0, seed=0).is_full
+    assert LokrAdapter("layer", 128, 128, rank=7, alpha=2.0, seed=0).factors().is_scaled
 
 
 @pytest.mark.parametrize("dim", [4, 64])

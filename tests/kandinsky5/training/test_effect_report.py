@@ -90,7 +90,7 @@ def test_the_base_model_is_asked_once(
     plain = PredictionProbe._predict
 
     def counting(self: PredictionProbe, sigma: float) -> torch.Tensor:
-        enabled.append(self._network._switch.is_enabled)
+        enabled.append(self._network.is_enabled)
         assert not self._network.training
         return plain(self, sigma)
 

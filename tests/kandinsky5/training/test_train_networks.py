@@ -1,14 +1,16 @@
-"""Training LoHa and LoKr: what is written, resumed, started from and refused."""
+"""Kinds of adapter in training: files, resume, starting weights, base weights and refusals."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from kandinsky5.cli.train import parse_train
+from kandinsky5.tasks import TINY_PARAMS
 from modules.errors import ConfigError
-from modules.tensor_files import read_header
+from modules.tensor_files import read_header, write_tensors
 from networks.lora_files import read_lora
 from networks.lora_kandinsky import known_layer_names
 from tests.kandinsky5.training.training_runs import lora_bytes, metrics, train
@@ -60,3 +62,20 @@ def test_a_lora_state_is_not_continued_as_lokr(
         train(dit, dataset, tmp_path, *more, "--network_module", "networks.lokr")
     assert caught.value.code == 2
     assert "Give the options of the first run" in capsys.readouterr().err
+
+
+def test_base_weights_take_layers_outside_the_blocks_as_generation_does(
+    dit: Path, dataset: Path, tmp_path: Path
+) -> None:
+    width, time_dim = TINY_PARAMS.model_dim, TINY_PARAMS.time_dim
+    file = tmp_path / "modulation.safetensors"
+    write_tensors(
+        file,
+        {
+            "transformer.out_layer.modulation.out_layer.lora_A.weight": torch.ones(1, time_dim),
+            "transformer.out_layer.modulation.out_layer.lora_B.weight": torch.full((2 * width, 1), 0.01),
+        },
+    )
+    changed = train(dit, dataset, tmp_path / "with", "--max_train_steps", 1, "--base_weights", file)[0]
+    plain = train(dit, dataset, tmp_path / "without", "--max_train_steps", 1)[0]
+    assert changed["loss"] != plain["loss"]

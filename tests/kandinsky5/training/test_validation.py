@@ -111,7 +111,7 @@ def test_a_resumed_run_makes_the_same_checks_and_measures_the_base_model_once(
 
     def counting(self: Validation, should_stop: Callable[[], bool]) -> torch.Tensor:
         assert not self._network.training, "dropout would change what is measured"
-        measured.append(self._network._switch.is_enabled)
+        measured.append(self._network.is_enabled)
         return plain(self, should_stop)
 
     monkeypatch.setattr(Validation, "_losses", counting)
