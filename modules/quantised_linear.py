@@ -39,6 +39,8 @@ def quantise_with(
 ) -> Tensor:
     """weight [out, in] / scale [out, 1], put on the grid of `dtype` by `to_grid`, in pieces of few rows."""
     quantised = torch.empty_like(weight, dtype=dtype)
+    if weight.is_meta:  # thousands of pieces without data to round
+        return quantised
     rows = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
     for target, source, divisor in zip(
         quantised.split(rows), weight.split(rows), scale.split(rows), strict=True

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from kandinsky5.model.checkpoints import build_meta_dit
 from kandinsky5.tasks import DitParams
+from networks.lora_files import LayerSizes
 from networks.lora_kandinsky import is_target_name, linear_layer_sizes
 
 NABLA_DENSITY = 0.2
@@ -126,11 +128,16 @@ def training_work(
 
 def _linear_work(params: DitParams, video_tokens: int, text_tokens: int) -> dict[str, float]:
     """Operations of every linear layer for one clip, by its name."""
-    sizes = linear_layer_sizes(build_meta_dit(params, torch.bfloat16))
     return {
         name: 2.0 * out_features * in_features * _rows(name, video_tokens, text_tokens)
-        for name, (out_features, in_features) in sizes.items()
+        for name, (out_features, in_features) in _layer_sizes(params).items()
     }
+
+
+@cache
+def _layer_sizes(params: DitParams) -> Mapping[str, LayerSizes]:
+    """[out, in] of every linear layer; remembered, because `--vram_budget` asks for dozens of plans."""
+    return linear_layer_sizes(build_meta_dit(params, torch.bfloat16))
 
 
 def _rows(layer: str, video_tokens: int, text_tokens: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -207,3 +209,24 @@ def test_scales_bring_the_largest_of_each_row_to_the_limit() -> None:
     largest = grid.abs().amax(dim=1)
     assert largest.max() <= 100
     assert largest.min() > 99.2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_without_data_is_not_rounded_piece_by_piece(kind: type[QuantisedLinear]) -> None:
+    """A memory plan does this to every layer; Pro's largest would take 240 pieces."""
+
+    class Counting(TorchDispatchMode):
+        operators = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            self.operators += 1
+            return func(*args, **(kwargs or {}))
+
+    weight = torch.empty(16384, 4096, dtype=torch.bfloat16, device="meta")
+    with Counting() as counting:
+        weight8, scale = kind.quantise(weight)
+    assert (weight8.shape, scale.shape) == (weight.shape, (16384,))
+    assert weight8.element_size() == 1
+    assert counting.operators < 50

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from kandinsky5.memory import roofline
 from kandinsky5.memory.activations import META, Batch, make_inputs
 from kandinsky5.memory.roofline import CARDS, Work, floor_seconds, forward_work, training_work
+from kandinsky5.model.checkpoints import build_meta_dit
 from kandinsky5.model.conditioning import VelocityModel
+from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.tasks import LITE_PARAMS, PRO_PARAMS, TASKS, TINY_PARAMS, DitParams
 from networks.lora_kandinsky import create_network
 from tests.flops import count_flops
@@ -70,3 +75,27 @@ def test_sparse_attention_and_float8_products_lower_the_floor() -> None:
     assert floor_seconds(work, CARDS["NVIDIA GeForce RTX 4090"], fp8_products=True) == 2.0
     ampere = CARDS["NVIDIA GeForce RTX 3090"]
     assert floor_seconds(work, ampere, fp8_products=True) == floor_seconds(work, ampere, fp8_products=False)
+
+
+def test_the_sizes_of_a_model_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--vram_budget` makes dozens of plans of one model; a model of Pro's size takes a second to build."""
+    builds: list[DitParams] = []
+
+    def build(params: DitParams, dtype: torch.dtype) -> DiffusionTransformer3D:
+        builds.append(params)
+        return build_meta_dit(params, dtype)
+
+    monkeypatch.setattr(roofline, "build_meta_dit", build)
+    params = replace(TINY_PARAMS, num_visual_blocks=5)
+    for clips in (1, 2):
+        for tokens in (72, 96):
+            forward_work(params, clips=clips, video_tokens=tokens, text_tokens=11)
+            training_work(
+                params,
+                clips=clips,
+                video_tokens=tokens,
+                text_tokens=11,
+                lora_elements={},
+                gradient_checkpointing=True,
+            )
+    assert len(builds) <= 1
