@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 from kandinsky5.cli.common import positive_int
@@ -46,11 +47,12 @@ def add_accelerate_compile_options(parser: argparse.ArgumentParser) -> None:
     add("--dynamo_dynamic", action="store_true", help="as --compile_dynamic true")
 
 
-def compile_config(args: argparse.Namespace) -> CompileConfig | None:
-    """What was asked for; None without `--compile` and `--dynamo_backend`.
+def compile_config(args: argparse.Namespace, *, for_training: bool, has_nabla: bool) -> CompileConfig | None:
+    """The compile settings of a command line; None without `--compile` and `--dynamo_backend`.
 
     Raises:
-        ConfigError: a setting without its switch, both switches, or float8 layers in an unbroken graph.
+        ConfigError: a setting without its switch, both switches, layers in an unbroken graph that must break
+            it, or CUDA graphs where weights or activations move.
     """
     given = {name: vars(args)[name] for name in _SETTINGS if vars(args)[name] is not None}
     if args.compile_fullgraph:
@@ -63,11 +65,45 @@ def compile_config(args: argparse.Namespace) -> CompileConfig | None:
     if not args.compile and not accelerates:
         return None
     config = CompileConfig(**(accelerates or given))
-    if config.compile_fullgraph and (args.fp8_base or args.fp8_scaled):
-        raise ConfigError("--compile_fullgraph: layers in float8 stay outside compiled graphs; leave it out")
-    if config.compile_fullgraph and args.vram_budget is not None:
-        raise ConfigError("--compile_fullgraph: --vram_budget may add --fp8_base; leave one of them out")
+    problems = [*_fullgraph_problems(config, args, has_nabla=has_nabla)]
+    problems += _cuda_graph_problems(config, args, for_training=for_training)
+    if problems:
+        raise ConfigError(problems)
     return config
+
+
+def _fullgraph_problems(config: CompileConfig, args: argparse.Namespace, *, has_nabla: bool) -> Iterator[str]:
+    if not config.compile_fullgraph:
+        return
+    if args.fp8_base or args.fp8_scaled:
+        yield "--compile_fullgraph: layers in float8 stay outside compiled graphs; leave it out"
+    if args.vram_budget is not None:
+        yield "--compile_fullgraph: --vram_budget may add --fp8_base; leave one of them out"
+    if has_nabla:
+        yield "--compile_fullgraph: NABLA's attention stays outside compiled graphs; leave it out"
+
+
+def _cuda_graph_problems(
+    config: CompileConfig, args: argparse.Namespace, *, for_training: bool
+) -> Iterator[str]:
+    """CUDA graphs are refused wherever no GPU run has shown that addresses stay valid."""
+    if not config.uses_cuda_graphs:
+        return
+    if for_training:
+        where = "in training"
+    elif args.blocks_to_swap > 0:
+        where = "with --blocks_to_swap"
+    elif args.vram_budget is not None:
+        where = "with --vram_budget, which may add --blocks_to_swap"
+    else:
+        return
+    words = "--compile" if args.compile else "--dynamo"
+    is_backend = config.compile_backend == "cudagraphs"
+    setting = "backend cudagraphs" if is_backend else f"mode {config.compile_mode}"
+    yield (
+        f"{words}_{setting} records CUDA graphs, which have not been tested {where}; "
+        f"use {words}_backend inductor {words}_mode max-autotune-no-cudagraphs"
+    )
 
 
 def _in_accelerates_words(args: argparse.Namespace) -> dict[str, Any]:

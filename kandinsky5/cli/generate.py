@@ -128,7 +128,7 @@ def _config(args: argparse.Namespace, task: Task) -> GenerateConfig:
             attention=chosen_attention(args),
             magcache=_magcache(args),
             cpu_noise=args.cpu_noise,
-            compile=_compile(args),
+            compile=_compile(args, task),
         ),
         text=TextEncoderConfig(
             text_encoder_cpu=args.text_encoder_cpu,
@@ -532,7 +532,7 @@ def _add_output_options(parser: Parser) -> None:
     add("--no_metadata", action="store_true", help="do not store prompt and settings in the files")
 
 
-def _compile(args: argparse.Namespace) -> CompileConfig | None:
+def _compile(args: argparse.Namespace, task: Task) -> CompileConfig | None:
     """The compile options; `--compile_args B M D F` is their older spelling in one."""
     if args.compile_args is not None:
         backend, mode, dynamic, fullgraph = args.compile_args
@@ -540,4 +540,4 @@ def _compile(args: argparse.Namespace) -> CompileConfig | None:
             raise ConfigError("--compile_args takes backend, mode, dynamic (true, false, auto) and fullgraph")
         args.compile_backend, args.compile_mode = backend, mode
         args.compile_dynamic, args.compile_fullgraph = dynamic.lower(), fullgraph.lower() == "true"
-    return compile_config(args)
+    return compile_config(args, for_training=False, has_nabla=_nabla(args, task) is not None)

@@ -191,15 +191,16 @@ def _model(args: argparse.Namespace) -> ModelConfig:
         raise ConfigError("--task is required")
     task = get_task(args.task)
     multipliers = tuple(args.base_weights_multiplier)
+    nabla = _nabla(task, args)
     return _fill(
         ModelConfig,
         args,
         attention=chosen_attention(args),
-        compile=compile_config(args),
+        compile=compile_config(args, for_training=True, has_nabla=nabla is not None),
         task=task,
         dit=args.dit or task.dit_path,
         dit_params=_dit_params(task, args.override_dit),
-        nabla=_nabla(task, args),
+        nabla=nabla,
         scheduler_scale=args.scheduler_scale or task.scheduler_scale,
         base_weights=tuple(args.base_weights),
         base_weights_multiplier=multipliers + (1.0,) * (len(args.base_weights) - len(multipliers)),

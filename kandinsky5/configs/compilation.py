@@ -8,6 +8,9 @@ from typing import Literal
 NO_BACKEND = "no"
 """accelerate's word for not compiling."""
 
+_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+"""Inductor's, on CUDA devices."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompileConfig:
@@ -21,3 +24,10 @@ class CompileConfig:
     compile_fullgraph: bool = False
     compile_cache_size_limit: int | None = None
     """Graphs kept per block kind; None: torch's own limit."""
+
+    @property
+    def uses_cuda_graphs(self) -> bool:
+        """Whether torch records CUDA graphs, which replay kernels at the addresses of the first run."""
+        return self.compile_backend == "cudagraphs" or (
+            self.compile_backend == "inductor" and self.compile_mode in _CUDA_GRAPH_MODES
+        )

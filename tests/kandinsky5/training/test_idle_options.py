@@ -98,10 +98,15 @@ EXAMPLES = [
     Example("force_nabla_attention", "", (_NABLA,), ""),
     Example("mixed_precision", "bf16", ("--dit_dtype fp32",), ""),
     Example(
-        "compile_mode", "max-autotune", ("--compile --compile_backend eager",),
+        "compile_mode", "max-autotune-no-cudagraphs", ("--compile --compile_backend eager",),
         "--compile --compile_backend inductor",
     ),
-    Example("dynamo_mode", "max-autotune", ("--dynamo_backend eager",), "--dynamo_backend inductor"),
+    Example(
+        "dynamo_mode",
+        "max-autotune-no-cudagraphs",
+        ("--dynamo_backend eager",),
+        "--dynamo_backend inductor",
+    ),
     Example("lora_allow_partial", "", ("",), "--network_weights a.safetensors"),
     Example("lora_allow_partial", "", ("",), "--base_weights a.safetensors"),
     *(

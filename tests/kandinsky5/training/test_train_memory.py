@@ -87,6 +87,17 @@ def test_compiled_blocks_train_to_the_same_losses(files: tuple[Path, Path], tmp_
         ),
         (("--compile", "--compile_fullgraph", "--vram_budget", "8"), "--vram_budget may add --fp8_base"),
         (("--dynamo_backend", "eager", "--gradient_checkpointing_keep_attention", "1"), "compiled blocks"),
+        (("--compile", "--compile_fullgraph", "--force_nabla_attention"), "NABLA's attention stays outside"),
+        (
+            ("--compile", "--compile_mode", "reduce-overhead"),
+            "--compile_mode reduce-overhead records CUDA graphs, which have not been tested in training; use "
+            "--compile_backend inductor --compile_mode max-autotune-no-cudagraphs",
+        ),
+        (
+            ("--dynamo_backend", "inductor", "--dynamo_mode", "max-autotune"),
+            "use --dynamo_backend inductor --dynamo_mode max-autotune-no-cudagraphs",
+        ),
+        (("--dynamo_backend", "cudagraphs"), "--dynamo_backend cudagraphs records CUDA graphs"),
     ],
 )
 def test_compilers_that_cannot_act_are_refused_before_anything_loads(
