@@ -12,12 +12,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_mask
 
 from modules.attention import fused_attention
 
 GATHERED_BLOCKS = 4096
 """How many key blocks the gathered path copies at a time; it bounds its memory."""
+
+SORTED_PAIRS = 2**24
+"""About how many pairs of blocks are sorted at a time."""
+
+FLEX_GRAPHS = 64
+"""Most graphs of flex_attention: one each for dtypes, with and without gradients, one clip or several."""
 
 _PADDING_SHARE = 0.125
 """Rows whose counts differ by up to this share are computed together, padded to the longest."""
@@ -55,17 +61,32 @@ def block_sparse_attention(
         [B, N, heads, d].
     """
     if query.is_meta:
-        return _without_data(query, key, value, block_mask)
+        return _without_data(query, key, value, block_mask, block_size)
     if block_sparse_path(query.device) == "flex":
         return flex_block_attention(query, key, value, block_mask, block_size)
     return gathered_block_attention(query, key, value, block_mask, block_size)
 
 
-def _without_data(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor) -> Tensor:
+def _without_data(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor, block_size: int) -> Tensor:
     """What the compiled path holds, to count memory: its index lists, and the tensors of a fused kernel."""
-    _kept_first(block_mask).clone()
+    mask = _flex_mask(block_mask, block_size, has_backward=_has_backward(query, key, value))
     heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return fused_attention(*heads).transpose(1, 2)
+    mixed = fused_attention(*heads).transpose(1, 2)
+    return _HoldForBackward.apply(mixed, mask)  # type: ignore[no-any-return]
+
+
+class _HoldForBackward(torch.autograd.Function):
+    """Passes a tensor on and holds the index lists of a mask until the backward, as the kernel's does."""
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, mask: BlockMask) -> Tensor:
+        ctx.save_for_backward(mask.kv_num_blocks, mask.kv_indices, mask.q_num_blocks, mask.q_indices)
+        return mixed.view_as(mixed)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        del ctx
+        return grad_outputs[0], None
 
 
 # Compiled flex_attention
@@ -76,38 +97,71 @@ def flex_block_attention(
 ) -> Tensor:
     """The kept blocks through compiled flex_attention; arguments as in `block_sparse_attention`.
 
-    Un-compiled flex_attention ignores the index lists and computes dense attention, so it is never called.
+    Un-compiled flex_attention ignores the index lists and computes dense attention, so it is never called:
+    past `FLEX_GRAPHS` graphs torch raises `FailOnRecompileLimitHit`.
     """
-    counts = block_mask.sum(dim=-1, dtype=torch.int32)
-    columns = _kept_first(block_mask)
-    # Two index tensors: with one shared between both kinds of block the compiled CPU kernel does not build.
-    mask = BlockMask.from_kv_blocks(
-        torch.zeros_like(counts),
-        columns.clone(),
-        counts,
-        columns,
-        BLOCK_SIZE=block_size,
-        mask_mod=None,
-        seq_lengths=(query.shape[1], key.shape[1]),
-    )
-    mixed = _compiled_flex_attention()(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        block_mask=mask,
-        kernel_options=_kernel_options(query.device, block_size),
-    )
+    mask = _flex_mask(block_mask, block_size, has_backward=_has_backward(query, key, value))
+    # A limit of its own: `--compile_cache_size_limit` is about the model's blocks.
+    with torch._dynamo.config.patch(recompile_limit=FLEX_GRAPHS):
+        mixed = _compiled_flex_attention()(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            block_mask=mask,
+            kernel_options=_kernel_options(query.device, block_size),
+        )
     return mixed.transpose(1, 2)
 
 
-def _kept_first(block_mask: Tensor) -> Tensor:
-    """[..., nb] bool -> the columns of every row, int32, kept ones first; their order does not matter."""
-    return block_mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+def _has_backward(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+
+
+def _flex_mask(block_mask: Tensor, block_size: int, *, has_backward: bool) -> BlockMask:
+    """The index lists of [B, heads, nb, nb]: by rows, and for the backward by columns too.
+
+    Built here, because `BlockMask.from_kv_blocks` derives the second list through a dense int32 mask. The
+    kept blocks are given as the partial ones, whose mask is empty: then no lists of full blocks exist.
+    """
+    rows = _kept_first(block_mask)
+    columns = _kept_first(block_mask.mT) if has_backward else (None, None)
+    return BlockMask(
+        seq_lengths=(block_mask.shape[-2] * block_size, block_mask.shape[-1] * block_size),
+        kv_num_blocks=rows[0],
+        kv_indices=rows[1],
+        full_kv_num_blocks=None,
+        full_kv_indices=None,
+        q_num_blocks=columns[0],
+        q_indices=columns[1],
+        full_q_num_blocks=None,
+        full_q_indices=None,
+        BLOCK_SIZE=(block_size, block_size),
+        mask_mod=noop_mask,
+    )
+
+
+def _kept_first(block_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts [B, heads, rows] of kept blocks, and [B, heads, rows, columns] their columns before the others.
+
+    Both int32. A sort takes ten bytes per pair of blocks beside the four that stay: few heads at a time.
+    """
+    indices = torch.empty(block_mask.shape, dtype=torch.int32, device=block_mask.device)
+    heads = heads_at_a_time(block_mask.shape[-1])
+    masks = block_mask.flatten(0, 1).split(heads)
+    for mask, target in zip(masks, indices.flatten(0, 1).split(heads), strict=True):
+        bits = mask.to(torch.uint8, memory_format=torch.contiguous_format)
+        target.copy_(bits.argsort(dim=-1, descending=True, stable=True))
+    return block_mask.sum(dim=-1, dtype=torch.int32), indices
+
+
+def heads_at_a_time(num_blocks: int) -> int:
+    """How many heads' pairs of blocks are sorted together; it bounds the scratch memory of long clips."""
+    return max(1, SORTED_PAIRS // num_blocks**2)
 
 
 @cache
 def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _kernel_options(device: torch.device, block_size: int) -> dict[str, int] | None:

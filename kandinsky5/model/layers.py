@@ -218,7 +218,7 @@ class Attention(nn.Module):
             mixed = attention(query, key, value, keys=keys, backend=self.backend)
         else:
             # torch's decorator hides the signature.
-            mixed = nabla_attention(query, key, value, nabla, id(self))  # pyright: ignore[reportCallIssue]
+            mixed = nabla_attention(query, key, value, nabla, self)  # pyright: ignore[reportCallIssue]
         return self.out_layer(mixed.flatten(-2))
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataset.geometry import NABLA_STEP
 from kandinsky5.tasks import NablaParams
-from modules.block_sparse import block_sparse_attention, describe_block_sparse_path
+from modules.block_sparse import block_sparse_attention, describe_block_sparse_path, heads_at_a_time
 from modules.logs import get_logger
 
 log = get_logger(__name__)
@@ -38,7 +38,8 @@ class NablaPlan:
     """[nb, nb] bool, the sliding window."""
     observer: MaskObserver | None = None
     packed_masks: dict[int, Tensor] = field(default_factory=dict)
-    """Decisions of the blocks already passed, so that gradient checkpointing does not take them anew."""
+    """Decisions of the blocks already passed, so that gradient checkpointing does not take them anew; by the
+    id of the attention layer."""
 
 
 class DensityReport:
@@ -56,7 +57,7 @@ class DensityReport:
         """block_mask [B, heads, nb, nb] of the next visual block."""
         if len(self._densities) == self._num_blocks:
             return
-        self._densities.append(block_mask.float().mean())
+        self._densities.append(block_mask.count_nonzero() / block_mask.numel())
         if len(self._densities) == self._num_blocks:
             log.info(
                 "NABLA attends to %.1f %% of all block pairs, by %s",
@@ -130,11 +131,21 @@ def select_blocks(query: Tensor, key: Tensor, plan: NablaPlan) -> Tensor:
     Returns:
         [B, heads, nb, nb] bool.
     """
-    params = plan.params
-    query_means = _block_means(query)
-    key_means = _block_means(key)
-    scores = query_means @ key_means.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    weights = scores.float().softmax(dim=-1)  # [B, heads, nb, nb]
+    query_means, key_means = _block_means(query), _block_means(key)  # [B, heads, nb, d]
+    batch, heads, nb, _ = query_means.shape
+    mask = torch.empty(batch * heads, nb, nb, dtype=torch.bool, device=query.device)
+    # A pair of blocks takes over twenty bytes here and one in the mask: few heads at a time.
+    tensors = (mask, query_means.flatten(0, 1), key_means.flatten(0, 1))
+    for target, queries, keys in zip(*(t.split(heads_at_a_time(nb)) for t in tensors), strict=True):
+        scores = queries @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        target.copy_(_carrying_most(scores.float().softmax(dim=-1), plan.params))
+    if plan.params.add_sta:
+        mask |= plan.sta_mask
+    return mask.view(batch, heads, nb, nb)
+
+
+def _carrying_most(weights: Tensor, params: NablaParams) -> Tensor:
+    """Softmax weights [..., nb] -> bool, the largest ones by the method of `params`."""
     ascending, order = weights.sort(dim=-1)
     if params.method == "topcdf":
         # The smallest entries whose sum stays below 1 - P are left out.
@@ -144,10 +155,7 @@ def select_blocks(query: Tensor, key: Tensor, plan: NablaPlan) -> Tensor:
         kept = math.ceil(params.P * count) if params.P < 1 else int(params.P)
         keep_sorted = torch.zeros_like(ascending, dtype=torch.bool)
         keep_sorted[..., max(count - kept, 0) :] = True
-    mask = torch.zeros_like(keep_sorted).scatter_(-1, order, keep_sorted)
-    if params.add_sta:
-        mask |= plan.sta_mask
-    return mask
+    return torch.zeros_like(keep_sorted).scatter_(-1, order, keep_sorted)
 
 
 def _block_means(heads: Tensor) -> Tensor:
@@ -168,18 +176,19 @@ def dense_masked_attention(query: Tensor, key: Tensor, value: Tensor, block_mask
 
 
 @torch.compiler.disable  # keeps state between passes and brings its own compiled kernel
-def nabla_attention(query: Tensor, key: Tensor, value: Tensor, plan: NablaPlan, layer: int) -> Tensor:
+def nabla_attention(query: Tensor, key: Tensor, value: Tensor, plan: NablaPlan, layer: nn.Module) -> Tensor:
     """Attention over the selected blocks; [B, N, heads, d] in fractal order -> [B, N, heads, d].
 
-    `layer` names the caller: under gradient checkpointing its second pass reuses the decisions of its first.
+    `layer` is the caller: under gradient checkpointing its second pass reuses the decisions of its first. Its
+    id is taken here, outside compiled code, where it would tie a graph to one block.
     """
-    packed = plan.packed_masks.pop(layer, None)
+    packed = plan.packed_masks.pop(id(layer), None)
     if packed is None:
         block_mask = select_blocks(query, key, plan)
         if plan.observer is not None:
             plan.observer(block_mask)
         if torch.is_grad_enabled():
-            plan.packed_masks[layer] = _pack(block_mask)
+            plan.packed_masks[id(layer)] = _pack(block_mask)
     else:
         block_mask = _unpack(packed, len(plan.sta_mask))
     return block_sparse_attention(query, key, value, block_mask, BLOCK)

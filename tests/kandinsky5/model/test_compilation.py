@@ -31,6 +31,7 @@ from tests.tiny import tiny_dit
 BUCKETS = ((2, 8, 12), (3, 4, 8), (1, 12, 12))
 """[F, H, W]; token counts that equal no other size, which the compiler would take for one."""
 LENGTHS = (5, 9)
+SPARSE = NablaParams(P=0.5, wT=1, wH=1, wW=1)
 
 
 class GraphRecorder:
@@ -57,10 +58,26 @@ def recorder() -> Iterator[GraphRecorder]:
     torch._dynamo.backends.registry._COMPILER_FNS.pop("recorder")
 
 
+@pytest.fixture
+def counted_graphs() -> Iterator[list[Any]]:
+    """What the back end `counter` is given; it derives no graphs for the backward, which is slow."""
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def count(graph: Any, _: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    register_backend(count, name="counter")
+    yield graphs
+    torch._dynamo.reset()
+    torch._dynamo.backends.registry._COMPILER_FNS.pop("counter")
+
+
 def model(
-    held: type[QuantisedLinear] | None = None, *, use_fast: bool = False
+    held: type[QuantisedLinear] | None = None, *, use_fast: bool = False, visual_blocks: int = 3
 ) -> tuple[DiffusionTransformer3D, LoRANetwork]:
-    dit = tiny_dit(compute_dtype=torch.bfloat16, num_text_blocks=1, num_visual_blocks=3)
+    dit = tiny_dit(compute_dtype=torch.bfloat16, num_text_blocks=1, num_visual_blocks=visual_blocks)
     if held is not None:
         for name, layer in list(dit.named_modules()):
             if isinstance(layer, nn.Linear) and is_target_name(name):
@@ -78,13 +95,16 @@ def model(
 
 
 def lora_steps(
-    dit: DiffusionTransformer3D, network: LoRANetwork, nabla: NablaParams | None = None
+    dit: DiffusionTransformer3D,
+    network: LoRANetwork,
+    nabla: NablaParams | None = None,
+    lengths: tuple[int, ...] = LENGTHS,
 ) -> list[Tensor]:
     """Gradients of the adapters for every bucket and caption length."""
     gradients = []
     buckets = BUCKETS if nabla is None else ((2, 16, 16),)
     for shape in buckets:
-        for length in LENGTHS:
+        for length in lengths:
             generator = torch.Generator().manual_seed(length)
             caption = TextConditioning(
                 torch.randn(length, 64, generator=generator), torch.randn(32, generator=generator)
@@ -156,11 +176,21 @@ def test_swapped_blocks_compile(recorder: GraphRecorder) -> None:
 
 @pytest.mark.slow
 def test_sparse_attention_stays_eager_inside_compiled_blocks(recorder: GraphRecorder) -> None:
-    params = NablaParams(P=0.5, wT=1, wH=1, wW=1)
-    eager = lora_steps(*model(), nabla=params)
+    eager = lora_steps(*model(), nabla=SPARSE)
     dit, network = model()
     compile_blocks(dit, CompileConfig(compile_backend="recorder"), torch.device("cpu"))
-    assert_near(lora_steps(dit, network, params), eager)
+    assert_near(lora_steps(dit, network, SPARSE), eager)
+
+
+@pytest.mark.parametrize(("nabla", "graphs"), [(None, 3), (SPARSE, 6)], ids=["dense", "nabla"])
+def test_a_deep_model_has_no_more_graphs_than_a_shallow_one(
+    counted_graphs: list[Any], nabla: NablaParams | None, graphs: int
+) -> None:
+    """Twelve blocks: past torch's limit of eight graphs per function blocks would run uncompiled."""
+    dit, network = model(visual_blocks=12)
+    compile_blocks(dit, CompileConfig(compile_backend="counter"), torch.device("cpu"))
+    lora_steps(dit, network, nabla, lengths=LENGTHS[:1])
+    assert len(counted_graphs) == graphs
 
 
 @pytest.mark.parametrize(("capability", "may"), [((8, 6), False), ((8, 9), True), ((9, 0), True)])
@@ -187,12 +217,52 @@ def test_generation_with_compiled_blocks_gives_the_same_latents(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    "words", [("--compile_mode", "max-autotune"), ("--compile", "--compile_fullgraph", "--fp8_base")]
+    ("words", "message"),
+    [
+        (("--compile_mode", "max-autotune"), "add --compile"),
+        (("--compile", "--compile_fullgraph", "--fp8_base"), "layers in float8"),
+        (("--compile", "--compile_fullgraph", "--force_nabla_attention"), "NABLA's attention"),
+        (
+            ("--compile", "--compile_mode", "reduce-overhead", "--blocks_to_swap", "1"),
+            "not been tested with --blocks_to_swap; use --compile_backend inductor "
+            "--compile_mode max-autotune-no-cudagraphs",
+        ),
+        (("--compile", "--compile_mode", "max-autotune", "--vram_budget", "8"), "may add --blocks_to_swap"),
+        (("--compile", "--compile_backend", "cudagraphs", "--blocks_to_swap", "1"), "records CUDA graphs"),
+        (
+            (
+                "--compile_args",
+                "inductor",
+                "max-autotune",
+                "true",
+                "false",
+                "--blocks_to_swap",
+                "1",
+                "--compile",
+            ),
+            "--compile_mode max-autotune records CUDA graphs",
+        ),
+    ],
 )
 def test_compile_settings_that_cannot_act_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         generate(["--task", "k5-tiny-t2v", "--prompt", "a", "--output", str(tmp_path / "a.mp4"), *words])
     assert stop.value.code == 2
-    assert "--compile" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "uses"),
+    [
+        ({}, False),
+        ({"compile_mode": "max-autotune"}, True),
+        ({"compile_mode": "reduce-overhead"}, True),
+        ({"compile_mode": "max-autotune-no-cudagraphs"}, False),
+        ({"compile_mode": "max-autotune", "compile_backend": "eager"}, False),
+        ({"compile_backend": "cudagraphs"}, True),
+    ],
+)
+def test_settings_that_record_cuda_graphs_are_known(settings: dict[str, Any], uses: bool) -> None:
+    assert CompileConfig(**settings).uses_cuda_graphs is uses
