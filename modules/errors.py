@@ -31,6 +31,10 @@ class CacheError(DataError):
     """Cache files that are missing, damaged or made for something else."""
 
 
+class NewerCacheError(CacheError):
+    """A cache or an index that a newer version of this program made: neither read nor made again."""
+
+
 class ModelFileError(UserError):
     """A model or LoRA file that is missing, damaged or of the wrong kind."""
 

@@ -26,7 +26,7 @@ from dataset.cache.names import (
 )
 from dataset.geometry import LATENT_CHANNELS, PIXELS_PER_LATENT, latent_frame_count, pixel_size
 from modules.dtypes import dtype_from_word, dtype_name
-from modules.errors import CacheError, DataError, ModelFileError
+from modules.errors import CacheError, DataError, ModelFileError, NewerCacheError
 from modules.tensor_files import TensorFile, TensorFileHeader, read_header, write_tensors
 
 if TYPE_CHECKING:  # training reads caches and needs no media libraries
@@ -37,7 +37,6 @@ __all__ = [
     "LatentCache",
     "LatentCacheInfo",
     "LatentCacheMeta",
-    "NewerCacheError",
     "TextCache",
     "TextCacheInfo",
     "TextCacheMeta",
@@ -72,10 +71,6 @@ _UPSTREAM_MAX_FRAMES = 24
 _DTYPES = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "float32")
 _LATENT_KEY = re.compile(rf"(?P<name>latents(?:_image)?)_\d+x\d+x\d+_(?:{'|'.join(_DTYPES)})")
 _TYPED_KEY = re.compile(rf"(?P<name>.+?)_(?:{'|'.join(_DTYPES)})")
-
-
-class NewerCacheError(CacheError):
-    """A cache that a newer version of this program made; it is neither read nor made again."""
 
 
 class CacheMeta:

@@ -17,15 +17,22 @@ from dataset.cache.names import mask_cache_name, text_cache_name
 from dataset.config.config import AnyDatasetConfig
 from dataset.places import place_mark
 from dataset.sources import SkippedItem, SourceItem
-from modules.errors import CacheError
+from modules.errors import CacheError, NewerCacheError
 from modules.files import write_json
+from modules.logs import get_logger
 
 if TYPE_CHECKING:  # training reads indexes and needs no media libraries
     from dataset.clips import PlannedClip
 
+log = get_logger(__name__)
+
 CacheKind = Literal["latents", "text"]
 
 INDEX_VERSION = 1
+
+
+class DamagedIndexError(CacheError):
+    """An index whose content cannot be understood; the cache scripts make it again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,26 +145,34 @@ def read_index(cache_directory: Path, kind: CacheKind) -> dict[str, IndexEntry] 
     """All entries of an index by key; None when the folder has no index.
 
     Raises:
-        CacheError: the index is damaged or was made by a newer version of this program.
+        DamagedIndexError: its content is not that of an index.
+        NewerCacheError: it was made by a newer version of this program.
+        CacheError: the file cannot be read.
     """
     path = index_path(cache_directory, kind)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CacheError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise _damaged(path, error) from error
     try:
         value = json.loads(text)
         version = value["version"]
         if version <= INDEX_VERSION:
             return {key: _entry_from_json(entry) for key, entry in value["entries"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CacheError(
-            f"{path}: the index is damaged ({error!r}); delete it and run the cache script again"
-        ) from error
-    raise CacheError(
+        raise _damaged(path, error) from error
+    raise NewerCacheError(
         f"{path}: made by a newer version of this program (index version {version}, known {INDEX_VERSION})"
+    )
+
+
+def _damaged(path: Path, error: Exception) -> DamagedIndexError:
+    return DamagedIndexError(
+        f"{path}: the index is damaged ({error!r}); run the cache script again, which makes a new one"
     )
 
 
@@ -166,13 +181,20 @@ def update_index(cache_directory: Path, kind: CacheKind, key: str, entry: IndexE
 
     That of an older version with the same settings does not: it is this dataset's, or its files are told by
     nothing from this dataset's. The dataset files that use the entry no longer use the others.
+
+    A damaged index is made again: its other entries are lost until their cache scripts run again.
+
+    Raises:
+        CacheError: the index was made by a newer version of this program, or cannot be read.
     """
     try:
         entries = read_index(cache_directory, kind) or {}
-    except CacheError as error:
-        if "newer version" in str(error):
-            raise
-        entries = {}  # a damaged index is made anew: it only holds what the cache scripts can tell again
+    except DamagedIndexError:
+        log.warning(
+            "%s was damaged and is made again; if other datasets share the folder, cache them again too",
+            index_path(cache_directory, kind),
+        )
+        entries = {}
     entries.pop(key.partition("-")[0], None)
     for other, old in entries.items():
         if other == key:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from dataset.cache.files import (
     CacheMeta,
-    NewerCacheError,
     checked_header,
     read_cached,
     written_metadata,
 )
-from modules.errors import CacheError
+from modules.errors import CacheError, NewerCacheError
 from modules.tensor_files import TensorFileHeader, write_tensors
 
 if TYPE_CHECKING:  # training reads caches and needs no media libraries

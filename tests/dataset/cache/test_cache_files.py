@@ -11,7 +11,6 @@ import torch
 
 from dataset.cache.files import (
     LatentCacheMeta,
-    NewerCacheError,
     TextCacheMeta,
     inspect_latent_cache,
     inspect_text_cache,
@@ -31,7 +30,7 @@ from dataset.cache.names import (
 )
 from dataset.cache.unused import unused_caches
 from dataset.sources import SkippedItem
-from modules.errors import CacheError, DataError
+from modules.errors import CacheError, DataError, NewerCacheError
 from modules.tensor_files import read_header, read_tensors, write_tensors
 
 META = LatentCacheMeta(
@@ -289,13 +288,30 @@ def test_the_index_comes_back_and_keeps_other_entries(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in before
 
 
-def test_a_damaged_index_is_refused_and_remade(tmp_path: Path) -> None:
-    for text in ("{", "[]", '{"version": 1}', '{"version": "x", "entries": {}}', "[" * 100_000):
-        index_path(tmp_path, "text").write_text(text, encoding="utf-8")
-        with pytest.raises(CacheError, match="damaged"):
-            read_index(tmp_path, "text")
-    update_index(tmp_path, "text", "h", IndexEntry(items=(), skipped=()))
-    assert read_index(tmp_path, "text") == {"h": IndexEntry(items=(), skipped=())}
+@pytest.mark.parametrize("folder", ["caches", "made by a newer version", "cannot be read"])
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"[]", b'{"version": 1}', b'{"version": "x", "entries": {}}', b"[" * 100_000, b"\xff\xfe{"],
+)
+def test_a_damaged_index_is_refused_and_remade_whatever_its_folder_is_called(
+    tmp_path: Path, folder: str, content: bytes
+) -> None:
+    path = index_path(tmp_path / folder, "text")
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(CacheError, match="the index is damaged"):
+        read_index(path.parent, "text")
+    update_index(path.parent, "text", "h", IndexEntry(items=(), skipped=()))
+    assert read_index(path.parent, "text") == {"h": IndexEntry(items=(), skipped=())}
+
+
+def test_an_index_that_cannot_be_read_is_not_replaced(tmp_path: Path) -> None:
+    """It may hold entries of other datasets, and be readable again tomorrow."""
+    path = index_path(tmp_path, "text")
+    path.mkdir()
+    with pytest.raises(CacheError, match="cannot be read"):
+        update_index(tmp_path, "text", "h", IndexEntry(items=(), skipped=()))
+    assert path.is_dir()
 
 
 def test_an_index_that_points_out_of_its_folder_is_refused(tmp_path: Path) -> None:
@@ -311,8 +327,9 @@ def test_an_index_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
         lambda: read_index(tmp_path, "text"),
         lambda: update_index(tmp_path, "text", "h", IndexEntry(items=(), skipped=())),
     ):
-        with pytest.raises(CacheError, match="newer version"):
+        with pytest.raises(NewerCacheError, match="newer version"):
             use()
+    assert index_path(tmp_path, "text").read_text(encoding="utf-8") == '{"version": 99, "entries": {}}'
 
 
 def test_unused_caches_are_told_from_used_and_foreign_ones(tmp_path: Path) -> None:
