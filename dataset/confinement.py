@@ -9,8 +9,7 @@ from pathlib import Path
 
 from dataset.config.config import AnyDatasetConfig
 from modules.errors import ConfigError
-
-_MAX_LISTED = 10
+from modules.messages import MAX_LINES, shortened
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +52,7 @@ class Confinement:
         if wrong:
             where = f"dataset {dataset.index} ({dataset.origin})"
             problems = [f"{where}: {what} leads out of {self.root} (--confine_paths)" for what in wrong]
-            rest = [f"... and {len(wrong) - _MAX_LISTED} more"] if len(wrong) > _MAX_LISTED else []
-            raise ConfigError([*problems[:_MAX_LISTED], *rest])
+            raise ConfigError(shortened(problems, MAX_LINES))
 
     def _holds(self, path: Path) -> bool:
         # realpath: unlike Path.resolve it has an answer for links that lead in a circle.

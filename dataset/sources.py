@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from dataset.mask_sources import MaskFolder, is_mask
 from dataset.media.files import media_extensions
 from dataset.places import place_mark
 from modules.errors import ConfigError, DataError
+from modules.messages import MAX_LINES, lines_in_short, shortened
 
 NO_CAPTION = "no caption"
 CAPTION_NOT_UTF8 = "caption is not UTF-8"
@@ -28,7 +28,6 @@ NAME_NOT_UTF8 = "file name is not UTF-8"
 IS_FOLDER = "is a folder"
 
 _HALF_A_CHARACTER = "holds half a character (a lone surrogate such as \\ud800)"
-_MAX_LISTED = 10
 _JSONL_KEYS: dict[Content, frozenset[str]] = {
     "image": frozenset({"image_path", "image_path_0", "caption", "mask_path"}),
     "video": frozenset({"video_path", "caption", "mask_path"}),
@@ -112,10 +111,9 @@ def list_items(dataset: AnyDatasetConfig, *, confinement: Confinement | None = N
     listing = _with_masks(dataset, listing)
     _refuse_shared_names(dataset, listing.items)
     if not listing.items:
-        reasons = "\n".join(f"  {entry}" for entry in listing.skipped[:_MAX_LISTED])
         raise DataError(
-            f"dataset {dataset.index} ({dataset.origin}): none of its {listing.found} media can be used, "
-            f"for example:\n{reasons}"
+            f"dataset {dataset.index} ({dataset.origin}): none of its {listing.found} media can be used:\n"
+            f"{lines_in_short(listing.skipped)}"
         )
     return listing
 
@@ -283,18 +281,17 @@ def _list_jsonl(dataset: AnyDatasetConfig, path: Path, confinement: Confinement 
         for name in value.keys() - _JSONL_KEYS[dataset.content]:
             unknown.setdefault(name, number)
     if problems:
-        rest = [f"... and {len(problems) - 50} more"] if len(problems) > 50 else []
-        raise ConfigError([*problems[:50], *rest])
+        raise ConfigError(shortened(problems, MAX_LINES))
     if not entries:
         raise DataError(f"dataset {dataset.index} ({dataset.origin}): {path} lists no {dataset.content}s")
     items = sorted((e for e in entries if isinstance(e, SourceItem)), key=lambda item: item.base_name)
     skipped = tuple(e for e in entries if isinstance(e, SkippedItem))
-    notes = tuple(_unknown_keys(path, unknown, dataset.content))
+    notes = tuple(shortened([*_unknown_keys(path, unknown, dataset.content)], MAX_LINES))
     return SourceListing(items=tuple(items), skipped=skipped, notes=notes)
 
 
 def _unknown_keys(path: Path, first_line: Mapping[str, int], content: Content) -> Iterator[str]:
-    for key, number in itertools.islice(sorted(first_line.items()), _MAX_LISTED):
+    for key, number in sorted(first_line.items()):
         if key.startswith("control_path"):  # of other models, as in musubi-tuner
             continue
         hint = nearest_key(key, _JSONL_KEYS[content])

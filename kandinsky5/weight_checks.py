@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from modules.dtypes import dtype_name
+from modules.messages import names_in_short
 from modules.tensor_files import TensorInfo
 
-_SHOWN = 5
 _FINGERPRINT_BYTES = 1024
 
 # A piece of a tensor name that only this kind of model has.
@@ -54,11 +54,7 @@ def describe_mismatch(
         if name in found and found[name] != shape
     ]
     kinds = (("missing", missing), ("not part of the model", extra), ("of another shape", reshaped))
-    parts = [
-        f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{' ...' if len(names) > _SHOWN else ''}"
-        for what, names in kinds
-        if names
-    ]
+    parts = [f"{len(names)} {what}: {names_in_short(names)}" for what, names in kinds if names]
     return "; ".join(parts) or None
 
 
@@ -117,5 +113,6 @@ class WeightHash:
 
 def not_finite_message(names: list[str]) -> str:
     """What to say of tensors that hold NaN or infinity: how many, the first names, what to do."""
-    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    return f"{len(names)} tensors hold NaN or infinite values: {shown}\nDownload the file again"
+    return (
+        f"{len(names)} tensors hold NaN or infinite values: {names_in_short(names)}\nDownload the file again"
+    )

@@ -47,21 +47,37 @@ def atomic_writer(path: Path, *, makes_folder: bool = True) -> Iterator[BinaryIO
 
 
 @contextmanager
-def disk_errors(path: Path, then: str) -> Iterator[None]:
-    """Around writing into `path`: the system's refusal in words.
+def disk_errors(path: Path, then: str = "", *, what: str = "") -> Iterator[None]:
+    """Within the block, an error of the system while writing into `path` becomes a message.
 
     Args:
         then: what to do once there is space again, as the end of a sentence.
+        what: the option or the words that name `path` in the message.
     Raises:
         ResourceError: instead of OSError: no space, no permission, and the like.
     """
     try:
         yield
     except OSError as error:
-        raise ResourceError(
-            f"{path} cannot be written: {error.strerror or error}. Free some space or check the folder, "
-            f"then {then}."
-        ) from error
+        advice = f". Free some space or check the folder, then {then}." if then else ""
+        name = f"{what} {path}" if what else f"{path}"
+        raise ResourceError(f"{name} cannot be written: {error.strerror or error}{advice}") from error
+
+
+def make_writable_folder(folder: Path, what: str) -> None:
+    """Make a folder if it is missing, and prove with a trial file that it can be written.
+
+    Args:
+        what: the option or the words that name the folder in the message.
+    Raises:
+        ResourceError: there is a file in its place, or the system refuses.
+    """
+    _check_is_folder(folder, what)
+    with disk_errors(folder, what=what):
+        trial = folder / stray_name(STRAY_PREFIX, "trial")
+        with atomic_writer(trial) as stream:
+            stream.write(b"k5")
+        trial.unlink()
 
 
 def check_folder_unwritten(folder: Path, what: str) -> None:
@@ -72,12 +88,22 @@ def check_folder_unwritten(folder: Path, what: str) -> None:
     Raises:
         ResourceError: the folder, or the one it would be made in, is a file or not for this user to write.
     """
-    absolute = folder.absolute()
-    nearest = next(path for path in (absolute, *absolute.parents) if path.exists())
-    if not nearest.is_dir():
-        raise ResourceError(f"{what} {folder}: {nearest} is a file; name a folder")
+    _check_is_folder(folder, what)
+    nearest = _nearest_existing(folder)
     if not os.access(nearest, os.W_OK):
         raise ResourceError(f"{what} {folder}: {nearest} cannot be written")
+
+
+def _check_is_folder(folder: Path, what: str) -> None:
+    nearest = _nearest_existing(folder)
+    if not nearest.is_dir():
+        raise ResourceError(f"{what} {folder}: {nearest} is a file; name a folder")
+
+
+def _nearest_existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    absolute = folder.absolute()
+    return next(path for path in (absolute, *absolute.parents) if path.exists())
 
 
 def check_free_space(folder: Path, need: int) -> None:
@@ -88,9 +114,7 @@ def check_free_space(folder: Path, need: int) -> None:
     Raises:
         ResourceError: fewer bytes are free there.
     """
-    absolute = folder.absolute()
-    nearest = next(path for path in (absolute, *absolute.parents) if path.exists())
-    free = shutil.disk_usage(nearest).free
+    free = shutil.disk_usage(_nearest_existing(folder)).free
     if free < need:
         raise ResourceError(
             f"{folder}: {free / 2**20:.0f} MB are free on this disk, {need / 2**20:.0f} MB are needed"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from modules.errors import ResourceError
+from modules.files import disk_errors
 from modules.logs import get_logger
 
 log = get_logger(__name__)
@@ -25,11 +26,9 @@ def folder_lock(folder: Path) -> Iterator[None]:
     Raises:
         ResourceError: the folder cannot be written, or its file system knows no locks.
     """
-    try:
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stream = (folder / _LOCK_NAME).open("a+b")
-    except OSError as error:
-        raise ResourceError(f"{folder}: cannot be written: {error.strerror}") from error
     with stream:
         if not _try_lock(stream):
             log.info("%s is in use by process %s; waiting until it is done", folder, _read_owner(stream))

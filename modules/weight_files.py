@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from modules.errors import ModelFileError
+from modules.messages import names_in_short
 from modules.tensor_files import TensorFile, TensorInfo
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -48,8 +49,8 @@ def _files_of_folder(folder: Path) -> tuple[Path, ...]:
     if not files:
         raise ModelFileError(f"{folder}: a folder without .safetensors files; name the model file itself")
     if len(stems) > 1 or len(indices) > 1:
-        names = ", ".join(file.name for file in files[:5])
-        raise ModelFileError(f"{folder}: holds several models; name one file ({names}, ...)")
+        names = names_in_short([file.name for file in files])
+        raise ModelFileError(f"{folder}: holds several models; name one file ({names})")
     return _files_of_shard(files[0]) if _SHARD.fullmatch(files[0].name) else (files[0],)
 
 
@@ -78,7 +79,7 @@ def _existing(folder: Path, names: list[str]) -> tuple[Path, ...]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelFileError(
-            f"{folder}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing[:5])}. "
+            f"{folder}: {len(missing)} of {len(names)} shards are missing: {names_in_short(missing)}. "
             "Download them again."
         )
     return tuple(folder / name for name in names)

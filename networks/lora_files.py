@@ -28,6 +28,7 @@ from modules.dtypes import dtype_name
 from modules.errors import ConfigError, ModelFileError
 from modules.files import write_json
 from modules.logs import get_logger
+from modules.messages import names_in_short
 from modules.tensor_files import encode_header, file_order, read_tensors, tensor_bytes, write_tensors
 from networks.factors import LayerFactors, factors_from_roles
 from networks.lora import LoraFactors, LoRANetwork
@@ -40,7 +41,6 @@ LoraFormat = Literal["diffusers", "kohya"]
 LayerSizes = tuple[int, int]
 """(out_features, in_features)."""
 
-_SHOWN_NAMES = 5
 _PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 _MAX_TRIGGER_LENGTH = 500
 
@@ -97,7 +97,7 @@ def read_lora(
         raise ModelFileError(f"{path}: is a DoRA (key {dora[0]}), which cannot be applied here")
     if not any(parse_key(key) for key in tensors):
         raise ModelFileError(f"{path}: not a LoRA file: no key like lora_A, lora_down, hada_w1_a or lokr_w1; "
-                             f"its first keys are {_some(list(tensors))}")  # fmt: skip
+                             f"its first keys are {names_in_short(list(tensors))}")  # fmt: skip
     chosen = _filter_keys(tensors, include_patterns, exclude_patterns)
     groups = group_keys(chosen, LayerNames(layers))
     _check_matches(path, groups.layers, groups.unmatched, groups.repeated, allow_partial)
@@ -171,11 +171,12 @@ def _check_matches(
     total = len(unmatched) + sum(len(roles) for roles in layers.values() if isinstance(roles, dict))
     if not layers:
         raise ModelFileError(f"{path}: 0 of {total} keys match a layer of this model; first keys: "
-                             f"{_some(unmatched)}")  # fmt: skip
+                             f"{names_in_short(unmatched)}")  # fmt: skip
     if repeated:
-        raise ModelFileError(f"{path}: a layer occurs under two names: {_some(repeated)}")
+        raise ModelFileError(f"{path}: a layer occurs under two names: {names_in_short(repeated)}")
     if unmatched:
-        text = f"{path}: {len(unmatched)} of {total} keys match no layer of this model: {_some(unmatched)}"
+        names = names_in_short(unmatched)
+        text = f"{path}: {len(unmatched)} of {total} keys match no layer of this model: {names}"
         if not allow_partial:
             raise ModelFileError(f"{text}\nUse --lora_allow_partial to go on without them.")
         log.warning("%s", text)
@@ -219,11 +220,6 @@ def _clean_trigger(text: str | None) -> str | None:
     return cleaned or None
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f", ... ({len(names) - _SHOWN_NAMES} more)" if len(names) > _SHOWN_NAMES else ""
-    return ", ".join(names[:_SHOWN_NAMES]) + more
-
-
 @torch.no_grad()
 def load_weights(network: LoRANetwork, lora: LoadedLora) -> None:
     """Start training from a file (`--network_weights`): the network then changes the model as the file does.
@@ -246,7 +242,7 @@ def load_weights(network: LoRANetwork, lora: LoadedLora) -> None:
             )
     if problems:
         hint = "Give the same --network_dim and --network_module, or --dim_from_weights."
-        raise ConfigError(f"--network_weights {lora.path}: does not fit: {_some(problems)}\n{hint}")
+        raise ConfigError(f"--network_weights {lora.path}: does not fit: {names_in_short(problems)}\n{hint}")
     for name, factors in lora.layers.items():
         mine = network.adapters[name].factors()
         for role, tensor in mine.tensors.items():

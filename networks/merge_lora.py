@@ -12,6 +12,7 @@ from modules.devices import pick_device
 from modules.dtypes import dtype_name
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
+from modules.messages import names_in_short
 from modules.tensor_files import TensorInfo
 from modules.weight_files import find_weight_files, open_weight_files
 from networks.lora_files import LayerSizes, read_lora
@@ -31,7 +32,7 @@ def layer_sizes_of_file(tensors: Mapping[str, TensorInfo]) -> tuple[str, dict[st
     """
     prefix = next((p for p in _PREFIXES if any(name.startswith(p + _BLOCK) for name in tensors)), None)
     if prefix is None:
-        raise ModelFileError(f"not a Kandinsky 5 DiT; its first keys: {', '.join(list(tensors)[:5])}")
+        raise ModelFileError(f"not a Kandinsky 5 DiT; its first keys: {names_in_short(tensors)}")
     sizes: dict[str, LayerSizes] = {}
     for name, info in tensors.items():
         if name.startswith(prefix) and name.endswith(".weight") and len(info.shape) == 2:

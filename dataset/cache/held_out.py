@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataset.cache.cached_dataset import CachedDataset
 from modules.errors import ConfigError
+from modules.messages import names_in_short
 from modules.seeding import derive_seed
 
 FLAG = "--validation_split"
-_MAX_LISTED = 10
 
 
 def hash_position(source: str) -> float:
@@ -31,10 +31,9 @@ def hold_out(data: CachedDataset, share: float) -> tuple[CachedDataset, CachedDa
     if not chosen or len(chosen) == len(positions):
         raise ConfigError(_empty_side([position for position, _ in positions], share))
     held = data.part(lambda item: item.source in chosen)
-    names = ", ".join(sorted(chosen)[:_MAX_LISTED]) + (", ..." if len(chosen) > _MAX_LISTED else "")
     note = (
         f"{FLAG} {share:g}: {len(chosen)} of {len(positions)} source files ({len(held.items)} clips) are "
-        f"measured and not trained on: {names}"
+        f"measured and not trained on: {names_in_short(sorted(chosen))}"
     )
     return data.part(lambda item: item.source not in chosen, note), held
 

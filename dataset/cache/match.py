@@ -36,11 +36,10 @@ from dataset.geometry import pixel_size, size_label
 from dataset.media.frames import fps_rules
 from dataset.sources import SkippedItem
 from modules.errors import CacheError
+from modules.messages import lines_in_short
 
 NO_LATENTS = "no latent cache"
 NO_TEXT = "no text cache"
-
-_MAX_LISTED = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,13 +164,9 @@ class _Problems:
     lines: list[str] = field(default_factory=list)
 
     def message(self, where: str, config_path: Path) -> str:
-        more = len(self.lines) - _MAX_LISTED
-        shown = [f"  {line}" for line in self.lines[:_MAX_LISTED]]
-        if more > 0:
-            shown.append(f"  ... and {more} more")
         return "\n".join([
             f"{where}: {len(self.lines)} {self.title}:",
-            *shown,
+            lines_in_short(self.lines),
             cache_commands(config_path, self.kinds),
         ])
 
@@ -509,8 +504,9 @@ class _Matcher:
         kinds = (self._bad_latents, self._bad_texts, *missing)
         problems = [kind.message(where, self.config_path) for kind in kinds if kind.lines]
         if self.options.strict and self.skipped:
-            shown = "\n".join(f"  {entry}" for entry in self.skipped[:_MAX_LISTED])
-            problems.append(f"{where}: --strict: {len(self.skipped)} items were skipped:\n{shown}")
+            problems.append(
+                f"{where}: --strict: {len(self.skipped)} items were skipped:\n{lines_in_short(self.skipped)}"
+            )
         return problems
 
     def _note_once(self, note: str) -> None:

@@ -15,13 +15,13 @@ from dataset.config.config import AnyDatasetConfig
 from dataset.media.masks import latent_mask
 from dataset.media.media import MediaError
 from dataset.sources import SkippedItem, SourceListing
-from kandinsky5.caching.report import Outcome, disk_errors
+from kandinsky5.caching.report import CONTINUE_HINT, Outcome
 from kandinsky5.configs.caching import CacheRunConfig
+from modules.files import disk_errors
 from modules.logs import get_logger
+from modules.messages import names_in_short
 
 log = get_logger(__name__)
-
-_MAX_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,13 @@ def mask_notes(dataset: AnyDatasetConfig, listing: SourceListing) -> Iterator[st
     if folder is not None and without:
         yield (
             f"dataset {dataset.index}: {len(without)} of {len(listing.items)} {kind}s have no mask in "
-            f"{folder} and count everywhere, for example {', '.join(without[:_MAX_NAMED])}"
+            f"{folder} and count everywhere: {names_in_short(without)}"
         )
     masks = listing.unmatched_masks
     if masks:
         yield (
-            f"dataset {dataset.index}: {len(masks)} masks in {folder} are named like no {kind}, "
-            f"for example {', '.join(masks[:_MAX_NAMED])}"
+            f"dataset {dataset.index}: {len(masks)} masks in {folder} are named like no {kind}: "
+            f"{names_in_short(masks)}"
         )
 
 
@@ -70,15 +70,15 @@ def write_masks(work: MaskWork, run: CacheRunConfig) -> None:
             if isinstance(weights, SkippedItem):
                 work.outcome.skipped.append(weights)
                 continue
-            with disk_errors(folder):
+            with disk_errors(folder, CONTINUE_HINT):
                 write_mask_cache(folder / mask_cache_name(clip.cache_name), weights, meta)
             work.outcome.encoded += 1
             black += [] if weights.any() else [clip.item_key]
     if black:
         log.warning(
             "dataset %d: %d masks are black throughout, so the masked loss learns nothing from them without "
-            "--mask_min_weight, for example %s",
-            work.outcome.dataset.index, len(black), ", ".join(black[:_MAX_NAMED]),
+            "--mask_min_weight: %s",
+            work.outcome.dataset.index, len(black), names_in_short(black),
         )  # fmt: skip
 
 

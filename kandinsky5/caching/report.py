@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from dataset.cache.index import (
     CacheKind,
@@ -21,16 +20,17 @@ from dataset.config.config import AnyDatasetConfig
 from dataset.places import place_mark
 from dataset.sources import SkippedItem
 from kandinsky5.configs.caching import CacheRunConfig
-from modules import files
 from modules.errors import DataError
-from modules.files import remove_strays
+from modules.files import disk_errors, remove_strays
 from modules.locks import folder_lock
 from modules.logs import format_table, get_logger
+from modules.messages import lines_in_short
 from modules.processes import Processes
 
 log = get_logger(__name__)
 
-_MAX_NAMED = 10
+CONTINUE_HINT = "run the same command with --skip_existing; the files written so far are whole"
+"""For `disk_errors`: how a caching run that was stopped by the disk goes on."""
 _GIGABYTE = 1e9
 
 
@@ -89,13 +89,6 @@ def combine(outcomes: Sequence[Outcome], processes: Processes) -> None:
         outcome.skipped = [*known, *sorted(found, key=str)]
 
 
-def disk_errors(folder: Path) -> AbstractContextManager[None]:
-    """Around writing into `folder`: a disk that refuses is a ResourceError with what to do."""
-    return files.disk_errors(
-        folder, "run the same command with --skip_existing; the files written so far are whole"
-    )
-
-
 def check_strict(outcomes: Sequence[Outcome], run: CacheRunConfig) -> None:
     """With --strict, refuse to begin when anything is skipped.
 
@@ -111,7 +104,7 @@ def write_index(outcome: Outcome, kind: CacheKind, entry: IndexEntry, run: Cache
     """Put what a run found for a dataset into the index of its cache folder."""
     folder = outcome.dataset.cache_directory
     entry = replace(entry, users=(place_mark(folder, run.dataset_config),))
-    with disk_errors(folder):
+    with disk_errors(folder, CONTINUE_HINT):
         update_index(folder, kind, entry_key(outcome.dataset, kind), entry)
 
 
@@ -132,7 +125,7 @@ def handle_unused(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunCon
             log.info("%s: %d caches of items that could not be read are kept", folder, len(unused.unread))
         size = f"{len(unused.files)} caches ({unused.total_bytes / _GIGABYTE:.2f} GB)"
         if run.prune:
-            with disk_errors(folder):
+            with disk_errors(folder, CONTINUE_HINT):
                 drop_unused_entries(folder, kind)
             for path in unused.files:
                 path.unlink(missing_ok=True)
@@ -193,7 +186,4 @@ def _summary(outcomes: Sequence[Outcome]) -> str:
 
 def _listed(skipped: Sequence[SkippedItem]) -> str:
     entries = list(dict.fromkeys(skipped))
-    lines = [f"  {entry}" for entry in entries[:_MAX_NAMED]]
-    if len(entries) > _MAX_NAMED:
-        lines.append(f"  ... and {len(entries) - _MAX_NAMED} more")
-    return "\n".join([f"{len(entries)} items were skipped:", *lines])
+    return f"{len(entries)} items were skipped:\n{lines_in_short(entries)}"

@@ -38,11 +38,11 @@ from dataset.sources import SourceListing, list_items
 from kandinsky5.caching.masks import MaskWork, mask_notes, write_masks
 from kandinsky5.caching.preview import preview_clips
 from kandinsky5.caching.report import (
+    CONTINUE_HINT,
     Outcome,
     cache_folders,
     check_strict,
     combine,
-    disk_errors,
     finish,
     handle_unused,
     write_index,
@@ -61,6 +61,7 @@ from kandinsky5.vae.video_vae import VideoVAE, encode_or_tile, load_vae, uint8_t
 from modules.devices import pick_device
 from modules.dtypes import dtype_name
 from modules.errors import ModelFileError
+from modules.files import disk_errors
 from modules.interruption import exit_on_signal
 from modules.logs import get_logger
 from modules.processes import Processes, joined_processes
@@ -236,7 +237,7 @@ def _encode_batch(vae: VideoVAE, work: _LatentWork, loaded: LoadedBatch, tile_px
     folder = work.dataset.cache_directory
     for clip, clip_latents, clip_ends in zip(loaded.clips, latents, ends, strict=True):
         if clip.cache_name in work.stale:
-            with disk_errors(folder):
+            with disk_errors(folder, CONTINUE_HINT):
                 write_latent_cache(
                     folder / clip.cache_name, clip_latents, clip_ends, work.metas[clip.cache_name]
                 )
@@ -392,7 +393,7 @@ def _encode_captions(encoders: TextEncoders, work: _TextWork, *, is_quiet: bool)
         for batch in work.batches:
             for target, (first, *more) in zip(batch, _encode_batch_captions(encoders, batch), strict=True):
                 if target.path in work.stale:
-                    with disk_errors(target.path.parent):
+                    with disk_errors(target.path.parent, CONTINUE_HINT):
                         write_text_cache(target.path, *first, target.meta, more)
                     work.outcome.encoded += 1
             progress.update(sum(len(target.meta.captions) for target in batch))

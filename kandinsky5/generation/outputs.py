@@ -24,8 +24,9 @@ from kandinsky5.sampling.video_files import (
     write_video,
 )
 from modules.errors import ConfigError, ModelFileError, ResourceError
-from modules.files import check_folder_unwritten, remove_strays
+from modules.files import check_folder_unwritten, make_writable_folder, remove_strays
 from modules.logs import get_logger
+from modules.messages import names_in_short
 from modules.tensor_files import read_tensors, write_tensors
 
 log = get_logger(__name__)
@@ -84,7 +85,7 @@ class OutputNames:
         if is_dry:
             check_folder_unwritten(self.folder, "the output folder")
         else:
-            check_folder(self.folder)
+            make_writable_folder(self.folder, "the output folder")
             remove_strays(self.folder)
             remove_frame_strays(self.folder)
         if self._suffix != ".png" and config.output_type in {"video", "both"}:
@@ -151,22 +152,6 @@ class OutputNames:
         )
 
 
-def check_folder(folder: Path) -> None:
-    """Make the folder and a trial file in it.
-
-    Raises:
-        ResourceError: that does not work; the message has the system's reason.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write to the output folder {folder}: {error.strerror or error}"
-        ) from error
-
-
 def write_outputs(
     paths: OutputPaths,
     *,
@@ -214,7 +199,7 @@ def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
     tensors, metadata = read_tensors(path)
     latents = tensors.get(LATENT_KEY)
     if latents is None or latents.ndim != 4 or latents.shape[0] != LATENT_CHANNELS:
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(tensors.items())[:3])
+        shapes = names_in_short([f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()])
         raise ModelFileError(
             f"{path}: no saved latent: expected '{LATENT_KEY}' [16, F, H, W], found {shapes}"
         )

@@ -24,6 +24,7 @@ from modules.errors import ModelFileError
 from modules.fp8 import FP8_DTYPES, Fp8Linear
 from modules.int8 import Int8Linear
 from modules.logs import get_logger
+from modules.messages import names_in_short
 from modules.quantised_linear import QuantisedLinear, dequantise, normalise_scale
 from modules.tensor_files import TensorInfo
 from modules.weight_files import WeightFiles, find_weight_files, open_weight_files
@@ -44,7 +45,6 @@ _PREFIXES = ("", "model.diffusion_model.")
 # What float8 checkpoints in ComfyUI's layouts hold beside the weights.
 _FP8_EXTRAS = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
 _FP8_MARK = "scaled_fp8"
-_SHOWN_NAMES = 5
 
 _FOREIGN_MODELS = (
     (("lora_A", "lora_down", "lora_unet_", "hada_w1_a"), "a LoRA file; it belongs behind --lora_weight"),
@@ -149,8 +149,7 @@ def _unexplained(extra: Sequence[str], prefix: str, tensors: Mapping[str, Tensor
 def _listed(path: Path, what: str, names: Sequence[str]) -> str:
     if not names:
         return ""
-    more = ", ..." if len(names) > _SHOWN_NAMES else ""
-    return f"{path}: {len(names)} {what}: {', '.join(names[:_SHOWN_NAMES])}{more}"
+    return f"{path}: {len(names)} {what}: {names_in_short(names)}"
 
 
 def _foreign_hint(found: Mapping[str, TensorInfo]) -> str:
@@ -158,7 +157,7 @@ def _foreign_hint(found: Mapping[str, TensorInfo]) -> str:
         for name in found:
             if any(mark in name for mark in marks):
                 return f": this looks like {kind} (key {name})"
-    return f"; its first keys: {', '.join(list(found)[:_SHOWN_NAMES]) or 'none'}"
+    return f"; its first keys: {names_in_short(found) or 'none'}"
 
 
 def file_name_warning(path: Path, *, is_i2v: bool) -> str | None:

@@ -19,13 +19,12 @@ from kandinsky5.training.results.ownership import delete_result, find_results, m
 from kandinsky5.training.samples import sample_model_problems
 from kandinsky5.training.tracking.trackers import check_trackers
 from modules.attention_backends import check_attention_backend
-from modules.errors import ConfigError, ModelFileError, ResourceError
-from modules.files import STRAY_PREFIX, atomic_writer, check_folder_unwritten
+from modules.errors import ConfigError, ModelFileError
+from modules.files import check_folder_unwritten, make_writable_folder
 from modules.locks import sole_user
 from modules.logs import get_logger
 from modules.lr_schedules import SCHEDULE_NAMES
 from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
-from modules.strays import stray_name
 from networks.lora_types import parse_network_args
 
 log = get_logger(__name__)
@@ -169,9 +168,9 @@ def prepare_output(config: TrainConfig, held: ExitStack, *, is_resuming: bool) -
     saving = config.saving
     names = OutputNames(saving.output_dir, saving.output_name)
     check_output(config, is_resuming=is_resuming)
-    _prove_writable("--output_dir", saving.output_dir)
+    make_writable_folder(saving.output_dir, "--output_dir")
     if saving.output_dir_fallback is not None:
-        _prove_writable("--output_dir_fallback", saving.output_dir_fallback)
+        make_writable_folder(saving.output_dir_fallback, "--output_dir_fallback")
     held.enter_context(sole_user(names.lock, f"{names.final_lora} is being made"))
 
 
@@ -189,19 +188,6 @@ def remove_replaced(config: TrainConfig, *, is_resuming: bool) -> None:
     for path in existing:
         delete_result(path, saving.output_name)
     OutputNames(saving.output_dir, saving.output_name).validation_plot.unlink(missing_ok=True)
-
-
-def _prove_writable(option: str, folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ResourceError(f"{option} {folder}: is a file; name a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / stray_name(STRAY_PREFIX, "probe")
-        with atomic_writer(probe) as stream:
-            stream.write(b"k5")
-        probe.unlink()
-    except OSError as error:
-        raise ResourceError(f"{option} {folder}: cannot be written: {error.strerror}") from error
 
 
 def check_sizes(config: TrainConfig, data: CachedDataset) -> None:

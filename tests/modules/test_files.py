@@ -1,4 +1,4 @@
-"""What is said of disks and folders that refuse, and the names that are told of paths."""
+"""Messages of disks and folders that cannot be written, and the last parts of paths."""
 
 from __future__ import annotations
 
@@ -9,20 +9,41 @@ import pytest
 
 from modules import files
 from modules.errors import ResourceError
-from modules.files import check_folder_unwritten, disk_errors, last_part
+from modules.files import check_folder_unwritten, disk_errors, last_part, make_writable_folder
 
 
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(OSError(28, "No space left on device"), "No space left on device"), (OSError("odd"), "odd")],
 )
-def test_a_disk_that_refuses_is_told_with_what_to_do(error: OSError, reason: str) -> None:
+def test_a_disk_error_is_a_message_with_what_to_do(error: OSError, reason: str) -> None:
     with pytest.raises(ResourceError) as caught, disk_errors(Path("a/b"), "go on"):
         raise error
     assert str(caught.value).endswith(
         f" cannot be written: {reason}. Free some space or check the folder, then go on."
     )
     assert caught.value.exit_code == 5
+    with pytest.raises(ResourceError) as caught, disk_errors(Path("a/b"), what="--output_dir"):
+        raise error
+    assert str(caught.value) == f"--output_dir {Path('a/b')} cannot be written: {reason}"
+
+
+def test_a_folder_is_made_and_left_empty_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "new/newer"
+    make_writable_folder(folder, "--output_dir")
+    assert not list(folder.iterdir())
+    (tmp_path / "file").write_bytes(b"")
+    for below in ("file", "file/newer"):
+        with pytest.raises(ResourceError, match=r"--output_dir .*file.*: .*file is a file; name a folder"):
+            make_writable_folder(tmp_path / below, "--output_dir")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(ResourceError, match=r"--output_dir .*newer cannot be written: No space left"):
+        make_writable_folder(folder, "--output_dir")
+    assert not list(folder.iterdir())
 
 
 def test_a_folder_is_checked_without_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

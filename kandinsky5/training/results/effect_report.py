@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from modules.logs import format_table, get_logger
+from modules.messages import names_in_short
 from networks.lora_effect import LoraEffect, block_of
 
 log = get_logger(__name__)
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +45,7 @@ class EffectReport:
             return
         log.info("%s: %s%s", name, weights.describe(), self._describe_prediction())
         if weights.unchanged:
-            log.warning(
-                "%s: layers that have not moved: %s%s", name, ", ".join(weights.unchanged[:_SHOWN]),
-                ", ..." if len(weights.unchanged) > _SHOWN else "",
-            )  # fmt: skip
+            log.warning("%s: layers that have not moved: %s", name, names_in_short(weights.unchanged))
         if self.predicts_the_same:
             log.warning(
                 "%s DOES NOTHING YET: its weights have moved, but so little that no prediction differs in a "

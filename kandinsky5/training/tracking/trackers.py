@@ -20,6 +20,7 @@ from kandinsky5.training.results.run_mark import RunMark
 from kandinsky5.training.results.saved_config import shareable_options
 from kandinsky5.training.tracking.animation import Animation
 from modules.errors import ConfigError, ResourceError
+from modules.files import disk_errors
 
 _ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, TypeError)
 """What clients and their writing threads raise for full disks, lost services and values they dislike."""
@@ -134,10 +135,8 @@ class TensorBoardTracker:
         given = config.log_tracker_settings.get("tensorboard", {})
         # Points after the step that a run continues from would appear twice.
         purge_step = start_step + 1 if start_step else None
-        try:
+        with disk_errors(folder, what="--logging_dir"):
             self._writer = SummaryWriter(str(folder), purge_step=purge_step, **given)
-        except OSError as error:
-            raise ResourceError(f"--logging_dir {folder}: cannot be written: {error.strerror}") from error
         if options:
             lines = "\n".join(f"    {name} = {value}" for name, value in options.items())
             self._writer.add_text("options", lines, start_step)
