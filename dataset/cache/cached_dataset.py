@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.cache.files import TextCache, read_latent_cache, read_text_cache
+from dataset.cache.fit import MatchOptions
+from dataset.cache.items import CachedItem, DatasetSummary, summarise, summary_table
 from dataset.cache.mask_cache import read_mask_cache
-from dataset.cache.match import CachedItem, MatchOptions, match_caches
+from dataset.cache.match import match_caches
 from dataset.cache.names import Content
-from dataset.cache.summary import DatasetSummary, summary_table
 from dataset.config.config import AnyDatasetConfig, DatasetConfig
 from modules.errors import CacheError
 from modules.seeding import generator_for
@@ -74,44 +74,22 @@ class CachedDataset(Dataset[CachedBatch]):
     def __init__(
         self,
         config: DatasetConfig,
+        options: MatchOptions | None = None,
         *,
         seed: int,
-        needs_image_latents: bool = False,
-        allow_missing: bool = False,
-        allow_upstream_text_cache: bool = False,
-        strict: bool = False,
         num_timestep_buckets: int | None = None,
-        use_masks: bool = False,
-        use_prior: bool = False,
-        text_limits: tuple[int, int] | None = None,
     ) -> None:
         """Find and check every cache file by its header; no source is opened.
 
         Args:
             seed: order, caption dropout and timestep pools are functions of it and the epoch.
-            needs_image_latents: an image-to-video task: clips must hold their first and last frame.
-            allow_missing: leave out items of which one of the two caches is missing.
-            allow_upstream_text_cache: use musubi-tuner's text caches for videos too.
-            strict: any item that was skipped is an error.
             num_timestep_buckets: spread the noise levels of an epoch evenly over this many parts; None and 1
                 leave them to chance.
-            use_masks: read the masks of clips that have one.
-            use_prior: read the captions of the prior term.
-            text_limits: at how many tokens (Qwen's, CLIP's) generation cuts captions; None does not compare.
         Raises:
             CacheError: caches are missing, damaged or do not fit the dataset file; the message lists them
                 and gives the command that makes them.
         """
-        options = MatchOptions(
-            needs_image_latents=needs_image_latents,
-            allow_missing=allow_missing,
-            allow_upstream_text_cache=allow_upstream_text_cache,
-            strict=strict,
-            use_masks=use_masks,
-            use_prior=use_prior,
-            text_limits=text_limits,
-        )
-        matched = match_caches(config, options)
+        matched = match_caches(config, options or MatchOptions())
         self.config = config
         self.seed = seed
         self.num_timestep_buckets = num_timestep_buckets
@@ -156,15 +134,8 @@ class CachedDataset(Dataset[CachedBatch]):
 
     def _count(self, summary: DatasetSummary) -> DatasetSummary:
         items = [item for item in self.items if item.dataset_index == summary.index]
-        dataset = self.config.datasets[summary.index]
-        buckets = Counter(item.bucket for item in items)
-        return replace(
-            summary,
-            used=len({item.source for item in items}),
-            clips=len(items),
-            buckets=tuple(sorted(buckets.items())),
-            batches=sum(-(-count * dataset.num_repeats // dataset.batch_size) for count in buckets.values()),
-        )
+        counted = summarise(self.config.datasets[summary.index], items, summary.skipped)
+        return replace(counted, found=summary.found)
 
     def summary_table(self) -> str:
         """Found, used and skipped items by reason, and the clips per bucket, as text."""

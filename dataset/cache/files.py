@@ -16,14 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dataset.cache.names import (
-    Content,
-    empty_text_cache_name,
-    image_cache_name,
-    parse_latent_name,
-    text_cache_name,
-    video_cache_name,
-)
+from dataset.cache.names import Content, parse_latent_name
 from dataset.geometry import LATENT_CHANNELS, PIXELS_PER_LATENT, latent_frame_count, pixel_size
 from modules.dtypes import dtype_from_word, dtype_name
 from modules.errors import CacheError, DataError, ModelFileError, NewerCacheError
@@ -31,33 +24,6 @@ from modules.tensor_files import TensorFile, TensorFileHeader, read_header, writ
 
 if TYPE_CHECKING:  # training reads caches and needs no media libraries
     from dataset.clips import PlannedClip
-
-__all__ = [
-    "CacheMeta",
-    "LatentCache",
-    "LatentCacheInfo",
-    "LatentCacheMeta",
-    "TextCache",
-    "TextCacheInfo",
-    "TextCacheMeta",
-    "checked_header",
-    "empty_text_cache_name",
-    "image_cache_name",
-    "inspect_latent_cache",
-    "inspect_text_cache",
-    "latent_cache_problem",
-    "latent_meta",
-    "read_cached",
-    "read_latent_cache",
-    "read_text_cache",
-    "text_cache_name",
-    "text_cache_problem",
-    "upstream_latent_problem",
-    "video_cache_name",
-    "write_latent_cache",
-    "write_text_cache",
-    "written_metadata",
-]
 
 ARCHITECTURE = "kandinsky5"
 FORMAT_VERSION = "1.0.1"

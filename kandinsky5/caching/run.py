@@ -19,10 +19,8 @@ from dataset.cache.files import (
     CacheMeta,
     LatentCacheMeta,
     TextCacheMeta,
-    empty_text_cache_name,
     latent_cache_problem,
     latent_meta,
-    text_cache_name,
     text_cache_problem,
     write_latent_cache,
     write_text_cache,
@@ -30,7 +28,7 @@ from dataset.cache.files import (
 )
 from dataset.cache.index import latent_entry, metadata_digest, text_entry
 from dataset.cache.mask_cache import mask_meta
-from dataset.cache.names import mask_cache_name, prior_text_cache_name
+from dataset.cache.names import empty_text_cache_name, mask_cache_name, prior_text_cache_name, text_cache_name
 from dataset.clips import ClipPlan, LoadedBatch, PlannedClip, cut_batches, load_batches, plan_clips
 from dataset.config.config import AnyDatasetConfig, DatasetConfig, load_dataset_config
 from dataset.confinement import Confinement

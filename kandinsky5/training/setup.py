@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import secrets
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.cache.cached_dataset import CachedDataset
+from dataset.cache.fit import MatchOptions
 from dataset.cache.held_out import hold_out
 from dataset.config.config import DatasetConfig, load_dataset_config
 from kandinsky5.configs.compilation import NO_BACKEND
 from kandinsky5.configs.train import (
-    DataConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -116,14 +117,13 @@ def open_datasets(config: TrainConfig, seed: int) -> tuple[DatasetConfig, Cached
         config.data.dataset_config, caption_dropout_rate=config.data.caption_dropout_rate
     )
     _check_prior(config, datasets)
-    data = _cached(
-        config,
-        datasets,
-        seed,
-        num_timestep_buckets=config.timesteps.num_timestep_buckets,
+    options = replace(
+        _match_options(config),
         use_masks=config.loss.masked_loss,
         use_prior=config.loss.prior_loss_weight > 0,
     )
+    buckets = config.timesteps.num_timestep_buckets
+    data = CachedDataset(datasets, options, seed=seed, num_timestep_buckets=buckets)
     if not _is_learning(data):
         raise DataError(
             f"{config.data.dataset_config}: only datasets with is_prior have items that can be used, so "
@@ -179,20 +179,18 @@ def open_validation(config: TrainConfig, data: CachedDataset) -> tuple[CachedDat
     if path is None:
         return data, None
     datasets = load_dataset_config(path, caption_dropout_rate=0.0)
-    return data, _cached(config, datasets, 0)
+    return data, CachedDataset(datasets, _match_options(config), seed=0)
 
 
-def _cached(config: TrainConfig, datasets: DatasetConfig, seed: int, **options: Any) -> CachedDataset:
-    data: DataConfig = config.data
-    return CachedDataset(
-        datasets,
-        seed=seed,
-        allow_missing=data.allow_missing,
-        allow_upstream_text_cache=data.allow_upstream_text_cache,
-        strict=data.strict,
-        needs_image_latents=config.model.task.is_i2v,
-        text_limits=(config.model.task.qwen_max_length, config.model.task.clip_max_length),
-        **options,
+def _match_options(config: TrainConfig) -> MatchOptions:
+    """What training and validation data have in common."""
+    task = config.model.task
+    return MatchOptions(
+        allow_missing=config.data.allow_missing,
+        allow_upstream_text_cache=config.data.allow_upstream_text_cache,
+        strict=config.data.strict,
+        needs_image_latents=task.is_i2v,
+        text_limits=(task.qwen_max_length, task.clip_max_length),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dataset.cache.cached_dataset import CachedDataset
-from dataset.cache.match import CachedItem
+from dataset.cache.items import CachedItem
 from kandinsky5.model.flow_matching import draw_noise
 from kandinsky5.training.loss.objective import Objective
 from modules.interruption import Interrupted

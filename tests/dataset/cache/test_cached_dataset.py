@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset.cache.cached_dataset import BatchPlan, CachedDataset
-from dataset.cache.files import empty_text_cache_name
+from dataset.cache.fit import MatchOptions
 from dataset.cache.index import IndexEntry, IndexItem, entry_key, index_path, update_index
-from dataset.cache.names import text_cache_name
+from dataset.cache.names import empty_text_cache_name, text_cache_name
 from dataset.config.config import DatasetConfig, load_dataset_config
 from dataset.sources import SkippedItem
 from kandinsky5.training.plan import data_order_hash
@@ -68,7 +68,7 @@ def config(tmp_path: Path) -> DatasetConfig:
 def refused(config: DatasetConfig, **options: Any) -> str:
     """The message that ends a run before its first step."""
     with pytest.raises(CacheError) as caught:
-        CachedDataset(config, seed=0, **options)
+        CachedDataset(config, MatchOptions(**options), seed=0)
     assert caught.value.exit_code == 3
     return str(caught.value)
 
@@ -257,11 +257,11 @@ def test_missing_caches_of_both_kinds_are_listed_or_counted(config: DatasetConfi
     latents = {n: [f"{n}_00000-005_0064x0048_k5.safetensors"] for n in "abcd"}
     write_indexes(dataset, latents, texts="bcde")
     said = refused(config)
-    assert "1 items have no latent cache:\n  e" in said
-    assert "1 items have no text cache:\n  a" in said
+    assert "1 item has no latent cache:\n  e" in said
+    assert "1 item has no text cache:\n  a" in said
     assert "kandinsky5_cache_latents.py" in said
     assert "kandinsky5_cache_text_encoder_outputs.py" in said
-    data = CachedDataset(config, seed=0, allow_missing=True)
+    data = CachedDataset(config, MatchOptions(allow_missing=True), seed=0)
     assert [item.key[2] for item in data.items] == ["b", "c", "d"]
     assert "1 no latent cache, 1 no text cache" in data.summary_table()
 
@@ -298,7 +298,7 @@ def test_an_item_left_out_excuses_itself_and_no_other_of_its_name(
     if is_excused:
         assert len(CachedDataset(config, seed=0).items) == 4
     else:
-        assert "1 items have no latent cache:\n  c" in refused(config)
+        assert "1 item has no latent cache:\n  c" in refused(config)
 
 
 def test_for_an_item_that_left_the_dataset_both_commands_are_given(config: DatasetConfig) -> None:
@@ -328,7 +328,7 @@ def test_captions_that_generation_would_cut_elsewhere_are_refused(
     add_text(config.datasets[0].cache_directory, "b", tokens=tokens, limits=limits)
     assert len(CachedDataset(config, seed=0).items) == 7
     if said is None:
-        assert len(CachedDataset(config, seed=0, text_limits=(256, 77)).items) == 7
+        assert len(CachedDataset(config, MatchOptions(text_limits=(256, 77)), seed=0).items) == 7
     else:
         assert said in refused(config, text_limits=(256, 77))
 
@@ -373,7 +373,7 @@ def test_without_an_index_all_files_are_used_and_it_is_said(tmp_path: Path) -> N
     assert len(data.items) == 7
     assert any("no index" in note for note in data.notes)
     (config.datasets[0].cache_directory / text_cache_name("b")).unlink()
-    assert "1 items have no text cache:\n  b" in refused(config)
+    assert "1 item has no text cache:\n  b" in refused(config)
 
 
 def test_without_an_index_two_caches_of_one_item_are_refused(tmp_path: Path) -> None:
@@ -428,7 +428,7 @@ def test_long_upstream_clips_are_refused_and_short_ones_used(tmp_path: Path) -> 
 def test_upstream_texts_are_refused_for_videos_unless_allowed(tmp_path: Path) -> None:
     config = upstream(tmp_path, 5, with_upstream_text=True)
     assert "--allow_upstream_text_cache" in refused(config)
-    data = CachedDataset(config, seed=0, allow_upstream_text_cache=True)
+    data = CachedDataset(config, MatchOptions(allow_upstream_text_cache=True), seed=0)
     assert sum("musubi-tuner" in note for note in data.notes) == 1
 
 

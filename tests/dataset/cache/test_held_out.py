@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dataset.cache.cached_dataset import CachedDataset
-from dataset.cache.files import empty_text_cache_name
 from dataset.cache.held_out import hash_position, hold_out
+from dataset.cache.names import empty_text_cache_name
 from modules.errors import ConfigError
 from tests.dataset.cache.test_cached_dataset import fill, make_config
 from tests.dataset.cache_tools import add_text

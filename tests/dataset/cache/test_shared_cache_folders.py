@@ -57,8 +57,8 @@ def test_caches_that_another_dataset_file_made_again_are_refused(tmp_path: Path)
     fill(one, "clip", caption="a dog", source="1-a")
     fill(other, "clip", "more", caption="a cat", source="2-b")
     said = refused(one)
-    assert "1 latent caches cannot be used" in said
-    assert "1 text caches cannot be used" in said
+    assert "1 latent cache cannot be used" in said
+    assert "1 text cache cannot be used" in said
     assert "kandinsky5_cache_latents.py" in said
     assert "kandinsky5_cache_text_encoder_outputs.py" in said
     assert keys(other) == ["0/clip_00000-005_0064x0048", "0/more_00000-005_0064x0048"]

@@ -12,6 +12,7 @@ from PIL import Image
 
 import kandinsky5_cache_latents
 from dataset.cache.cached_dataset import CachedDataset
+from dataset.cache.fit import MatchOptions
 from dataset.cache.index import read_index
 from dataset.cache.mask_cache import read_mask_cache
 from dataset.config.config import DatasetConfig, load_dataset_config
@@ -121,8 +122,8 @@ def test_a_training_reads_masks_and_counts_clips_without_one_everywhere(
     cache(project, tiny_models)
     unmasked = CachedDataset(load(project), seed=0)
     assert unmasked.load_batch(unmasked.epoch_batches(1)[0]).loss_mask is None
-    assert any("--masked_loss uses them" in note for note in unmasked.notes)
-    data = CachedDataset(load(project), seed=0, use_masks=True)
+    assert any("1 mask is not used; --masked_loss" in note for note in unmasked.notes)
+    data = CachedDataset(load(project), MatchOptions(use_masks=True), seed=0)
     assert any("1 of 2 clips have a mask" in note for note in data.notes)
     (plan,) = data.epoch_batches(1)
     masks = data.load_batch(plan).loss_mask
@@ -146,7 +147,7 @@ def test_a_mask_cache_that_is_gone_or_damaged_stops_a_masked_training(
     cache(project, tiny_models)
     harm(project / "cache" / MASK)
     with pytest.raises(CacheError, match=message) as caught:
-        CachedDataset(load(project), seed=0, use_masks=True)
+        CachedDataset(load(project), MatchOptions(use_masks=True), seed=0)
     assert "kandinsky5_cache_latents.py" in str(caught.value)
     CachedDataset(load(project), seed=0)
 
@@ -155,4 +156,4 @@ def test_a_masked_training_without_any_mask_is_refused(project: Path, tiny_model
     (project / "masks" / "one.png").unlink()
     cache(project, tiny_models)
     with pytest.raises(CacheError, match="--masked_loss: no clip has a mask"):
-        CachedDataset(load(project), seed=0, use_masks=True)
+        CachedDataset(load(project), MatchOptions(use_masks=True), seed=0)

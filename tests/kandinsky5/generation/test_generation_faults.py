@@ -59,7 +59,8 @@ def test_a_place_that_cannot_be_written_is_found_first(
     run: Generate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
-    assert "cannot write" in refused(run, 5, capsys, "--prompt", "x", "--output", "file/x.mp4")
+    said = refused(run, 5, capsys, "--prompt", "x", "--output", "file/x.mp4")
+    assert "file is a file; name a folder" in said
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.cache.files import TextCacheMeta, empty_text_cache_name, write_text_cache
+from dataset.cache.files import TextCacheMeta, write_text_cache
+from dataset.cache.names import empty_text_cache_name
 from kandinsky5.text.encoders import TextEncoders
 from kandinsky5.training import samples as train_samples
 from kandinsky5.training import trainer as training
