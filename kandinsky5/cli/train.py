@@ -192,6 +192,10 @@ def _model(args: argparse.Namespace) -> ModelConfig:
     task = get_task(args.task)
     multipliers = tuple(args.base_weights_multiplier)
     nabla = _nabla(task, args)
+    if nabla is not None and args.gradient_checkpointing_keep_attention > 0:
+        raise ConfigError(
+            "--gradient_checkpointing_keep_attention cannot see into NABLA's compiled attention: leave it out"
+        )
     return _fill(
         ModelConfig,
         args,

@@ -87,6 +87,7 @@ def test_compiled_blocks_train_to_the_same_losses(files: tuple[Path, Path], tmp_
         ),
         (("--compile", "--compile_fullgraph", "--vram_budget", "8"), "--vram_budget may add --fp8_base"),
         (("--dynamo_backend", "eager", "--gradient_checkpointing_keep_attention", "1"), "compiled blocks"),
+        (("--gradient_checkpointing_keep_attention", "1", "--force_nabla_attention"), "NABLA's compiled"),
         (("--compile", "--compile_fullgraph", "--force_nabla_attention"), "NABLA's attention stays outside"),
         (
             ("--compile", "--compile_mode", "reduce-overhead"),
