@@ -88,12 +88,6 @@ def leave_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def ignore_signals() -> None:
-    """For helper processes: who started them ends them, not the signals that a whole group gets."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 @contextmanager
 def _handled_by(
     handler: Callable[[int, FrameType | None], Any], numbers: Sequence[int] = _SIGNALS

@@ -1,7 +1,7 @@
 """Training's view of a dataset: cached clips in batches, in an order that depends on (seed, epoch) alone.
 
-`epoch_batches(epoch)` lists plans; a plan is all that a loader process needs, so that
-`DataLoader(data, sampler=<plans>, batch_size=None)` reads ahead in any number of processes without state.
+`epoch_batches(epoch)` lists plans; a plan is all that `load_batch` needs, which
+any number of threads may call.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dataset.cache.files import TextCache, read_latent_cache, read_text_cache
 from dataset.cache.fit import MatchOptions
@@ -27,7 +26,7 @@ from modules.seeding import generator_for
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchPlan:
-    """One batch before it is read: small enough to be sent to a loader process."""
+    """One batch before it is read."""
 
     items: tuple[int, ...]
     """Positions in `CachedDataset.items`."""
@@ -68,8 +67,8 @@ class CachedBatch:
     """Of a dataset that is not learned: it has the prior term only."""
 
 
-class CachedDataset(Dataset[CachedBatch]):
-    """The caches of all datasets of a dataset file; indexed by `BatchPlan`."""
+class CachedDataset:
+    """The caches of all datasets of a dataset file."""
 
     def __init__(
         self,
@@ -262,10 +261,6 @@ class CachedDataset(Dataset[CachedBatch]):
             prior_text=None if prior_path is None else read_text_cache(prior_path),
             is_prior=self.config.datasets[items[0].dataset_index].is_prior,
         )
-
-    def __getitem__(self, plan: BatchPlan) -> CachedBatch:
-        """The same as `load_batch`, for torch's DataLoader."""
-        return self.load_batch(plan)
 
 
 def _loss_mask(items: Sequence[CachedItem]) -> Tensor | None:

@@ -29,7 +29,7 @@ ACCEPTED = {
     "img_in_txt_in_offloading": "it belongs to HunyuanVideo",
     "split_attn": "items of one batch attend to nothing but themselves here",
     "fp8_scaled": "--fp8_base always scales its weights",
-    "persistent_data_loader_workers": "loader processes live for the whole run",
+    "persistent_data_loader_workers": "threads that read caches live for the whole run",
     "block_swap_h2d_only": "frozen weights only ever travel to the device",
     "keep_cache": "training deletes no caches",
 }
@@ -180,12 +180,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--max_data_loader_n_workers",
         type=non_negative_int,
         default=8,
-        help="processes that read caches (default: 8, at most the CPU count)",
+        help="threads that read caches ahead (default: 8, at most the CPU count); 0: none",
     )
     group.add_argument(
         "--persistent_data_loader_workers",
         action="store_true",
-        help="accepted: loader processes always live for the whole run",
+        help="accepted: threads that read caches always live for the whole run",
     )
     group.add_argument("--strict", action="store_true", help="any skipped item is an error")
     group.add_argument("--allow_missing", action="store_true", help="train although some items have no cache")

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
-from torch.utils.data import DataLoader, Sampler
-
 from dataset.cache.cached_dataset import BatchPlan, CachedBatch, CachedDataset
-from modules.errors import ResourceError
-from modules.interruption import ignore_signals
+
+_READ_AHEAD = 2
+"""Batches that every reading thread may have ready."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,60 +101,39 @@ class PlanSequence:
         return (self.step(step) for step in range(start, self._length.total_steps))
 
 
-class _RunOrder(Sampler[BatchPlan]):
-    def __init__(self, plans: PlanSequence, start: int, count: int) -> None:
-        self._plans, self._start, self._count = plans, start, count
-
-    def __iter__(self) -> Iterator[BatchPlan]:
-        for plan in self._plans.steps(self._start):
-            for micro_batch in plan.micro_batches:
-                yield micro_batch.plan
-
-    def __len__(self) -> int:
-        return self._count
-
-
 def batch_loader(
     data: CachedDataset, length: RunLength, process_index: int, *, start_step: int, num_workers: int
-) -> Iterator[CachedBatch]:
-    """The batches of all steps from `start_step` on: one loader for the whole run.
+) -> Generator[CachedBatch, None, None]:
+    """The batches of all steps from `start_step` on, in order; close it to stop reading ahead.
 
-    Nothing is read to be skipped, and the loader's processes live through the ends of epochs.
+    Threads read, because a read is file access and copies of memory, neither of which holds Python's lock:
+    processes would hand over every batch through /dev/shm, which containers keep small.
+
+    Args:
+        num_workers: threads that read ahead; 0 reads each batch when it is asked for.
+    Raises:
+        CacheError: see `CachedDataset.load_batch`; raised in the place of the batch.
     """
-    plans = PlanSequence(data, length, process_index)
-    rounds = length.gradient_accumulation_steps * (length.total_steps - start_step)
-    loader = DataLoader(
-        data,
-        batch_size=None,
-        sampler=_RunOrder(plans, start_step, rounds),
-        num_workers=min(num_workers, os.cpu_count() or 1),
-        # Its own generator: the loader would otherwise move the global one.
-        generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_start_reader,
+    plans = (
+        micro_batch.plan
+        for step in PlanSequence(data, length, process_index).steps(start_step)
+        for micro_batch in step.micro_batches
     )
-    return iter(loader)
-
-
-def _start_reader(_number: int) -> None:
-    # A signal to the whole process group must leave the batches that finish the present step.
-    ignore_signals()
-
-
-def reader_problem(error: Exception) -> ResourceError | None:
-    """What to say if a process of `batch_loader` was killed; None for every other error.
-
-    torch raises it from a signal handler, so it may surface anywhere in the main process, and what it
-    interrupts, such as the writing of a file, may raise an error of its own over it.
-    """
-    found: BaseException | None = error
-    while found is not None and "DataLoader worker" not in str(found):
-        found = found.__cause__ or found.__context__
-    if found is None:
-        return None
-    return ResourceError(
-        f"a process that reads caches ended unexpectedly: {found}\n"
-        "If memory was short, use fewer: --max_data_loader_n_workers 1. Go on with --resume auto."
-    )
+    if num_workers == 0:
+        yield from map(data.load_batch, plans)
+        return
+    num_threads = min(num_workers, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read-caches")
+    coming: deque[Future[CachedBatch]] = deque()
+    try:
+        for plan in plans:
+            coming.append(pool.submit(data.load_batch, plan))
+            if len(coming) > _READ_AHEAD * num_threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def data_order_hash(data: CachedDataset) -> str:

@@ -31,7 +31,6 @@ from kandinsky5.sampling.requests import VideoRequest, log_size_remarks, resolve
 from kandinsky5.sampling.video_files import check_video_encoder
 from kandinsky5.text.encoders import check_text_encoder_paths, default_qwen_dtype, load_text_encoders
 from kandinsky5.text.templates import load_prompt_templates
-from kandinsky5.training.plan import reader_problem
 from kandinsky5.training.sample_files import SampleNames, write_sample
 from kandinsky5.training.tracking.animation import Animation, animate
 from kandinsky5.training.tracking.metrics import FILE_NAME, read_records
@@ -221,8 +220,6 @@ class TrainingSamples:
         Args:
             should_stop: asked after every sampling step and before every clip is decoded; the rest is then
                 left undone.
-        Raises:
-            ResourceError: a process that reads caches was killed, which happened to come up here.
         """
         named_epoch = epoch if _is_due_by_epoch(self._config.samples, epoch) else None
         on_record = prompts_on_record(self._config.saving, step)
@@ -237,10 +234,7 @@ class TrainingSamples:
         except Interrupted:
             pass
         # A RuntimeError is what torch raises for whatever fails on a device, too little memory included.
-        except (UserError, OSError, av.FFmpegError, RuntimeError) as error:
-            problem = reader_problem(error)
-            if problem is not None:
-                raise problem from error
+        except (UserError, OSError, MemoryError, av.FFmpegError, RuntimeError) as error:
             log.error("step %d: samples are missing, training goes on: %s", step, error)
         finally:
             empty_device_cache(self._device)

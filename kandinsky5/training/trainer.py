@@ -38,7 +38,6 @@ from kandinsky5.training.plan import (
     StepPlan,
     batch_loader,
     data_order_hash,
-    reader_problem,
 )
 from kandinsky5.training.preparation import PreparedRun, prepare_run
 from kandinsky5.training.probe import probe
@@ -265,12 +264,8 @@ class Trainer:
             batch = largest_batch(self.data, step_plans, self.planner.text_tokens)
             where = f"step {self.step + 1}"
             raise ResourceError(out_of_memory_message(self.planner, batch, where, error)) from error
-        except RuntimeError as error:
-            problem = reader_problem(error)
-            if problem is None:
-                raise
-            raise problem from error
         finally:
+            batches.close()
             bar.close()
             if metrics is not None:
                 metrics.close(is_failed=sys.exception() is not None)

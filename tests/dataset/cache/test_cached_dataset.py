@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from dataset.cache.cached_dataset import BatchPlan, CachedDataset
 from dataset.cache.fit import MatchOptions
@@ -130,34 +129,6 @@ def test_every_item_is_in_every_epoch_and_no_batch_mixes_datasets(tmp_path: Path
         batches = data.epoch_batches(epoch)
         assert sorted(i for plan in batches for i in plan.items) == list(range(14))
         assert all(len({key.split("/")[0] for key in plan.item_keys}) == 1 for plan in batches)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_gives_the_same_batches_with_any_number_of_workers(
-    config: DatasetConfig, num_workers: int
-) -> None:
-    data = CachedDataset(config, seed=3)
-    for epoch in (1, 2):
-        plans = data.epoch_batches(epoch)
-        # torch takes any iterable of indices as a sampler; ours are plans.
-        loader = DataLoader(data, sampler=plans, batch_size=None, num_workers=num_workers)  # type: ignore[arg-type]
-        expected = [data.load_batch(plan) for plan in plans]
-        found = list(loader)
-        assert [b.item_keys for b in found] == [b.item_keys for b in expected]
-        assert all(torch.equal(a.latents, b.latents) for a, b in zip(found, expected, strict=True))
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_cache_cut_during_training_ends_the_loader_with_its_name(
-    config: DatasetConfig, num_workers: int
-) -> None:
-    data = CachedDataset(config, seed=3)
-    plans = data.epoch_batches(1)
-    path = data.items[plans[1].items[0]].latent_path
-    path.write_bytes(path.read_bytes()[:-7])
-    loader = DataLoader(data, sampler=plans, batch_size=None, num_workers=num_workers)  # type: ignore[arg-type]
-    with pytest.raises(CacheError, match=path.name):
-        list(loader)
 
 
 def test_timestep_quantiles_fill_every_slice_evenly(tmp_path: Path) -> None:

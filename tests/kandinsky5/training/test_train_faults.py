@@ -223,7 +223,7 @@ def start_run(files: Files, output: Path) -> int:
 
 
 def kill_and_resume(files: Files, output: Path, after: float, unkilled: Path) -> str:
-    """One run killed after so many seconds, with its loader process, then resumed; what was found between."""
+    """One run killed after so many seconds, then resumed; what was found between."""
     code = 0
     while code == 0:  # a quicker run than the measured one had ended before
         shutil.rmtree(output, ignore_errors=True)

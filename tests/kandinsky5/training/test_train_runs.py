@@ -13,7 +13,6 @@ import torch
 
 from kandinsky5.model import assembly
 from kandinsky5.training.loss import objective
-from kandinsky5.training.plan import reader_problem
 from modules.locks import sole_user
 from modules.tensor_files import read_header, read_tensors
 from tests.kandinsky5.training.training_runs import (
@@ -289,19 +288,6 @@ def test_a_model_that_does_not_fit_is_told_with_what_helps(
     said = capsys.readouterr().err
     assert "while the model was loaded: no room" in said
     assert "--vram_budget GB chooses" in said
-
-
-def test_a_killed_reader_is_recognised_under_the_error_of_what_it_interrupted() -> None:
-    try:
-        try:
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-        except RuntimeError:
-            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904  what a cut write says in its place
-    except RuntimeError as error:
-        problem = reader_problem(error)
-    assert problem is not None
-    assert "worker (pid 7) is killed" in str(problem)
-    assert reader_problem(RuntimeError("unexpected pos 64 vs 0")) is None
 
 
 def test_a_word_that_is_older_than_the_run_is_removed_unread(

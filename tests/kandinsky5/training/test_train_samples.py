@@ -19,7 +19,6 @@ from kandinsky5.training.sample_files import SampleNames, write_grid, write_samp
 from modules.errors import DivergedError
 from tests.kandinsky5.generation.generation_kit import frames_of
 from tests.kandinsky5.training.training_runs import (
-    exit_code,
     lora_bytes,
     metrics,
     train,
@@ -205,24 +204,6 @@ def test_an_error_while_sampling_costs_the_samples_and_not_the_run(
     assert networks[0].training
     assert (tmp_path / "out/lora.safetensors").is_file()
     assert f"samples are missing, training goes on: {error}" in said.text
-
-
-def test_a_reader_that_was_killed_ends_the_run_even_if_it_shows_while_sampling(
-    dit: Path,
-    dataset: Path,
-    models: tuple[object, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-
-    monkeypatch.setattr(train_samples, "sample_latents", fail)
-    prompts = prompt_file(tmp_path, f"a {SMALL}")
-    words = (*models, "--sample_prompts", prompts, "--sample_every_n_steps", 1)
-    assert exit_code(dit, dataset, tmp_path / "out", *words, "--max_train_steps", 2) == 5
-    assert "a process that reads caches ended unexpectedly" in capsys.readouterr().err
 
 
 class Died(BaseException):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
 import signal
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,13 +12,9 @@ from typing import Any
 
 import pytest
 
-from dataset.cache.cached_dataset import CachedDataset
-from dataset.config.config import load_dataset_config
-from kandinsky5.training import plan as train_plan
-from kandinsky5.training.plan import PlanSequence, RunLength
 from tests.kandinsky5.training import fault_kit
 from tests.kandinsky5.training.step_record import assert_same_results
-from tests.kandinsky5.training.training_runs import SMALLER, lora_bytes, train
+from tests.kandinsky5.training.training_runs import train
 
 RUNS = "tests.kandinsky5.training.training_runs"
 PROJECT = ("kandinsky5", "modules", "networks", "dataset", "kandinsky5_train_network", RUNS)
@@ -160,41 +154,3 @@ def test_the_lock_of_a_folder_works_with_windows_means(tmp_path: Path) -> None:
     importlib.import_module("modules.locks")
     log = tmp_path / "log.txt"
     assert fault_kit.wait(fault_kit.start(run, log)) == 0, log.read_text(encoding="utf-8")
-
-
-def test_a_process_that_reads_caches_can_be_spawned(dataset: Path) -> None:
-    """All that it is given can be pickled, and gives the same batch there."""
-    data = CachedDataset(load_dataset_config(dataset), seed=3)
-    length = RunLength(batches_per_epoch=5, gradient_accumulation_steps=1, num_processes=1, total_steps=5)
-    plan = PlanSequence(data, length, 0).step(2).micro_batches[0].plan
-    copy, sent, start = pickle.loads(pickle.dumps((data, plan, train_plan._start_reader)))
-    assert start is train_plan._start_reader
-    assert copy[sent].latents.equal(data[plan].latents)
-    assert copy[sent].item_keys == plan.item_keys
-
-
-@pytest.mark.slow
-def test_spawned_processes_read_the_same_batches(
-    dit: Path, dataset: Path, tmp_path: Path, root: Path
-) -> None:
-    words = ("--max_train_steps", 4, "--save_state")
-    train(dit, dataset, tmp_path / "none", *words)
-    program = (
-        "import multiprocessing, sys\n"
-        "if __name__ == '__main__':\n"
-        "    multiprocessing.set_start_method('spawn')\n"
-        "    import torch; torch.set_num_threads(1)\n"
-        "    from kandinsky5_train_network import main\n"
-        "    main(sys.argv[1:])\n"
-    )
-    (tmp_path / "spawning.py").write_text(program, encoding="utf-8")
-    given = (
-        *(sys.executable, tmp_path / "spawning.py", "--task", "k5-tiny-t2v", "--dit", dit),
-        *("--dataset_config", dataset, "--output_dir", tmp_path / "two", "--output_name", "lora"),
-        *("--network_dim", 4, "--network_alpha", 4, "--learning_rate", 1e-3, "--seed", 3),
-        *("--timestep_sampling", "shift", "--discrete_flow_shift", 5.0, "--max_data_loader_n_workers", 2),
-        *(*SMALLER, *words),
-    )
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([str(word) for word in given], check=True, timeout=300, env=environment)
-    assert lora_bytes(tmp_path / "two/lora.safetensors") == lora_bytes(tmp_path / "none/lora.safetensors")
