@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, WeakSet, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from modules.host_buffer import HostBuffer, as_bytes
+from modules.block_swap import StreamCopies
+from modules.byte_sizes import size_text
+from modules.host_buffer import HostBuffer, PinnedMemoryError, as_bytes, empty_pinned_cache
+from modules.logs import get_logger
+from modules.staged_copies import StagedCopies, staging_size
+
+log = get_logger(__name__)
 
 
 class TensorMover(Protocol):
@@ -21,12 +28,12 @@ class TensorMover(Protocol):
         """Begin a copy to host memory; the tensor may be released at once. Returns what `to_device` takes."""
         ...
 
-    def to_device(self, host: Any, device: torch.device) -> Tensor:
-        """Begin the copy back."""
+    def to_device(self, host: Any, device: torch.device) -> Any:
+        """Begin the copy back. Returns what `wait` takes."""
         ...
 
-    def wait(self, tensor: Tensor) -> None:
-        """Let the computation queued from now on see a tensor that is on its way back."""
+    def wait(self, ticket: Any) -> Tensor:
+        """The tensor on the device, for the computation queued from now on."""
         ...
 
 
@@ -39,48 +46,92 @@ class DirectMover:
     def to_device(self, host: Tensor, device: torch.device) -> Tensor:
         return host.to(device)
 
-    def wait(self, tensor: Tensor) -> None:
-        pass
+    def wait(self, ticket: Tensor) -> Tensor:
+        return ticket
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class _HostCopy:
-    """A tensor in page-locked memory."""
+    """The bytes of a tensor in host memory."""
 
     buffer: HostBuffer
     shape: torch.Size
     dtype: torch.dtype
 
 
+@dataclass(slots=True)
+class _Returning:
+    """A tensor on its way back."""
+
+    flat: Tensor
+    host: _HostCopy
+    engine: StreamCopies | StagedCopies
+    ticket: Any
+
+
 class StreamMover:
-    """Copies through page-locked memory on a side stream of a CUDA device."""
+    """Copies on a side stream of a CUDA device: through page-locked memory, or what there is of it.
+
+    Where the system does not give as much page-locked memory, all copies move to pageable memory and pass
+    through two page-locked buffers from then on.
+
+    Device memory stays in the order of the computation's stream: a tensor that leaves is held until the next
+    one leaves or returns, which waits for its copy. With `Tensor.record_stream` it would be free only once
+    the host sees that the copy is done, and the host runs many blocks ahead of the device.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._streams = StreamCopies(device)
+        self._engine: StreamCopies | StagedCopies = self._streams
+        """Staged once there was no page-locked memory left."""
+        self._leaving: tuple[Tensor, Any] | None = None
+        self._copies: WeakSet[_HostCopy] = WeakSet()
 
     def to_host(self, tensor: Tensor) -> _HostCopy:
-        # torch's allocator keeps freed page-locked memory for the next step.
-        host = _HostCopy(HostBuffer(tensor.nbytes, pin=True), tensor.shape, tensor.dtype)
+        self._release()
         flat = as_bytes(tensor)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            for place, piece in host.buffer.pieces():
-                piece.copy_(flat[place], non_blocking=True)
-        flat.record_stream(self._stream)
+        host = _HostCopy(self._host_buffer(tensor.nbytes), tensor.shape, tensor.dtype)
+        self._copies.add(host)
+        self._leaving = flat, self._engine.start_back(flat, host.buffer)
         return host
 
-    def to_device(self, host: _HostCopy, device: torch.device) -> Tensor:
-        with torch.cuda.stream(self._stream):
-            flat = torch.empty(host.buffer.size, dtype=torch.uint8, device=device)
-            for place, piece in host.buffer.pieces():
-                flat[place].copy_(piece, non_blocking=True)
-        return flat.view(host.dtype).view(host.shape)
+    def to_device(self, host: _HostCopy, device: torch.device) -> _Returning:
+        self._release()
+        flat = torch.empty(host.buffer.size, dtype=torch.uint8, device=device)
+        return _Returning(flat, host, self._engine, self._engine.start(host.buffer, flat))
 
-    def wait(self, tensor: Tensor) -> None:
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._stream)
-        tensor.record_stream(current)
+    def wait(self, ticket: _Returning) -> Tensor:
+        ticket.engine.wait(ticket.ticket)
+        return ticket.flat.view(ticket.host.dtype).view(ticket.host.shape)
+
+    def _release(self) -> None:
+        """Let the computation queued from now on use the memory of the tensor that left last."""
+        if self._leaving is not None:
+            self._engine.wait(self._leaving[1])
+            self._leaving = None
+
+    def _host_buffer(self, size: int) -> HostBuffer:
+        """Room for one tensor; torch's allocator keeps freed page-locked memory for the next step."""
+        if self._engine is self._streams:
+            try:
+                return HostBuffer(size, pin=True)
+            except PinnedMemoryError as error:
+                self._unpin(size, error)
+        return HostBuffer(size, pin=False)
+
+    def _unpin(self, size: int, error: PinnedMemoryError) -> None:
+        self._streams.synchronize()
+        pinned = sum(copy.buffer.size for copy in self._copies)
+        log.warning(
+            "activations go to pageable host memory from now on, which may be slower: "
+            "%s were page-locked, %s",
+            size_text(pinned),
+            error,
+        )
+        for copy in list(self._copies):
+            copy.buffer.unpin()
+        empty_pinned_cache()
+        self._engine = StagedCopies(self._streams, staging_size(size), pin=True)
 
 
 def tensor_mover(device: torch.device) -> TensorMover:
@@ -88,18 +139,30 @@ def tensor_mover(device: torch.device) -> TensorMover:
     return StreamMover(device) if device.type == "cuda" else DirectMover()
 
 
-@dataclass(slots=True, weakref_slot=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class _Offloaded:
-    """One saved tensor that is away."""
+    """One tensor that is away, which several nodes of the graph may have saved."""
 
     index: int
     host: Any
     device: torch.device
-    returning: Tensor | None = None
+    source: ReferenceType[Tensor]
+    version: int
+    uses: int = 1
+    """Times that the backward pass will ask for it."""
+    returning: Any = None
+    tensor: Tensor | None = None
+    """On the device again, until its last use."""
+
+    def is_same(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the one that is away, unchanged."""
+        return self.source() is tensor and self.version == tensor._version
 
 
 class ActivationOffload:
     """Sends large saved tensors to host memory and brings each back one ahead of its use.
+
+    A tensor that many blocks save, such as the text, travels once each way.
 
     Args:
         min_bytes: smaller tensors stay where they are.
@@ -110,6 +173,8 @@ class ActivationOffload:
         self._min_bytes = min_bytes
         # Weak: what a failed pass has saved goes with its graph.
         self._away: WeakValueDictionary[int, _Offloaded] = WeakValueDictionary()
+        self._ahead: _Offloaded | None = None
+        """On its way back before it is asked for: its memory may not be released before it has arrived."""
         self._count = 0
 
     def hooks(self) -> AbstractContextManager[None]:
@@ -123,7 +188,13 @@ class ActivationOffload:
     def _pack(self, tensor: Tensor) -> Tensor | _Offloaded:
         if not tensor.requires_grad or tensor.numel() * tensor.element_size() < self._min_bytes:
             return tensor
-        entry = _Offloaded(self._count, self._mover.to_host(tensor), tensor.device)
+        self._settle()
+        for entry in self._waiting():
+            if entry.is_same(tensor):
+                entry.uses += 1
+                return entry
+        host = self._mover.to_host(tensor)
+        entry = _Offloaded(self._count, host, tensor.device, ref(tensor), tensor._version)
         self._away[self._count] = entry
         self._count += 1
         return entry
@@ -131,16 +202,39 @@ class ActivationOffload:
     def _unpack(self, saved: Tensor | _Offloaded) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        self._return(saved)
-        assert saved.returning is not None
-        self._mover.wait(saved.returning)
-        tensor, saved.returning = saved.returning, None
-        self._away.pop(saved.index, None)
-        following = self._away.get(saved.index - 1)  # the backward pass asks in the opposite order
-        if following is not None:
-            self._return(following)
+        if saved.tensor is None:
+            self._return(saved)
+            saved.tensor, saved.returning = self._mover.wait(saved.returning), None
+            if self._ahead is saved:
+                self._ahead = None
+        tensor = saved.tensor
+        saved.uses -= 1
+        if saved.uses <= 0:
+            saved.tensor = None
+            self._away.pop(saved.index, None)
+        if self._ahead is None:
+            self._fetch_before(saved.index)
         return tensor
+
+    def _fetch_before(self, index: int) -> None:
+        """Begin the return of what the backward pass, which goes in the opposite order, asks for next."""
+        for entry in self._waiting():
+            if entry.index < index and entry.tensor is None:
+                self._return(entry)
+                self._ahead = entry
+                return
+
+    def _waiting(self) -> Iterable[_Offloaded]:
+        """What is away, the last first."""
+        entries = list(self._away.values())
+        return sorted(entries, key=lambda entry: -entry.index)
 
     def _return(self, entry: _Offloaded) -> None:
         if entry.returning is None:
             entry.returning = self._mover.to_device(entry.host, entry.device)
+
+    def _settle(self) -> None:
+        """Wait for what a pass that failed had begun to fetch."""
+        if self._ahead is not None:
+            self._mover.wait(self._ahead.returning)
+            self._ahead = None

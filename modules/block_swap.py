@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from modules.host_buffer import HostBuffer
+from modules.host_buffer import HostBuffer, PinnedMemoryError, empty_pinned_cache
+from modules.logs import get_logger
 from modules.staged_copies import StagedCopies, staging_size
+
+log = get_logger(__name__)
 
 _ALIGNMENT = 64
 """Bytes; every tensor of a packed block starts at a multiple of it."""
@@ -59,15 +62,21 @@ class StreamCopies:
         copied = [self.start_after(fence, piece, buffer[place]) for place, piece in host.pieces()]
         return copied[-1]  # one stream: the others come before it
 
+    def start_back(self, buffer: Tensor, host: HostBuffer) -> torch.cuda.Event:
+        """Begin copying `buffer`, as the computation queued so far leaves it, to `host`."""
+        fence = self.fence()
+        copied = [self.start_after(fence, buffer[place], piece) for place, piece in host.pieces()]
+        return copied[-1]
+
     def fence(self) -> torch.cuda.Event:
         fence = torch.cuda.Event()
         fence.record(torch.cuda.current_stream(self._device))
         return fence
 
-    def start_after(self, fence: torch.cuda.Event, host: Tensor, buffer: Tensor) -> torch.cuda.Event:
+    def start_after(self, fence: torch.cuda.Event, source: Tensor, target: Tensor) -> torch.cuda.Event:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(fence)
-            buffer.copy_(host, non_blocking=True)
+            target.copy_(source, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(self._stream)
         return copied
@@ -77,6 +86,10 @@ class StreamCopies:
 
     def finish(self, ticket: torch.cuda.Event) -> None:
         ticket.synchronize()
+
+    def synchronize(self) -> None:
+        """Return when all copies have been made."""
+        self._stream.synchronize()
 
 
 def copy_engine(device: torch.device, *, pinned: bool, size: int) -> CopyEngine:
@@ -136,6 +149,30 @@ class _PackedBlock:
         self.attach(buffer)
 
 
+def _pack(
+    blocks: Sequence[nn.Module], travels: Callable[[str], bool], *, pin: bool
+) -> tuple[list[_PackedBlock], bool]:
+    """The packed blocks, and whether they are page-locked: all of them, or none where that is impossible."""
+    done: list[_PackedBlock] = []
+    for block in blocks:
+        try:
+            done.append(_PackedBlock(travelling_tensors(block, travels), pin=pin))
+        except PinnedMemoryError as error:
+            log.warning(
+                "weights stay in pageable host memory, which may be slower: %d of %d modules were "
+                "page-locked, %s",
+                len(done),
+                len(blocks),
+                error,
+            )
+            pin = False
+            for packed in done:
+                packed.host.unpin()
+            empty_pinned_cache()
+            done.append(_PackedBlock(travelling_tensors(block, travels), pin=False))
+    return done, pin
+
+
 def _nowhere(part: _Part) -> Tensor:
     return torch.empty(0, dtype=part.dtype)
 
@@ -176,9 +213,9 @@ class BlockSwap:
         if ring_size < 1:
             raise ValueError("a ring needs at least one buffer")
         self._device = device
-        self._packed = [_PackedBlock(travelling_tensors(block, travels), pin=pin) for block in blocks]
+        self._packed, self.is_pinned = _pack(blocks, travels, pin=pin)
         largest = max(packed.host.size for packed in self._packed)
-        self._engine = engine or copy_engine(device, pinned=pin, size=largest)
+        self._engine = engine or copy_engine(device, pinned=self.is_pinned, size=largest)
         self._slots = [
             _Slot(torch.empty(largest, dtype=torch.uint8, device=device))
             for _ in range(min(ring_size, len(blocks)))

@@ -2,15 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from modules.host_memory import page_locked_size
+from modules.byte_sizes import size_text
+from modules.errors import ResourceError
+from modules.host_memory import available_memory, page_locked_size
+from modules.memory_errors import is_memory_error
 
 _SPARE_BYTES = 2**20
 """A buffer takes less than this more than what it holds."""
+
+
+class PinnedMemoryError(ResourceError):
+    """Page-locked host memory that the system does not give."""
+
+
+def host_empty(shape: Sequence[int], dtype: torch.dtype, *, pin: bool) -> Tensor:
+    """`torch.empty` in host memory, page-locked if `pin`.
+
+    Raises:
+        PinnedMemoryError: torch's own error for it is a CUDA error that reads as if the GPU were full.
+    """
+    if not pin:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_pinned_memory_error(error):
+            raise
+    empty_pinned_cache()  # torch keeps freed memory by its size and does not give it back for another
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_pinned_memory_error(error):
+            raise
+        size = dtype.itemsize * math.prod(shape)
+        raise PinnedMemoryError(_pinned_memory_message(size)) from error
+
+
+def _is_pinned_memory_error(error: BaseException) -> bool:
+    """Whether an allocation of page-locked memory failed because there is none."""
+    return "out of memory" in str(error) or is_memory_error(error)
+
+
+def _pinned_memory_message(size: int) -> str:
+    available = available_memory()
+    known = f"; {size_text(available)} of host memory are available" if available else ""
+    return (
+        f"no page-locked (pinned) host memory left for {size_text(size)}{known}. It is not the GPU's memory "
+        "that ran out. Close other programs; under WSL 2, which lends little of it, use Windows itself or a "
+        "plain Linux; in a container, raise its memory limit"
+    )
+
+
+def empty_pinned_cache() -> None:
+    """Return page-locked memory that torch keeps for later to the system."""
+    if hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()
+    elif hasattr(torch._C, "_host_emptyCache"):  # CUDA builds before torch 2.11
+        torch._C._host_emptyCache()
 
 
 class HostBuffer:
@@ -22,11 +76,13 @@ class HostBuffer:
     Args:
         size: bytes.
         pin: page-lock the memory.
+    Raises:
+        PinnedMemoryError: there is not as much page-locked memory.
     """
 
     def __init__(self, size: int, *, pin: bool) -> None:
         lengths = _piece_lengths(size)
-        pieces = [torch.empty(length, dtype=torch.uint8, pin_memory=pin) for length in lengths]
+        pieces = [host_empty((length,), torch.uint8, pin=pin) for length in lengths]
         self._pieces = [*pieces[:-1], pieces[-1][: size - sum(lengths[:-1])]]
         self.size = size
 
@@ -44,6 +100,14 @@ class HostBuffer:
             first, last = max(place.start, start), min(place.stop, start + len(flat))
             if first < last:
                 piece[first - place.start : last - place.start].copy_(flat[first - start : last - start])
+
+    def unpin(self) -> None:
+        """Move the contents to pageable memory; no copy may be under way."""
+        for index in range(len(self._pieces)):
+            self._pieces[index] = torch.empty(len(self._pieces[index]), dtype=torch.uint8).copy_(
+                self._pieces[index]
+            )
+        empty_pinned_cache()
 
     def copy_to(self, buffer: Tensor) -> None:
         """Copy all of it into [size] bytes on any device."""

@@ -1,8 +1,8 @@
-"""Copies from pageable host memory by way of two page-locked buffers, filled by a thread of their own.
+"""Copies between pageable host memory and a device by way of two page-locked buffers, made by a thread.
 
-A device copies beside the computation only from page-locked memory, and locking all of the weights takes
-more memory than many machines can spare. While one buffer is on its way to the device the other is filled;
-what is larger than a buffer goes in parts.
+A device copies beside the computation only from and to page-locked memory, and locking all of the weights or
+activations takes more memory than many machines can spare. While the device works on one buffer the thread
+works on the other; what is larger than a buffer goes in parts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from modules.host_buffer import HostBuffer
+from modules.host_buffer import HostBuffer, host_empty
 from modules.host_memory import page_locked_size
 
 STAGING_BUFFERS = 2
@@ -34,8 +34,8 @@ class FencedCopies(Protocol):
         """A mark behind all computation queued so far."""
         ...
 
-    def start_after(self, fence: Any, host: Tensor, buffer: Tensor) -> Any:
-        """Begin copying `host` into `buffer` behind the fence; returns a ticket."""
+    def start_after(self, fence: Any, source: Tensor, target: Tensor) -> Any:
+        """Begin copying, to the device or from it, behind the fence; returns a ticket."""
         ...
 
     def wait(self, ticket: Any) -> None:
@@ -43,7 +43,7 @@ class FencedCopies(Protocol):
         ...
 
     def finish(self, ticket: Any) -> None:
-        """Return when the copy has been made: its `host` may then be written again."""
+        """Return when the copy has been made: its host memory may then be used again."""
         ...
 
 
@@ -51,7 +51,7 @@ class FencedCopies(Protocol):
 class _Staging:
     buffer: Tensor
     ticket: Any = None
-    """Of the last copy out of it."""
+    """Of the last copy out of it or into it."""
 
 
 class StagedCopies:
@@ -61,13 +61,13 @@ class StagedCopies:
         copies: how a page-locked buffer reaches the device.
         size: bytes of each buffer.
         pin: page-lock the buffers; off where there is no device to copy to.
+    Raises:
+        PinnedMemoryError: not even the buffers can be page-locked.
     """
 
     def __init__(self, copies: FencedCopies, size: int, *, pin: bool) -> None:
         self._copies = copies
-        self._staging = [
-            _Staging(torch.empty(size, dtype=torch.uint8, pin_memory=pin)) for _ in range(STAGING_BUFFERS)
-        ]
+        self._staging = [_Staging(host_empty((size,), torch.uint8, pin=pin)) for _ in range(STAGING_BUFFERS)]
         self._turn = 0
         # One thread: copies are made in the order in which they were asked for.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="staged-copies")
@@ -76,8 +76,15 @@ class StagedCopies:
         """Begin copying `host` into `buffer` once all computation queued so far is done with the buffer."""
         return self._thread.submit(self._copy, self._copies.fence(), host, buffer)
 
+    def start_back(self, buffer: Tensor, host: HostBuffer) -> Future[list[Any]]:
+        """Begin copying `buffer`, as the computation queued so far leaves it, to `host`."""
+        return self._thread.submit(self._copy_back, self._copies.fence(), buffer, host)
+
     def wait(self, ticket: Future[list[Any]]) -> None:
-        """Let the computation queued from now on see the copy; what went wrong with it is raised here."""
+        """Let the computation queued from now on see the copy; what went wrong with it is raised here.
+
+        A copy to the host has been made when this returns.
+        """
         for part in ticket.result():
             self._copies.wait(part)
 
@@ -90,11 +97,34 @@ class StagedCopies:
         ]
 
     def _copy_part(self, fence: Any, host: Tensor, buffer: Tensor) -> Any:
-        staging = self._staging[self._turn]
-        self._turn = (self._turn + 1) % len(self._staging)
-        if staging.ticket is not None:
-            self._copies.finish(staging.ticket)
+        staging = self._next()
         part = staging.buffer[: host.numel()]
         part.copy_(host)
         staging.ticket = self._copies.start_after(fence, part, buffer)
         return staging.ticket
+
+    def _copy_back(self, fence: Any, buffer: Tensor, host: HostBuffer) -> list[Any]:
+        size = len(self._staging[0].buffer)
+        arriving: tuple[_Staging, Tensor] | None = None
+        for place, piece in host.pieces():
+            for part, source in zip(piece.split(size), buffer[place].split(size), strict=True):
+                staging = self._next()
+                staging.ticket = self._copies.start_after(fence, source, staging.buffer[: part.numel()])
+                if arriving is not None:
+                    self._put(*arriving)
+                arriving = staging, part
+        if arriving is not None:
+            self._put(*arriving)
+        return []
+
+    def _put(self, staging: _Staging, host: Tensor) -> None:
+        self._copies.finish(staging.ticket)
+        host.copy_(staging.buffer[: host.numel()])
+
+    def _next(self) -> _Staging:
+        """The buffer whose turn it is, free again."""
+        staging = self._staging[self._turn]
+        self._turn = (self._turn + 1) % len(self._staging)
+        if staging.ticket is not None:
+            self._copies.finish(staging.ticket)
+        return staging

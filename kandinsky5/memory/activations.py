@@ -99,8 +99,8 @@ class HostLedger:
     def to_device(self, host: Tensor, device: torch.device) -> Tensor:
         return torch.empty(host.shape, dtype=host.dtype, device=device)
 
-    def wait(self, tensor: Tensor) -> None:
-        pass
+    def wait(self, ticket: Tensor) -> Tensor:
+        return ticket
 
 
 def step_activations(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kandinsky5.model.dit import NUM_TIMESTEPS, DiffusionTransformer3D
+from modules.host_buffer import host_empty
 
 
 def table_bytes(dit: DiffusionTransformer3D, passes: int) -> int:
@@ -50,7 +51,7 @@ class ModulationTable:
         captions = torch.cat(list(pooled)).to(device).repeat(len(sigmas), 1)
         activated_time = F.silu(dit.embed_time(timesteps, captions))  # [passes, E]
         self._widths = _widths(dit)
-        self._table = torch.empty(passes, sum(self._widths), pin_memory=device.type == "cuda")
+        self._table = host_empty((passes, sum(self._widths)), torch.float32, pin=device.type == "cuda")
         for layer, part in zip(self._layers, self._table.split(self._widths, dim=1), strict=True):
             part.copy_(layer(activated_time).flatten(1))
 

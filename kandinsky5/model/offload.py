@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,8 +112,11 @@ def streamed_groups(
 
 
 def choose_page_locking(groups: Sequence[StreamedGroup], device: torch.device, *, force: bool) -> list[bool]:
-    """Whether the host copies of each group are page-locked: for CUDA, in half of the available memory."""
-    left = available_memory() // 2
+    """Whether the host copies of each group are page-locked: for CUDA, in half of the available memory.
+
+    Not on Windows, where page-locked memory is taken from what the device shares with other programs.
+    """
+    left = 0 if sys.platform == "win32" else available_memory() // 2
     chosen = []
     for group in groups:
         size = sum(map(page_locked_buffer_size, group.packed_sizes()))
@@ -136,7 +140,8 @@ def stream_weights(
     Modulation does not travel with the blocks: it runs before them and once per step, so it has a ring of its
     own. LoRA parameters stay on the device. The host copies are page-locked when the device reads them faster
     so and they take less than half of the available memory, or when `force_pin` says so; pageable copies pass
-    through two page-locked buffers.
+    through two page-locked buffers. If the system does not give as much page-locked memory, a warning says so
+    and the copies are pageable.
 
     Args:
         ring_size: device buffers for the blocks.
@@ -160,7 +165,7 @@ def stream_weights(
             "%d %s stream from %s host memory: %s there, %s of buffers on the device",
             len(group.modules),
             group.what,
-            "page-locked" if pin else "pageable",
+            "page-locked" if stream.is_pinned else "pageable",
             size_text(stream.host_bytes),
             size_text(stream.device_bytes),
         )

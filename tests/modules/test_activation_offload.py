@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modules.activation_offload import ActivationOffload
+from modules.activation_offload import ActivationOffload, DirectMover
 
 
 class LateMover:
@@ -34,10 +35,11 @@ class LateMover:
     def to_device(self, host: Tensor, device: torch.device) -> Tensor:
         return self._copy(host)
 
-    def wait(self, tensor: Tensor) -> None:
+    def wait(self, ticket: Tensor) -> Tensor:
         self.waits += 1
         if self.waits != self.forget_wait:
-            self._finish(tensor)
+            self._finish(ticket)
+        return ticket
 
     def _copy(self, source: Tensor) -> Tensor:
         target = torch.full_like(source, torch.nan)
@@ -110,3 +112,99 @@ def test_what_a_failed_pass_left_behind_is_forgotten() -> None:
     assert offload.count_away() == 0
     assert equal(step(blocks, offload), step(layers(), None))
     assert offload.count_away() == 0
+
+
+class RecordingMover(DirectMover):
+    """Notes in which order tensors leave, begin to return and are waited for, by their number."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+        self._left: list[Tensor] = []
+
+    def number(self, host: Tensor) -> int:
+        return next(index for index, left in enumerate(self._left) if left is host)
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        host = super().to_host(tensor)
+        self._left.append(host)
+        self.events.append(("leaves", self.number(host)))
+        return host
+
+    def to_device(self, host: Tensor, device: torch.device) -> Tensor:  # type: ignore[override]
+        self.events.append(("returns", self.number(host)))
+        return host
+
+    def wait(self, ticket: Tensor) -> Tensor:
+        self.events.append(("waited for", self.number(ticket)))
+        return ticket
+
+
+def attending_step(
+    offload: ActivationOffload | None,
+    *,
+    events: list[tuple[str, int]] | None = None,
+    change_text: bool = False,
+) -> list[Tensor]:
+    """Five blocks that take the same second tensor, as large as the first."""
+    torch.manual_seed(0)
+    weight = torch.randn(8, 8, requires_grad=True)
+    visual, text = torch.randn(2, 4, 8).unbind(0)
+    visual, text = (tensor @ weight for tensor in (visual, text))
+
+    def block(visual: Tensor, text: Tensor) -> Tensor:
+        if events is not None:
+            events.append(("computes", 0))
+        return torch.tanh(visual @ weight + text)
+
+    for number in range(5):
+        if change_text and number == 2:
+            with torch.no_grad():
+                text.add_(1.0)
+        with nullcontext() if offload is None else offload.hooks():
+            visual = checkpoint(block, visual, text, use_reentrant=False)
+    visual.square().sum().backward()
+    assert weight.grad is not None
+    return [weight.grad]
+
+
+def test_the_next_large_tensor_is_fetched_ahead_and_what_all_blocks_share_travels_once() -> None:
+    mover = RecordingMover()
+    offload = ActivationOffload(mover, min_bytes=0)
+    assert equal(attending_step(offload, events=mover.events), attending_step(None))
+    # 0 and 1 are the first block's visual input and the text, 2 to 5 the later visual inputs.
+    assert [number for what, number in mover.events if what == "leaves"] == [0, 1, 2, 3, 4, 5]
+    assert [number for what, number in mover.events if what == "waited for"] == [5, 1, 4, 3, 2, 0]
+    for number in (4, 3, 2, 0):
+        begun, needed = mover.events.index(("returns", number)), mover.events.index(("waited for", number))
+        assert ("computes", 0) in mover.events[begun:needed], f"{number} comes when it is needed, not ahead"
+    assert offload.count_away() == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_late_copies_of_a_shared_tensor_change_no_gradient(seed: int) -> None:
+    offload = ActivationOffload(LateMover(seed), min_bytes=0)
+    for _ in range(2):
+        assert equal(attending_step(offload), attending_step(None))
+
+
+def test_a_shared_tensor_that_changed_in_between_travels_again() -> None:
+    mover = RecordingMover()
+    attending_step(ActivationOffload(mover, min_bytes=0), change_text=True)
+    assert [what for what, _ in mover.events].count("leaves") == 7
+
+
+def test_a_fetch_that_a_failed_backward_pass_left_under_way_ends_before_its_memory_is_used_again() -> None:
+    mover = RecordingMover()
+    offload = ActivationOffload(mover, min_bytes=0)
+    blocks = layers()
+    blocks[2].register_full_backward_hook(_fail)
+    with pytest.raises(RuntimeError, match="stop in the backward pass"):
+        step(blocks, offload)
+    begun = {number for what, number in mover.events if what == "returns"}
+    step(layers(), offload)
+    arrived = {number for what, number in mover.events if what == "waited for"}
+    assert begun <= arrived
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("stop in the backward pass")

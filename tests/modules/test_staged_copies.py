@@ -18,7 +18,7 @@ Ticket = Callable[[], None]
 
 
 class LateFencedCopies:
-    """Spoils the buffer at once and reads the staging buffer as late as the rules allow."""
+    """Spoils the target at once and reads the source as late as the rules allow."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -29,9 +29,9 @@ class LateFencedCopies:
         self.fences += 1
         return self.fences
 
-    def start_after(self, fence: int, host: Tensor, buffer: Tensor) -> Ticket:
+    def start_after(self, fence: int, source: Tensor, target: Tensor) -> Ticket:
         assert fence <= self.fences
-        buffer.fill_(0xFF)  # not a number in every float format
+        target.fill_(0xFF)  # not a number in every float format
         lock = threading.Lock()
         is_done = False
 
@@ -39,7 +39,7 @@ class LateFencedCopies:
             nonlocal is_done
             with lock:
                 if not is_done:
-                    buffer.copy_(host)
+                    target.copy_(source)
                 is_done = True
 
         if self._random.random() < 0.3:
@@ -84,3 +84,18 @@ def test_a_copy_that_fails_is_an_error_where_it_is_waited_for() -> None:
     ticket = engine.start(HostBuffer(200, pin=False), torch.zeros(100, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="must match the size"):
         engine.wait(ticket)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("size", [10_000, 100, 7], ids=["whole", "in_parts", "in_many_parts"])
+def test_what_goes_to_the_host_has_arrived_when_it_is_waited_for(size: int, seed: int) -> None:
+    engine = staged(LateFencedCopies(seed), size)
+    tensors = [torch.randint(0, 255, (count,), dtype=torch.uint8) for count in (700, 99, 1)]
+    hosts = [HostBuffer(len(tensor), pin=False) for tensor in tensors]
+    for tensor, host in zip(tensors, hosts, strict=True):
+        engine.wait(engine.start_back(tensor, host))
+        tensor_before = tensor.clone()
+        tensor.zero_()  # the computation may use its memory again
+        returned = torch.empty_like(tensor)
+        engine.wait(engine.start(host, returned))
+        assert torch.equal(returned, tensor_before)
