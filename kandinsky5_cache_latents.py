@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kandinsky5.cli.caching import parse_cache_latents
-from kandinsky5.cli.common import user_errors
+from kandinsky5.cli.common import SAVES_HOST_MEMORY, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; an error of the user's ends with its exit code and one message."""
-    with user_errors(argv):
+    with user_errors(argv, saves_host_memory=SAVES_HOST_MEMORY["cache_latents"]):
         config = parse_cache_latents(argv)
         from kandinsky5.caching.run import cache_latents  # imported late: --help must not wait for torch
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kandinsky5.cli.common import user_errors
+from kandinsky5.cli.common import SAVES_HOST_MEMORY, user_errors
 from kandinsky5.cli.generate import check_model_paths, parse_generate
 from modules.interruption import exit_on_signal
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; an error of the user's ends with its exit code and one message."""
-    with user_errors(argv), exit_on_signal():
+    with user_errors(argv, saves_host_memory=SAVES_HOST_MEMORY["generate"]), exit_on_signal():
         config = parse_generate(argv)
         check_model_paths(config)
         from kandinsky5.generation.run import generate  # imported late: --help must not wait for torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kandinsky5.cli.common import user_errors
+from kandinsky5.cli.common import SAVES_HOST_MEMORY, user_errors
 from kandinsky5.cli.config_file import asks_for_traceback
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import ShowTimestepsConfig
@@ -14,7 +14,7 @@ from modules.interruption import StopRequest
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one training, or show its timesteps."""
     stop = StopRequest()
-    with user_errors(argv, asks_for_traceback):
+    with user_errors(argv, asks_for_traceback, saves_host_memory=SAVES_HOST_MEMORY["train"]):
         config = parse_train(argv)
         if isinstance(config, ShowTimestepsConfig):
             from kandinsky5.training.loss.timesteps import (

@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from modules.errors import ConfigError, UserError
+from modules.byte_sizes import size_text
+from modules.errors import ConfigError, ResourceError, UserError
 from modules.file_names import name_problem
 from modules.files import check_folder_unwritten
+from modules.host_memory import available_memory, total_memory
 from modules.logs import setup_logging
+from modules.memory_errors import asked_size, memory_error_behind
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,23 +65,61 @@ def _has_traceback_word(argv: Sequence[str]) -> bool:
 
 @contextmanager
 def user_errors(
-    argv: Sequence[str] | None, asks_for_traceback: Callable[[Sequence[str]], bool] = _has_traceback_word
+    argv: Sequence[str] | None,
+    asks_for_traceback: Callable[[Sequence[str]], bool] = _has_traceback_word,
+    *,
+    saves_host_memory: Sequence[str] = (),
 ) -> Iterator[None]:
     """Around the body of a script's main: print a `UserError` and end with its exit code.
 
+    A lack of host memory, whatever raised it, is a `ResourceError` here.
+
     Args:
         asks_for_traceback: whether a command line wants the traceback too; by its words, if not told.
+        saves_host_memory: options of the script that help, each with its effect.
     """
     setup_logging()
     arguments = sys.argv[1:] if argv is None else argv
     try:
         yield
-    except UserError as error:
+    except Exception as error:
+        shown = _shown_error(error, saves_host_memory)
+        if shown is None:
+            raise
         if asks_for_traceback(arguments):
             traceback.print_exc()
-        lines = "\n".join(error.problems)
-        print(f"error: {lines}\nexit code {error.exit_code}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        lines = "\n".join(shown.problems)
+        print(f"error: {lines}\nexit code {shown.exit_code}", file=sys.stderr)
+        raise SystemExit(shown.exit_code) from None
+
+
+def _shown_error(error: Exception, saves_host_memory: Sequence[str]) -> UserError | None:
+    """What the user reads; None for a bug."""
+    if isinstance(error, ResourceError):
+        return error
+    shortage = memory_error_behind(error)
+    if shortage is not None:
+        return ResourceError(host_memory_message(shortage, saves_host_memory))
+    return error if isinstance(error, UserError) else None
+
+
+def host_memory_message(error: BaseException, helping: Sequence[str]) -> str:
+    """The message of a program that could not have the memory, or a thread, that it asked the system for."""
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    lines = [f"out of host memory (RAM, not the GPU's memory): {first_line}"]
+    size, total = asked_size(error), total_memory()
+    if isinstance(size, int):
+        size = size_text(size)
+    found = [f"asked for: {size}"] if size else []
+    if total:
+        found.append(f"available now: {size_text(available_memory())} of {size_text(total)}")
+    if found:
+        lines.append("; ".join(found))
+    lines += ["What helps:", *(f"  {words}" for words in helping)]
+    lines.append(
+        "  closing other programs, more swap (on Windows a larger paging file), in a container a higher limit"
+    )
+    return "\n".join(lines)
 
 
 def check_output(path: Path, *, overwrite: bool | None, inputs: Sequence[Path] = ()) -> None:

@@ -10,6 +10,7 @@ from modules.command_line import Parser, float_between, user_errors
 
 __all__ = [
     "DTYPE_CHOICES",
+    "SAVES_HOST_MEMORY",
     "VRAM_BUDGET_RANGE",
     "Parser",
     "existing_file",
@@ -25,6 +26,34 @@ __all__ = [
 
 VRAM_BUDGET_RANGE = (1.0, 1024.0)
 """GiB that a budget may have."""
+SAVES_HOST_MEMORY = {
+    "cache_latents": (
+        "--batch_size 1 --num_workers 1: fewer clips at once",
+        "shorter clips or a smaller resolution in the dataset file",
+    ),
+    "cache_text": (
+        "--fp8_vlm: Qwen's weights take half of the memory",
+        "--quantized_qwen: they take a quarter",
+        "--batch_size 1: fewer captions at once",
+    ),
+    "train": (
+        "--fp8_base: the DiT takes half of the memory",
+        "a smaller --blocks_to_swap, or none: fewer weights in host memory",
+        "no --gradient_checkpointing_cpu_offload: block inputs stay on the device",
+        "no --disable_numpy_memmap: model files are mapped and not copied",
+        "--max_data_loader_n_workers 0: no caches are read ahead",
+        "--fp8_vlm or --quantized_qwen: for the prompts of samples",
+    ),
+    "generate": (
+        "--fp8_vlm: Qwen's weights take half of the memory",
+        "--quantized_qwen: they take a quarter",
+        "--fp8_base: the DiT takes half of the memory",
+        "a smaller --blocks_to_swap, or none: fewer weights in host memory",
+        "no --offload_dit_during_sampling and no --disable_numpy_memmap",
+        "fewer frames or a smaller size",
+    ),
+}
+"""What helps against a lack of host memory in each of the scripts."""
 DTYPE_CHOICES = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
 
 
