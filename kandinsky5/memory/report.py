@@ -12,9 +12,10 @@ from kandinsky5.memory.plan import Held, MemoryPlan
 from kandinsky5.memory.roofline import NABLA_DENSITY, Card, floor_seconds
 from modules.byte_sizes import GIB, ByteUnit, size_text, unit_for
 from modules.dtypes import dtype_name
-from modules.host_memory import total_memory
+from modules.host_memory import available_memory, total_memory
 from modules.logs import format_table
 
+_SHOWN_PARTS = 3
 NOT_COUNTED = (
     f"Not in the numbers: the CUDA context and library workspaces (taken as {CONTEXT_BYTES / GIB:g} GiB) and "
     f"fragmentation (taken as {FRAGMENTATION:.0%})."
@@ -111,9 +112,22 @@ def _remarks(plan: MemoryPlan, model: ModelConfig, device: torch.device, card: C
             "On this device nothing is page-locked, and device and host memory are one; --vram_budget plans "
             "for a card."
         )
-    total = total_memory()
-    if total and plan.held.host_bytes > total:
-        remarks.append(
-            f"Host memory: {size_text(plan.held.host_bytes)} are needed, this machine has {size_text(total)}."
-        )
+    shortage = host_memory_shortage(plan.held)
+    if shortage is not None:
+        remarks.append(shortage)
     return remarks
+
+
+def host_memory_shortage(held: Held) -> str | None:
+    """A warning, if a plan takes more host memory than there is now."""
+    available = available_memory()
+    if not available or held.host_bytes <= available:
+        return None
+    parts = sorted((*held.pageable.items(), *held.page_locked.items()), key=lambda part: -part[1])
+    largest = ", ".join(f"{name} {size_text(size)}" for name, size in parts[:_SHOWN_PARTS] if size)
+    return (
+        f"Host memory: {size_text(held.host_bytes)} are planned ({largest}), {size_text(available)} of "
+        f"{size_text(total_memory())} are available. The run may end without memory or swap to the disk: "
+        "close other programs, or use a smaller --blocks_to_swap, --fp8_base, or no "
+        "--gradient_checkpointing_cpu_offload."
+    )

@@ -11,7 +11,7 @@ from dataset.cache.cached_dataset import CachedDataset
 from kandinsky5.configs.train import TrainConfig
 from kandinsky5.memory.budget import CHOSEN_OPTIONS, choose
 from kandinsky5.memory.plan import TrainingPlanner, batches_of
-from kandinsky5.memory.report import budget_report, training_report
+from kandinsky5.memory.report import budget_report, host_memory_shortage, training_report
 from kandinsky5.memory.roofline import card_of
 from kandinsky5.training import setup as train_setup
 from modules.byte_sizes import GIB
@@ -42,6 +42,23 @@ def fit_budget(config: TrainConfig, data: CachedDataset, accelerator: Accelerato
         log.info("%s", budget_report(choice, budget))
     chosen = {name: getattr(choice.model, name) for name in CHOSEN_OPTIONS}
     return replace(config, model=choice.model, options={**config.options, **chosen})
+
+
+def warn_of_host_memory(planner: TrainingPlanner, data: CachedDataset, device: torch.device) -> None:
+    """Log a warning, before anything is loaded, if the largest batch needs more host memory than there is.
+
+    Only where a GPU computes: what a run keeps in host memory, and not on the device, is what options choose.
+    """
+    model = planner.config.model
+    is_using_host = (
+        model.blocks_to_swap or model.modulation_on_host or model.gradient_checkpointing_cpu_offload
+    )
+    if device.type != "cuda" or not is_using_host:
+        return
+    held = planner.plan(model, batches_of(data, planner.text_tokens)[0]).held
+    shortage = host_memory_shortage(held)
+    if shortage is not None:
+        log.warning("%s", shortage)
 
 
 def dry_run_report(config: TrainConfig, data: CachedDataset, accelerator: Accelerator) -> str:

@@ -128,6 +128,8 @@ class Trainer:
 
         dtype = train_setup.compute_dtype(config.model, self.device)
         self.planner = train_memory.planner_for(config, accelerator)
+        if accelerator.is_main_process:
+            train_memory.warn_of_host_memory(self.planner, run.data, self.device)
         self.dit = assembly.load_model(config.model, self.device, dtype)
         self.network: LoRANetwork = assembly.build_network(
             config.network, self.dit, run.seed, allow_partial=config.model.lora_allow_partial

@@ -16,10 +16,12 @@ import kandinsky5.training.trainer as training
 from dataset.cache.cached_dataset import CachedBatch, CachedDataset
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import ModelConfig, TrainConfig
+from kandinsky5.memory import report
 from kandinsky5.memory.advice import helping_options
 from kandinsky5.memory.budget import Choice, added_options, choose, with_reserve
 from kandinsky5.memory.plan import Batch, Held, MemoryPlan, TrainingPlanner
 from kandinsky5.memory.roofline import Work
+from kandinsky5.model import assembly
 from kandinsky5.model.offload import max_blocks_to_swap
 from kandinsky5.tasks import PRO_PARAMS
 from kandinsky5.training import memory as train_memory
@@ -221,6 +223,35 @@ def test_a_run_with_the_probe_ends_in_the_same_bytes(
     assert names
     for name in names:
         assert lora_bytes(tmp_path / "plain" / name) == lora_bytes(tmp_path / "probed" / name)
+
+
+def test_a_plan_that_needs_more_host_memory_than_there_is_is_a_warning_before_the_model_loads(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    """On a pretended GPU, as the planner needs none."""
+    warn = train_memory.warn_of_host_memory
+    seen: list[str] = []
+
+    def as_on_a_gpu(planner: TrainingPlanner, data: CachedDataset, _: torch.device) -> None:
+        planner = TrainingPlanner(planner.config, torch.device("cuda"), torch.bfloat16)
+        warn(planner, data, planner.device)
+        seen.append(said.text)
+
+    monkeypatch.setattr(train_memory, "warn_of_host_memory", as_on_a_gpu)
+    monkeypatch.setattr(assembly, "OFFLOADED_BYTES", 64)
+    offload = ("--gradient_checkpointing", "--gradient_checkpointing_cpu_offload")
+    monkeypatch.setattr(report, "available_memory", lambda: 1000)
+    train(*files, tmp_path / "small", *offload, "--max_train_steps", 1)
+    assert "Host memory: " in seen[0]
+    assert "are planned (activations " in seen[0]
+    assert "0.00 MiB of " in seen[0]
+    assert "or no --gradient_checkpointing_cpu_offload" in seen[0]
+    said.clear()
+    monkeypatch.setattr(report, "available_memory", lambda: 2**40)
+    train(*files, tmp_path / "large", *offload, "--max_train_steps", 1)
+    monkeypatch.setattr(report, "available_memory", lambda: 1000)
+    train(*files, tmp_path / "without", "--max_train_steps", 1)
+    assert "Host memory: " not in said.text
 
 
 def test_running_out_of_memory_tells_sizes_and_what_helps_most(
