@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; an error of the user's ends with its exit code and one message."""
     with user_errors(argv, saves_host_memory=SAVES_HOST_MEMORY["cache_text"]):
         config = parse_cache_text(argv)
-        from kandinsky5.caching.run import cache_text  # imported late: --help must not wait for torch
+        from kandinsky5.caching.captions import cache_text  # imported late: --help must not wait for torch
 
         cache_text(config)
 

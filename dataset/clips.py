@@ -43,12 +43,13 @@ from dataset.media.media import (
 )
 from dataset.media.videos import VideoInfo, probe_video, read_frames
 from dataset.sources import SkippedItem, SourceItem, SourceListing
+from modules.messages import counted
 
 TOO_SHORT = "too short"
 TOO_SMALL = "too small"
 MIXED_SIZES = "frames of several sizes"
 
-_SEGMENT_BYTES = 128 * 2**20
+SEGMENT_BYTES = 128 * 2**20
 """Pixels that one reading thread may hold: consecutive cuts of a video share one pass up to here."""
 
 
@@ -142,6 +143,20 @@ class _ItemResult:
     video: VideoInfo | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FrameSource:
+    """What the cuts of a video or of a folder of frames have in common."""
+
+    item: SourceItem
+    size: Size
+    frame_numbers: Sequence[int]
+    """Of all frames that stay at the target rate."""
+    fps: str
+    fingerprint: str
+    video: VideoInfo | None
+    mask: PlannedMask | None
+
+
 class _Planner:
     """Plans one item after another for a dataset; safe to call from several threads."""
 
@@ -183,9 +198,16 @@ class _Planner:
     def _plan_video(self, item: SourceItem, dataset: VideoDatasetConfig) -> _ItemResult:
         info = probe_video(item.path)
         numbers, fps = _resampled(dataset, info.times)
-        fingerprint = source_fingerprint(item.path) + info.treatment
-        mask = _mask(item, info.size, info.num_frames)
-        return self._cut(item, dataset, info.size, numbers, fps, fingerprint, video=info, mask=mask)
+        source = _FrameSource(
+            item=item,
+            size=info.size,
+            frame_numbers=numbers,
+            fps=fps,
+            fingerprint=source_fingerprint(item.path) + info.treatment,
+            video=info,
+            mask=_mask(item, info.size, info.num_frames),
+        )
+        return self._cut(source, dataset)
 
     def _plan_frame_folder(self, item: SourceItem, dataset: VideoDatasetConfig) -> _ItemResult:
         paths = frame_paths(item.path)
@@ -193,23 +215,21 @@ class _Planner:
             raise MediaError(item.path, UNREADABLE, "the folder holds no images")
         rate = dataset.rates[0] if dataset.rates else Fraction(FPS)
         numbers, fps = _resampled(dataset, tuple(i / rate for i in range(len(paths))))
-        size, fingerprint = probe_image(paths[0]), frames_fingerprint(paths)
-        mask = _mask(item, size, len(paths))
-        return self._cut(item, dataset, size, numbers, fps, fingerprint, video=None, mask=mask)
+        size = probe_image(paths[0])
+        source = _FrameSource(
+            item=item,
+            size=size,
+            frame_numbers=numbers,
+            fps=fps,
+            fingerprint=frames_fingerprint(paths),
+            video=None,
+            mask=_mask(item, size, len(paths)),
+        )
+        return self._cut(source, dataset)
 
-    def _cut(
-        self,
-        item: SourceItem,
-        dataset: VideoDatasetConfig,
-        size: Size,
-        numbers: Sequence[int],
-        fps: str,
-        fingerprint: str,
-        *,
-        video: VideoInfo | None,
-        mask: PlannedMask | None,
-    ) -> _ItemResult:
-        sizes = self._sizes(item, size)
+    def _cut(self, source: _FrameSource, dataset: VideoDatasetConfig) -> _ItemResult:
+        item, numbers = source.item, source.frame_numbers
+        sizes = self._sizes(item, source.size)
         bucket = sizes["bucket"]
         clips = tuple(
             PlannedClip(
@@ -218,12 +238,12 @@ class _Planner:
                 num_frames=cut.num_frames,
                 is_image=False,
                 frame_numbers=tuple(numbers[cut.start : cut.start + cut.num_frames]),
-                fps=fps,
-                source_fingerprint=fingerprint,
+                fps=source.fps,
+                source_fingerprint=source.fingerprint,
                 cache_name=video_cache_name(item.base_name, cut.start, cut.num_frames, *bucket),
-                video=video,
-                mask=mask,
-                source_size=size,
+                video=source.video,
+                mask=source.mask,
+                source_size=source.size,
                 **sizes,
             )
             for cut in cut_frames(len(numbers), dataset.cut_rule)
@@ -231,14 +251,14 @@ class _Planner:
         skipped = None
         if not clips:
             smallest = min(dataset.target_frames)
-            detail = f"{len(numbers)} frames, the smallest of target_frames is {smallest}"
+            detail = f"{counted(len(numbers), 'frame')}, the smallest of target_frames is {smallest}"
             skipped = SkippedItem(name=item.path.name, reason=TOO_SHORT, detail=detail, key=item.key)
         return _ItemResult(
             name=item.path.name,
             clips=clips,
             skipped=skipped,
             total_frames=len(numbers),
-            video=video,
+            video=source.video,
         )
 
     def _sizes(self, item: SourceItem, size: Size) -> dict[str, Size]:
@@ -286,8 +306,8 @@ def _notes(dataset: AnyDatasetConfig, results: Sequence[_ItemResult]) -> Iterato
     short = [r for r in results if r.clips and r.total_frames is not None and r.total_frames < longest]
     if short:
         yield (
-            f"dataset {dataset.index}: {len(short)} videos are too short for some of target_frames "
-            f"{list(dataset.target_frames)} and give only the shorter clips, "
+            f"dataset {dataset.index}: {counted(len(short), 'video is', 'videos are')} too short for some of "
+            f"target_frames {list(dataset.target_frames)}, so that only shorter clips are cut, "
             f"for example {short[0].name} ({short[0].total_frames} frames)"
         )
     known = [(r.name, r.video) for r in results if r.video is not None]
@@ -296,17 +316,19 @@ def _notes(dataset: AnyDatasetConfig, results: Sequence[_ItemResult]) -> Iterato
         name, video = flat[0]
         stored, square = ("{}x{}".format(*size) for size in (video.stored, video.square))
         yield (
-            f"dataset {dataset.index}: {len(flat)} videos have pixels that are not square and are scaled to "
-            f"the shape that players show, for example {name} ({stored} to {square})"
+            f"dataset {dataset.index}: {counted(len(flat), 'video has', 'videos have')} pixels that are not "
+            f"square and will be scaled to the shape that players show, for example {name} "
+            f"({stored} to {square})"
         )
     if dataset.source_fps is None:
         rates = [(name, video.fps) for name, video in known if video.fps is not None]
         other = [(name, fps) for name, fps in rates if abs(fps - FPS) > Fraction(1, 2)]
         if other:
             name, fps = other[0]
+            count = counted(len(other), "video is", "videos are")
             yield (
-                f"dataset {dataset.index}: {len(other)} videos are not at about {FPS} frames a second, for "
-                f"example {name} ({float(fps):g}); every frame is used as it is, so "
+                f"dataset {dataset.index}: {count} not at about {FPS} "
+                f"frames a second, for example {name} ({float(fps):g}); every frame is used as it is, so "
                 f"motion changes its speed. Set source_fps to have frames dropped down to {FPS} a second"
             )
 
@@ -336,13 +358,19 @@ def load_clip(clip: PlannedClip) -> np.ndarray:
     return _stacked(clip, _load_frames((clip,)))
 
 
-def load_batches(batches: Iterable[Sequence[PlannedClip]], *, num_workers: int = 1) -> Iterator[LoadedBatch]:
+def load_batches(
+    batches: Iterable[Sequence[PlannedClip]], *, num_workers: int = 1, segment_bytes: int = SEGMENT_BYTES
+) -> Iterator[LoadedBatch]:
     """Decode batches in order, `num_workers` threads ahead of the caller.
 
-    Neighbouring cuts of one video are decoded in one pass. What is yielded does not depend on `num_workers`.
+    Neighbouring cuts of one video are decoded in one pass. The pixels do not depend on the keywords.
+
+    Args:
+        segment_bytes: pixels that one thread may hold: so much of a video is decoded in one pass.
     """
     batches = [tuple(batch) for batch in batches]
-    clips = _in_order(_segments(itertools.chain.from_iterable(batches)), max(1, num_workers))
+    segments = _segments(itertools.chain.from_iterable(batches), segment_bytes)
+    clips = _in_order(segments, max(1, num_workers))
     for batch in batches:
         good: list[tuple[PlannedClip, np.ndarray]] = []
         damaged: list[SkippedItem] = []
@@ -363,14 +391,14 @@ _Segment = tuple[PlannedClip, ...]
 _Load = Callable[[], "np.ndarray | SkippedItem"]
 
 
-def _segments(clips: Iterable[PlannedClip]) -> Iterator[_Segment]:
-    """Runs of clips that one pass over one source serves without holding more than _SEGMENT_BYTES."""
+def _segments(clips: Iterable[PlannedClip], most_bytes: int) -> Iterator[_Segment]:
+    """Runs of clips that one pass over one source serves without holding more than `most_bytes` of pixels."""
     run: list[PlannedClip] = []
     numbers: set[int] = set()
     for clip in clips:
         union = numbers.union(clip.frame_numbers)
         frame_bytes = clip.crop[0] * clip.crop[1] * 3
-        fits = len(union) * frame_bytes <= _SEGMENT_BYTES
+        fits = len(union) * frame_bytes <= most_bytes
         if run and (clip.item is not run[0].item or clip.shape != run[0].shape or not fits):
             yield tuple(run)
             run, union = [], set(clip.frame_numbers)

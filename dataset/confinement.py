@@ -1,4 +1,4 @@
-"""Keeps a dataset file to its own folder, for files that come from strangers (`--confine_paths`)."""
+"""Keeps a dataset file to its own folder, for files that come from others (`--confine_paths`)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Confinement:
         }
         named = {**folders, f"{dataset.content}_jsonl_file": dataset.jsonl_file}
         wrong = [f"{key} {path}" for key, path in named.items() if path is not None and not self._holds(path)]
-        if not wrong:  # else the folder of a stranger's choice is not even listed
+        if not wrong:  # else the folder, which someone else chose, is not even listed
             paths = (entry for folder in folders.values() if folder is not None for entry in _entries(folder))
             wrong = [str(path) for path in paths if not self.holds(path)]
         if wrong:

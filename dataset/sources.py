@@ -15,8 +15,7 @@ from dataset.cache.names import Content, name_key
 from dataset.config.config import AnyDatasetConfig
 from dataset.config.keys import nearest_key
 from dataset.confinement import Confinement
-from dataset.mask_sources import MaskFolder, is_mask
-from dataset.media.files import media_extensions
+from dataset.media.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, media_extensions
 from dataset.places import place_mark
 from modules.errors import ConfigError, DataError
 from modules.messages import MAX_LINES, lines_in_short, shortened
@@ -179,13 +178,62 @@ def _with_masks(dataset: AnyDatasetConfig, listing: SourceListing) -> SourceList
     """Give items the masks of `mask_directory`; a JSONL line's own mask wins."""
     if dataset.mask_directory is None:
         return listing
-    folder = MaskFolder(dataset, dataset.mask_directory)
+    folder = _MaskFolder(dataset, dataset.mask_directory)
     items = tuple(
         item if item.mask_path is not None else replace(item, mask_path=folder.find(item.base_name))
         for item in listing.items
     )
     names = [*(item.base_name for item in items), *(Path(entry.name).stem for entry in listing.skipped)]
     return replace(listing, items=items, unmatched_masks=folder.unmatched(names))
+
+
+class _MaskFolder:
+    """The masks of a dataset's `mask_directory`, by the names of the media they belong to."""
+
+    def __init__(self, dataset: AnyDatasetConfig, directory: Path) -> None:
+        """List the folder; nothing is opened.
+
+        Raises:
+            ConfigError: there is no such folder, or it is the one with the media.
+            DataError: two masks have the same base name.
+        """
+        where = f"dataset {dataset.index} ({dataset.origin}): mask_directory {directory}"
+        if not directory.is_dir():
+            raise ConfigError(
+                f"{where}: {'is a file, not a folder' if directory.exists() else 'no such folder'}"
+            )
+        if dataset.directory is not None and dataset.directory.resolve() == directory.resolve():
+            raise ConfigError(
+                f"{where}: holds the {dataset.content}s; put the masks into a folder of their own"
+            )
+        self._paths: dict[str, Path] = {}
+        problems = []
+        for path in sorted(directory.iterdir()):
+            if not _is_mask(path, dataset.content):
+                continue
+            name = path.name if path.is_dir() else path.stem
+            other = self._paths.setdefault(name_key(name), path)
+            if other is not path:
+                problems.append(f"{where}: {other.name} and {path.name} are masks of the same name; keep one")
+        if problems:
+            raise DataError(problems)
+
+    def find(self, base_name: str) -> Path | None:
+        """The mask of an item; None if it has none."""
+        return self._paths.get(name_key(base_name))
+
+    def unmatched(self, base_names: Iterable[str]) -> tuple[str, ...]:
+        """Names of masks that belong to none of these items."""
+        known = {name_key(name) for name in base_names}
+        return tuple(path.name for name, path in self._paths.items() if name not in known)
+
+
+def _is_mask(path: Path, content: Content) -> bool:
+    """Whether a mask of such a dataset can look like this: videos may be masked by a still or by frames."""
+    if path.is_dir():
+        return content == "video"
+    extension = path.suffix.lower()
+    return extension in IMAGE_EXTENSIONS or (content == "video" and extension in VIDEO_EXTENSIONS)
 
 
 def _read_caption(media: Path, path: Path) -> str | SkippedItem:
@@ -303,7 +351,7 @@ def _unknown_keys(path: Path, first_line: Mapping[str, int], content: Content) -
 def _jsonl_entry(
     value: dict[str, Any], rule: _PathRule, content: Content
 ) -> tuple[SourceItem | SkippedItem, str]:
-    """The item of one line, and its path without links, which tells whether it is listed twice."""
+    """The item of one line, and its path without links, by which repeated lines are found."""
     keys = ("video_path",) if content == "video" else ("image_path", "image_path_0")
     written = next((value[key] for key in keys if key in value), None)
     if written is None:
@@ -315,7 +363,7 @@ def _jsonl_entry(
     if mask is not None and not mask.exists():
         detail = f"its mask {mask.name}"
         return SkippedItem(name=path.name, reason=MISSING_FILE, detail=detail, is_failure=True), real_path
-    if mask is not None and not is_mask(mask, content):
+    if mask is not None and not _is_mask(mask, content):
         raise ValueError(f"mask_path {value['mask_path']} cannot be the mask of a {content}")
     if not path.exists():
         return SkippedItem(name=path.name, reason=MISSING_FILE, is_failure=True), real_path
@@ -373,7 +421,7 @@ def _refuse_shared_names(dataset: AnyDatasetConfig, items: Iterable[SourceItem])
         if other is not item:
             same = "the same base name"
             if other.base_name != item.base_name:
-                same = "base names that this system does not tell apart"
+                same = "base names that are the same on this system"
             problems.append(
                 f"dataset {dataset.index} ({dataset.origin}): {other.path} and {item.path} have {same} "
                 "and would share their caches; rename one of them or put them into two datasets"

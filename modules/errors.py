@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend: shown without a traceback, ends the script with `exit_code`."""
+    """Something the user can fix: shown without a traceback, ends the script with `exit_code`."""
 
     exit_code = 1
 

@@ -52,7 +52,7 @@ def disk_errors(path: Path, then: str = "", *, what: str = "") -> Iterator[None]
 
     Args:
         then: what to do once there is space again, as the end of a sentence.
-        what: the option or the words that name `path` in the message.
+        what: how the message names `path`, such as its option.
     Raises:
         ResourceError: instead of OSError: no space, no permission, and the like.
     """
@@ -68,7 +68,7 @@ def make_writable_folder(folder: Path, what: str) -> None:
     """Make a folder if it is missing, and prove with a trial file that it can be written.
 
     Args:
-        what: the option or the words that name the folder in the message.
+        what: how the message names the folder, such as its option.
     Raises:
         ResourceError: there is a file in its place, or the system refuses.
     """
@@ -84,7 +84,7 @@ def check_folder_unwritten(folder: Path, what: str) -> None:
     """Refuse a folder that could not be made or written, as far as it shows without writing.
 
     Args:
-        what: the option or the words that name the folder in the message.
+        what: how the message names the folder, such as its option.
     Raises:
         ResourceError: the folder, or the one it would be made in, is a file or not for this user to write.
     """
@@ -127,7 +127,7 @@ def last_part(path: Path) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """What tells one large file from another without reading it whole: its size, its first and last MiB.
+    """Identifies a large file without reading it whole: by its size, its first and last MiB.
 
     Raises:
         OSError: the file cannot be read.
@@ -157,7 +157,7 @@ def write_json(path: Path, value: Any, *, makes_folder: bool = True) -> None:
 def remove_strays(folder: Path) -> int:
     """Delete what killed processes left half-written in `folder`; returns how many files went.
 
-    A file that somebody may still write is left alone.
+    A file that another process may still write is left alone.
     """
     abandoned = [stray.path for stray in find_strays(folder, STRAY_PREFIX) if stray.is_abandoned()]
     for path in abandoned:
@@ -176,6 +176,6 @@ def sync_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # Some network and user-space file systems know no fsync of folders; a full or broken disk is told.
+        # Some network and user-space file systems have no fsync of folders; other errors are the disk's.
         if error.errno not in _NO_FOLDER_SYNC:
             raise

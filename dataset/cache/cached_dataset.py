@@ -122,7 +122,7 @@ class CachedDataset:
         """The same datasets with some of their items only; nothing is read again.
 
         Args:
-            notes: log lines that say so.
+            notes: log lines about it.
         """
         part = copy.copy(self)
         part.items = tuple(item for item in self.items if keep(item))

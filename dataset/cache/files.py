@@ -20,6 +20,7 @@ from dataset.cache.names import Content, parse_latent_name
 from dataset.geometry import LATENT_CHANNELS, PIXELS_PER_LATENT, latent_frame_count, pixel_size
 from modules.dtypes import dtype_from_word, dtype_name
 from modules.errors import CacheError, DataError, ModelFileError, NewerCacheError
+from modules.messages import counted
 from modules.tensor_files import TensorFile, TensorFileHeader, read_header, write_tensors
 
 if TYPE_CHECKING:  # training reads caches and needs no media libraries
@@ -49,7 +50,7 @@ class CacheMeta:
         return {f.name: str(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
 
     def difference(self, found: Mapping[str, str]) -> str | None:
-        """The first field in which a file's metadata differ from this, in words."""
+        """The first field in which a file's metadata differ from this, for a message; None if none does."""
         for name, expected in self.to_strings().items():
             if found.get(name) != expected:
                 return f"{name} was {_short(found.get(name))}, is {_short(expected)}"
@@ -102,7 +103,7 @@ class TextCacheMeta(CacheMeta):
         return entries | {f"caption{n}": text for n, text in enumerate(self.captions, start=1)}
 
     def difference(self, found: Mapping[str, str]) -> str | None:
-        """The first field in which a file's metadata differ from this, in words."""
+        """The first field in which a file's metadata differ from this, for a message; None if none does."""
         recorded = _num_captions(found)
         if recorded > len(self.captions):
             return f"captions were {recorded}, are {len(self.captions)}"
@@ -150,7 +151,7 @@ def cache_origin(header: TensorFileHeader) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentCacheInfo:
-    """What the header of a latent cache says."""
+    """The contents of a latent cache by its header."""
 
     latents_key: str
     image_key: str | None
@@ -165,7 +166,7 @@ class LatentCacheInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextCacheInfo:
-    """What the header of a text cache says."""
+    """The contents of a text cache by its header."""
 
     keys: tuple[tuple[str, str], ...]
     """For each caption the keys of its token embeddings and of its pooled one."""
@@ -223,7 +224,7 @@ def _keys_by_name(path: Path, header: TensorFileHeader) -> dict[str, str]:
 
 
 def inspect_latent_cache(path: Path, content: Content) -> LatentCacheInfo:
-    """Check a latent cache by its header: whole, ours or musubi-tuner's, and of the shape its name says.
+    """Check a latent cache by its header: whole, ours or musubi-tuner's, and of the shape in its name.
 
     Raises:
         CacheError: it is damaged, foreign, of another version, or its frame count does not fit its name.
@@ -490,7 +491,8 @@ def read_text_cache(path: Path, caption: int = 0) -> TextCache:
     """
     info = inspect_text_cache(path)
     if caption >= len(info.keys):
-        raise CacheError(f"{path}: holds {len(info.keys)} captions, not {caption + 1}: it was replaced")
+        found = counted(len(info.keys), "caption")
+        raise CacheError(f"{path}: holds {found}, not {caption + 1}: it was replaced")
     tensors = read_cached(path, *info.keys[caption])
     return TextCache(text_embeds=tensors[0], pooled_embed=tensors[1].float())
 

@@ -1,4 +1,4 @@
-"""Whether a readable cache fits the dataset file and the run, by what its header says."""
+"""Checks by its header whether a readable cache fits the dataset file and the run."""
 
 from __future__ import annotations
 

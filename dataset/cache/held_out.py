@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataset.cache.cached_dataset import CachedDataset
 from modules.errors import ConfigError
-from modules.messages import names_in_short
+from modules.messages import counted, names_in_short
 from modules.seeding import derive_seed
 
 FLAG = "--validation_split"
@@ -31,8 +31,9 @@ def hold_out(data: CachedDataset, share: float) -> tuple[CachedDataset, CachedDa
     if not chosen or len(chosen) == len(positions):
         raise ConfigError(_empty_side([position for position, _ in positions], share))
     held = data.part(lambda item: item.source in chosen)
+    clips = counted(len(held.items), "clip")
     note = (
-        f"{FLAG} {share:g}: {len(chosen)} of {len(positions)} source files ({len(held.items)} clips) are "
+        f"{FLAG} {share:g}: {len(chosen)} of {len(positions)} source files ({clips}) are "
         f"measured and not trained on: {names_in_short(sorted(chosen))}"
     )
     return data.part(lambda item: item.source not in chosen, note), held

@@ -179,8 +179,8 @@ def _damaged(path: Path, error: Exception) -> DamagedIndexError:
 def update_index(cache_directory: Path, kind: CacheKind, key: str, entry: IndexEntry) -> None:
     """Put an entry under its `entry_key` into the folder's index; other entries stay.
 
-    That of an older version with the same settings does not: it is this dataset's, or its files are told by
-    nothing from this dataset's. The dataset files that use the entry no longer use the others.
+    That of an older version with the same settings does not: it is this dataset's, or its files cannot be
+    distinguished from this dataset's. The dataset files that use the entry no longer use the others.
 
     A damaged index is made again: its other entries are lost until their cache scripts run again.
 

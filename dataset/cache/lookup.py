@@ -133,7 +133,7 @@ def _entry(
     """The entry of a dataset in the index of its folder, None when the folder has no index.
 
     Caches may have been made from another place than the dataset file names, as on a rented machine. They are
-    used if nothing here says that they are another dataset's; `notes` then gets a line about it.
+    used if nothing here shows that they are another dataset's; `notes` then gets a line about it.
 
     Raises:
         CacheError: they were made with other settings, or may be those of another dataset.

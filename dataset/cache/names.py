@@ -31,7 +31,7 @@ _LATENT_NAME = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentName:
-    """What the name of a latent cache says."""
+    """The parts of the name of a latent cache."""
 
     base_name: str
     """As in the name: shortened when the media's own name is very long."""
@@ -104,7 +104,7 @@ def parse_latent_name(name: str, content: Content) -> LatentName | None:
 
 
 def name_key(name: str) -> str:
-    """Equal for names that are one file on this system: Windows and macOS do not tell upper from lower case.
+    """Equal for names that are one file on this system: Windows and macOS ignore upper and lower case.
 
     Accents are coded in two ways, which look alike everywhere.
     """

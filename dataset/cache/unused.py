@@ -87,4 +87,4 @@ def _has_our_mark(path: Path) -> bool:
     try:
         return read_header(path).metadata.get("architecture") == ARCHITECTURE
     except ModelFileError:
-        return False  # a damaged file does not tell whose it is
+        return False  # of a damaged file the maker is unknown

@@ -132,7 +132,7 @@ class VideoDatasetConfig(_CommonConfig):
     frame_sample: int = 1
     max_frames: int = 129
     source_fps: float | None = None
-    """Frames a second of the clips; None uses every frame whatever the files say."""
+    """Frames a second of the clips; None uses every frame at whatever rate the files have."""
     target_fps: float = float(FPS)
     """Frames are dropped down to this rate when `source_fps` is given."""
 

@@ -1,9 +1,9 @@
-"""Whether a video file was cut, told from how its container is nested: nothing is decoded or even demuxed.
+"""Finds video files that were cut short by how their containers are nested; nothing is decoded or demuxed.
 
-FFmpeg reads a fragmented MP4, a live Matroska or an FLV as far as it goes and says nothing when the rest is
-missing. A file whose last box, element or tag is announced longer than what is left of the file was cut. What
-is not told apart from a whole file is one cut exactly between two of them, unless an index at the front of
-the file (`sidx`) promises more.
+FFmpeg reads a fragmented MP4, a live Matroska or an FLV as far as it goes and reports nothing when the rest
+is missing. A file whose last box, element or tag is announced longer than what is left of the file was cut.
+One that was cut exactly between two of them looks whole, unless an index at the front of the file (`sidx`)
+promises more.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ _LIMIT = f"the limit is {MAX_PIXELS / 1e6:.0f} million pixels"
 _ORIENTATION = 0x0112  # EXIF tag
 # What a PNG with an orientation holds: EXIF, XMP (which may be compressed), or ImageMagick's form of either.
 _PNG_ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type")
-# Only these decoders are let near a file, whatever its name says: some of Pillow's others start programs.
+# Only these decoders are let near a file, whatever its name: some of Pillow's others start programs.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "GIF", "JXL")
 # What Pillow's decoders raise for broken files.
 _DECODE_ERRORS = (
@@ -210,7 +210,7 @@ def resize(frame: Frame, size: Size, *, enlarges: bool) -> Frame:
 
 
 def source_fingerprint(path: Path) -> str:
-    """What tells one source file from another: its size and a hash of its first and last MiB.
+    """Identifies a source file: its size and a hash of its first and last MiB.
 
     Raises:
         MediaError: the file cannot be read.

@@ -47,9 +47,9 @@ _CLOCK = re.compile(r"([0-9]{1,4}):([0-9]{2}):([0-9]{2}(?:\.[0-9]{1,12})?)")
 _ROUNDING = Fraction(1, 200)
 """By how much sums of rounded times may differ, in seconds."""
 _LONGEST_STEP = Fraction(1, 10)
-"""How long a frame is taken to be shown where nothing tells, in seconds."""
+"""Assumed duration of a frame where the file gives none, in seconds."""
 _SEEK_WORTHWHILE = 32
-"""Frames before the first wanted one from which seeking beats decoding them."""
+"""From so many frames before the first requested one on, seeking is faster than decoding them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +66,7 @@ class VideoInfo:
     times: tuple[Fraction, ...]
     """Presentation time of every frame in seconds, ascending: its length is the number of frames."""
     pts: tuple[int, ...] | None
-    """The same in the file's clock; None when the packets do not tell, and frames have to be counted."""
+    """The same in the file's clock; None when the packets give no times, and frames have to be counted."""
     fps: Fraction | None
     """Average frame rate."""
 
@@ -185,7 +185,7 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Packets:
-    """What the packets and the header of a file say about its frames."""
+    """What the packets and the header of a file contain about its frames."""
 
     pts: tuple[int, ...]
     """Of all frames that are shown, ascending."""
@@ -255,7 +255,7 @@ def _lost_its_end(container: InputContainer, stream: VideoStream) -> bool:
 def _declared_end(
     container: InputContainer, stream: VideoStream, step: Fraction
 ) -> tuple[Fraction | None, Fraction]:
-    """When the last frame should end, as far as the header tells, and how exact that is; in seconds."""
+    """When the last frame should end by the header, and how exact that is; in seconds."""
     exact = max(step / 2, _ROUNDING)
     tag = _CLOCK.fullmatch(stream.metadata.get("DURATION", ""))
     if tag is not None:
@@ -264,7 +264,7 @@ def _declared_end(
     if stream.duration is not None and stream.time_base is not None:
         # Some files count a late start into the duration, others do not; an early one is always counted.
         return (stream.duration + min(stream.start_time or 0, 0)) * stream.time_base, exact
-    # FLV does not tell how long its last frame is shown, and counts that in.
+    # FLV gives no duration of its last frame, and counts it in.
     length = None if container.format.name == "flv" else container.duration
     if length is not None and len(container.streams) == 1:
         end = Fraction(length + max(container.start_time or 0, 0), av.time_base)
@@ -283,7 +283,7 @@ def _refuse_early_end(path: Path, packets: _Packets) -> None:
 def _count_frames(
     frames: Iterator[VideoFrame], packets: _Packets
 ) -> tuple[VideoFrame | None, tuple[Fraction, ...]]:
-    """Decode everything, where the packets do not tell how many frames there are."""
+    """Decode everything, where the packets do not give the number of frames."""
     first: VideoFrame | None = None
     stamps: list[int | None] = []
     for frame in frames:
@@ -302,16 +302,16 @@ def read_frames(path: Path, info: VideoInfo, numbers: Sequence[int]) -> Iterator
     Args:
         numbers: ascending frame numbers in presentation order; nothing after the last one is decoded.
     Raises:
-        MediaError: a wanted frame, or one decoded on the way to it, is missing or corrupt.
+        MediaError: a requested frame, or one decoded on the way to it, is missing or corrupt.
     """
-    wanted = set(numbers)
-    missing = len(wanted)
+    requested = set(numbers)
+    missing = len(requested)
     try:
         with av.open(str(path)) as container:
             for number, frame in _numbered(container, _video_stream(path, container), info, numbers[0]):
                 if frame.is_corrupt:
                     raise MediaError(path, DAMAGED, f"frame {number} is corrupt")
-                if number not in wanted:
+                if number not in requested:
                     continue
                 missing -= 1
                 yield number, _upright(path, frame, info)
@@ -320,7 +320,7 @@ def read_frames(path: Path, info: VideoInfo, numbers: Sequence[int]) -> Iterator
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(path, DAMAGED, _reason(path, error)) from error
     if missing:
-        raise MediaError(path, DAMAGED, f"{missing} of {len(wanted)} wanted frames cannot be decoded")
+        raise MediaError(path, DAMAGED, f"{missing} of {len(requested)} frames cannot be decoded")
 
 
 def _numbered(

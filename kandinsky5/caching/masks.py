@@ -19,7 +19,7 @@ from kandinsky5.caching.report import CONTINUE_HINT, Outcome
 from kandinsky5.configs.caching import CacheRunConfig
 from modules.files import disk_errors
 from modules.logs import get_logger
-from modules.messages import names_in_short
+from modules.messages import counted, names_in_short
 
 log = get_logger(__name__)
 
@@ -44,8 +44,8 @@ def mask_notes(dataset: AnyDatasetConfig, listing: SourceListing) -> Iterator[st
     masks = listing.unmatched_masks
     if masks:
         yield (
-            f"dataset {dataset.index}: {len(masks)} masks in {folder} are named like no {kind}: "
-            f"{names_in_short(masks)}"
+            f"dataset {dataset.index}: {counted(len(masks), 'mask')} in {folder} without a {kind} of the "
+            f"same name: {names_in_short(masks)}"
         )
 
 
@@ -76,9 +76,9 @@ def write_masks(work: MaskWork, run: CacheRunConfig) -> None:
             black += [] if weights.any() else [clip.item_key]
     if black:
         log.warning(
-            "dataset %d: %d masks are black throughout, so the masked loss learns nothing from them without "
+            "dataset %d: %s black throughout, so the masked loss learns nothing from it without "
             "--mask_min_weight: %s",
-            work.outcome.dataset.index, len(black), names_in_short(black),
+            work.outcome.dataset.index, counted(len(black), "mask is", "masks are"), names_in_short(black),
         )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from modules.errors import DataError
 from modules.files import disk_errors, remove_strays
 from modules.locks import folder_lock
 from modules.logs import format_table, get_logger
-from modules.messages import lines_in_short
+from modules.messages import counted, lines_in_short, names_in_short
 from modules.processes import Processes
 
 log = get_logger(__name__)
@@ -115,24 +115,23 @@ def handle_unused(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunCon
         unused = unused_caches(folder, kind, outcome.dataset.content, outcome.skipped)
         if unused.foreign:
             log.info(
-                "%s: %d files are named like caches but were not made by a Kandinsky 5 cache script, for "
-                "example %s; they are left alone",
+                "%s: not made by a Kandinsky 5 cache script, so left alone: %s",
                 folder,
-                len(unused.foreign),
-                unused.foreign[0].name,
+                names_in_short([path.name for path in unused.foreign]),
             )
         if unused.unread:
-            log.info("%s: %d caches of items that could not be read are kept", folder, len(unused.unread))
-        size = f"{len(unused.files)} caches ({unused.total_bytes / _GIGABYTE:.2f} GB)"
+            kept = counted(len(unused.unread), "cache")
+            log.info("%s: kept %s of items that could not be read", folder, kept)
+        size = f"{counted(len(unused.files), 'cache')} ({unused.total_bytes / _GIGABYTE:.2f} GB)"
         if run.prune:
             with disk_errors(folder, CONTINUE_HINT):
                 drop_unused_entries(folder, kind)
             for path in unused.files:
                 path.unlink(missing_ok=True)
         if unused.files and run.prune:
-            log.info("%s: deleted %s that no dataset file uses", folder, size)
+            log.info("%s: deleted %s not used by any dataset file", folder, size)
         elif unused.files:
-            log.info("%s: %s are not used by the dataset; --prune deletes them", folder, size)
+            log.info("%s: %s not used by any dataset file; --prune deletes unused caches", folder, size)
 
 
 def finish(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunConfig) -> None:
@@ -151,9 +150,10 @@ def finish(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunConfig) ->
     problems = []
     failures = [entry for entry in skipped if entry.is_failure]
     if failures and not run.skip_bad:
+        damaged = counted(len(failures), "damaged item was", "damaged items were")
         problems.append(
-            f"{len(failures)} damaged items were left out, everything else is cached. Repair or remove them, "
-            "or add --skip_bad to accept that"
+            f"{damaged} left out, everything else is cached. Repair or remove what is damaged, or add "
+            "--skip_bad to go on without it"
         )
     problems.extend(
         f"dataset {outcome.dataset.index}: nothing is left to train on"
@@ -186,4 +186,4 @@ def _summary(outcomes: Sequence[Outcome]) -> str:
 
 def _listed(skipped: Sequence[SkippedItem]) -> str:
     entries = list(dict.fromkeys(skipped))
-    return f"{len(entries)} items were skipped:\n{lines_in_short(entries)}"
+    return f"{counted(len(entries), 'item was', 'items were')} skipped:\n{lines_in_short(entries)}"

@@ -1,4 +1,4 @@
-"""What the two cache scripts are told to do."""
+"""The settings of the two cache scripts."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def write_video(
 
 
 def numbered_frames(count: int, width: int = 64, height: int = 48) -> list[np.ndarray]:
-    """Grey frames whose brightness tells their number."""
+    """Grey frames whose brightness is their number."""
     return [np.full((height, width, 3), 8 + NUMBER_STEP * number, np.uint8) for number in range(count)]
 
 

@@ -137,7 +137,7 @@ def test_a_clip_one_frame_short_is_listed_with_both_numbers(tmp_path: Path, tota
 def test_a_clip_too_short_for_some_lengths_is_told(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", numbered_frames(10), fps=30)
     notes = " ".join(plan(videos(tmp_path, target_frames=(5, 25))).notes)
-    assert "1 videos are too short for some of target_frames [5, 25]" in notes
+    assert "1 video is too short for some of target_frames [5, 25]" in notes
     assert "a.mp4 (10 frames)" in notes
     assert "not at about 24 frames" in notes
 
@@ -235,16 +235,16 @@ def test_neighbouring_cuts_share_one_pass(tmp_path: Path, monkeypatch: pytest.Mo
     passes: list[int] = []
     decode = dataset.clips.read_frames
 
-    def counted(path: Path, info: Any, wanted: Any) -> Any:
-        passes.append(len(wanted))
-        return decode(path, info, wanted)
+    def counted(path: Path, info: Any, numbers: Any) -> Any:
+        passes.append(len(numbers))
+        return decode(path, info, numbers)
 
     monkeypatch.setattr(dataset.clips, "read_frames", counted)
     assert sum(len(b.clips) for b in load_batches(cut_batches(clips, 4))) == 56
     assert passes == [60]
     # With little memory there are more passes, and the pixels are the same.
-    monkeypatch.setattr(dataset.clips, "_SEGMENT_BYTES", 64 * 48 * 3 * 20)
-    shown = [numbers_of(p) for b in load_batches(cut_batches(clips, 4), num_workers=3) for p in b.pixels]
+    loaded = load_batches(cut_batches(clips, 4), num_workers=3, segment_bytes=64 * 48 * 3 * 20)
+    shown = [numbers_of(pixels) for batch in loaded for pixels in batch.pixels]
     assert shown == [list(range(s, s + 5)) for s in range(56)]
     assert max(passes[1:]) <= 20
 
@@ -343,7 +343,7 @@ def test_a_file_that_the_memory_is_too_small_for_does_not_end_the_others(
     assert [(bad.name, bad.is_failure) for bad in loaded.damaged] == [("b.png", True)]
 
 
-def test_a_video_with_flat_pixels_is_planned_at_its_shown_shape_and_that_is_said(tmp_path: Path) -> None:
+def test_a_video_with_flat_pixels_is_planned_at_its_shown_shape_with_a_note(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", numbered_frames(5, 64, 64), aspect=Fraction(16, 9))
     write_video(tmp_path / "b.mp4", numbered_frames(5, 64, 64))
     made = plan(videos(tmp_path, resolution=(64, 64), enable_bucket=True, target_frames=(5,)))
@@ -352,7 +352,7 @@ def test_a_video_with_flat_pixels_is_planned_at_its_shown_shape_and_that_is_said
     assert numbers(flat) == numbers(square) == list(range(5))
     assert flat.source_fingerprint.endswith("-square114x64")  # a cache of squeezed pixels no longer fits
     (note,) = made.notes
-    assert "1 videos have pixels that are not square" in note
+    assert "1 video has pixels that are not square" in note
     assert "a.mp4 (64x64 to 114x64)" in note
 
 

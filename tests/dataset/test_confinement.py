@@ -1,4 +1,4 @@
-"""Dataset files of strangers: nothing outside their folder is read or written."""
+"""Dataset files from others: nothing outside their folder is read or written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modules.errors import ConfigError
 
 @pytest.fixture
 def pack(tmp_path: Path) -> Path:
-    """A stranger's folder with one image and its caption, beside a private one."""
+    """Someone else's folder with one image and its caption, beside a private one."""
     folder = tmp_path / "pack" / "im"
     folder.mkdir(parents=True)
     (folder / "a.png").write_bytes(b"x")
@@ -49,7 +49,7 @@ def jsonl(pack: Path, *lines: dict[str, Any]) -> ImageDatasetConfig:
 
 
 def refused(pack: Path, config: ImageDatasetConfig | VideoDatasetConfig) -> str:
-    """What is said about a dataset that leads out of its file's folder; without the option it is taken."""
+    """The message about a dataset that leads out of its file's folder; without the option it is taken."""
     assert list_items(config).items
     before = sorted(pack.parent.rglob("*"))
     with pytest.raises(ConfigError, match="leads out of") as caught:
@@ -76,8 +76,8 @@ def test_a_dataset_inside_its_files_folder_is_taken(pack: Path, monkeypatch: pyt
 
 
 def test_a_cache_folder_elsewhere_is_refused(pack: Path) -> None:
-    said = refused(pack, dataset(pack, cache_directory=pack / ".." / "evil"))
-    assert "cache_directory" in said
+    message = refused(pack, dataset(pack, cache_directory=pack / ".." / "evil"))
+    assert "cache_directory" in message
     (pack / "cache").symlink_to(pack.parent / "private")
     assert "cache_directory" in refused(pack, dataset(pack))
 
@@ -118,8 +118,8 @@ def test_jsonl_paths_count_from_its_own_folder_and_stay_in_the_dataset_files(pac
     ]
     (pack / "meta" / "link.png").symlink_to(pack.parent / "private" / "a.png")
     for leading_out in ("../../private/a.png", str(pack.parent / "private" / "a.png"), "link.png"):
-        said = refused(pack, jsonl(pack, {"image_path": leading_out, "caption": "x"}))
-        assert "line 1: image_path" in said
+        message = refused(pack, jsonl(pack, {"image_path": leading_out, "caption": "x"}))
+        assert "line 1: image_path" in message
         mask = {"image_path": str(pack / "im" / "a.png"), "caption": "x", "mask_path": leading_out}
         assert "line 1: mask_path" in refused(pack, jsonl(pack, mask))
 

@@ -1,4 +1,4 @@
-"""Listings: which media are used, which are left out, and what is said about it."""
+"""Listings: which media are used, which are left out, and the messages about it."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_names_that_the_system_takes_for_one_are_refused(
     if system == "linux" and not are_one_everywhere:
         assert jsonl(file).found == 2
         return
-    with pytest.raises(DataError, match="this system does not tell apart"):
+    with pytest.raises(DataError, match="the same on this system"):
         jsonl(file)
 
 

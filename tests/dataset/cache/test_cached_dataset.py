@@ -215,23 +215,23 @@ def test_a_cut_cache_is_found_before_the_first_step(config: DatasetConfig, kind:
     path = folder / ("a_00000-005_0064x0048_k5.safetensors" if kind == "latents" else text_cache_name("c"))
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    said = refused(config)
-    assert path.name in said
+    message = refused(config)
+    assert path.name in message
     script = (
         "kandinsky5_cache_latents.py" if kind == "latents" else "kandinsky5_cache_text_encoder_outputs.py"
     )
-    assert script in said
+    assert script in message
 
 
 def test_missing_caches_of_both_kinds_are_listed_or_counted(config: DatasetConfig) -> None:
     dataset = config.datasets[0]
     latents = {n: [f"{n}_00000-005_0064x0048_k5.safetensors"] for n in "abcd"}
     write_indexes(dataset, latents, texts="bcde")
-    said = refused(config)
-    assert "1 item has no latent cache:\n  e" in said
-    assert "1 item has no text cache:\n  a" in said
-    assert "kandinsky5_cache_latents.py" in said
-    assert "kandinsky5_cache_text_encoder_outputs.py" in said
+    message = refused(config)
+    assert "1 item has no latent cache:\n  e" in message
+    assert "1 item has no text cache:\n  a" in message
+    assert "kandinsky5_cache_latents.py" in message
+    assert "kandinsky5_cache_text_encoder_outputs.py" in message
     data = CachedDataset(config, MatchOptions(allow_missing=True), seed=0)
     assert [item.key[2] for item in data.items] == ["b", "c", "d"]
     assert "1 no latent cache, 1 no text cache" in data.summary_table()
@@ -258,7 +258,7 @@ def test_items_that_the_cache_scripts_skipped_are_not_missing(config: DatasetCon
 def test_an_item_left_out_excuses_itself_and_no_other_of_its_name(
     config: DatasetConfig, key: str, is_excused: bool
 ) -> None:
-    """Indexes of older versions have no keys: names are all they tell."""
+    """Indexes of older versions have no keys: names are all they hold."""
     dataset = config.datasets[0]
     skipped = SkippedItem(name="c.mp4", reason="no such file", is_failure=True, key=key)
     texts = [IndexItem(name=n, files=(text_cache_name(n),), key="here") for n in "abcde"]
@@ -277,13 +277,13 @@ def test_for_an_item_that_left_the_dataset_both_commands_are_given(config: Datas
     latents = {n: [f"{n}_00000-005_0064x0048_k5.safetensors"] for n in "abcd"}
     for left, right in (("abcd", "abcde"), ("abcd", "abc")):
         write_indexes(config.datasets[0], {n: latents[n] for n in left}, texts=right)
-        said = refused(config)
-        assert "kandinsky5_cache_latents.py" in said
-        assert "kandinsky5_cache_text_encoder_outputs.py" in said
+        message = refused(config)
+        assert "kandinsky5_cache_latents.py" in message
+        assert "kandinsky5_cache_text_encoder_outputs.py" in message
 
 
 @pytest.mark.parametrize(
-    ("limits", "tokens", "said"),
+    ("limits", "tokens", "message"),
     [
         ((256, 77), 256, None),
         ((512, 77), 257, "qwen_max_length was 512, is 256 in generation"),
@@ -294,20 +294,20 @@ def test_for_an_item_that_left_the_dataset_both_commands_are_given(config: Datas
     ],
 )
 def test_captions_that_generation_would_cut_elsewhere_are_refused(
-    config: DatasetConfig, limits: tuple[int, int], tokens: int, said: str | None
+    config: DatasetConfig, limits: tuple[int, int], tokens: int, message: str | None
 ) -> None:
     add_text(config.datasets[0].cache_directory, "b", tokens=tokens, limits=limits)
     assert len(CachedDataset(config, seed=0).items) == 7
-    if said is None:
+    if message is None:
         assert len(CachedDataset(config, MatchOptions(text_limits=(256, 77)), seed=0).items) == 7
     else:
-        assert said in refused(config, text_limits=(256, 77))
+        assert message in refused(config, text_limits=(256, 77))
 
 
 def test_without_any_cache_the_message_says_what_to_run(tmp_path: Path) -> None:
-    said = refused(make_config(tmp_path))
-    assert "no item can be trained on" in said
-    assert "kandinsky5_cache_latents.py --dataset_config" in said
+    message = refused(make_config(tmp_path))
+    assert "no item can be trained on" in message
+    assert "kandinsky5_cache_latents.py --dataset_config" in message
 
 
 def test_caches_of_other_settings_are_refused(config: DatasetConfig, tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_files_that_left_the_dataset_are_not_trained_on(config: DatasetConfig) -
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "message"),
     [
         ("resolution = [96, 64]", "resolution was 64x48"),
         ("target_frames = [5, 13]", "frame_count was 9"),
@@ -331,10 +331,10 @@ def test_files_that_left_the_dataset_are_not_trained_on(config: DatasetConfig) -
     ],
 )
 def test_without_an_index_each_file_is_held_against_the_dataset_file(
-    tmp_path: Path, table: str, said: str
+    tmp_path: Path, table: str, message: str
 ) -> None:
     fill(make_config(tmp_path), with_index=False)
-    assert said in refused(make_config(tmp_path, table))
+    assert message in refused(make_config(tmp_path, table))
 
 
 def test_without_an_index_all_files_are_used_and_it_is_said(tmp_path: Path) -> None:
@@ -352,9 +352,9 @@ def test_without_an_index_two_caches_of_one_item_are_refused(tmp_path: Path) -> 
     folder = config.datasets[0].cache_directory
     one, other = (add_video_latents(folder, "a", size=size) for size in ((64, 64), (80, 48)))
     add_text(folder, "a")
-    said = refused(config)
-    assert one in said
-    assert other in said
+    message = refused(config)
+    assert one in message
+    assert other in message
 
 
 def test_caches_of_two_encoders_are_not_mixed(tmp_path: Path) -> None:
@@ -408,9 +408,9 @@ def test_many_problems_come_in_one_message_with_ten_examples(tmp_path: Path) -> 
     fill(config, names="abcdefghijklmnop")
     for path in config.datasets[0].cache_directory.glob("*_k5.safetensors"):
         path.write_bytes(b"")
-    said = refused(config)
-    assert "18 latent caches cannot be used" in said
-    assert "... and 8 more" in said
+    message = refused(config)
+    assert "18 latent caches cannot be used" in message
+    assert "... and 8 more" in message
 
 
 def test_a_file_replaced_by_another_size_during_training_is_an_error(config: DatasetConfig) -> None:

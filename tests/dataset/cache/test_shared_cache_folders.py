@@ -56,11 +56,11 @@ def test_caches_that_another_dataset_file_made_again_are_refused(tmp_path: Path)
     one, other = dataset_file(tmp_path, "one", "x"), dataset_file(tmp_path, "other", "y")
     fill(one, "clip", caption="a dog", source="1-a")
     fill(other, "clip", "more", caption="a cat", source="2-b")
-    said = refused(one)
-    assert "1 latent cache cannot be used" in said
-    assert "1 text cache cannot be used" in said
-    assert "kandinsky5_cache_latents.py" in said
-    assert "kandinsky5_cache_text_encoder_outputs.py" in said
+    message = refused(one)
+    assert "1 latent cache cannot be used" in message
+    assert "1 text cache cannot be used" in message
+    assert "kandinsky5_cache_latents.py" in message
+    assert "kandinsky5_cache_text_encoder_outputs.py" in message
     assert keys(other) == ["0/clip_00000-005_0064x0048", "0/more_00000-005_0064x0048"]
 
 
@@ -111,9 +111,9 @@ def test_a_dataset_that_was_never_cached_does_not_take_the_caches_of_its_neighbo
     assert len(keys(never)) == 1  # no video is there: as on a machine without the media
     (tmp_path / "y" / "a.mp4").write_bytes(b"not opened")
     (tmp_path / "y" / "a.txt").write_text("a cat", encoding="utf-8")
-    said = refused(never)
-    assert "cached from another place" in said
-    assert "cache_directory of its own" in said
+    message = refused(never)
+    assert "cached from another place" in message
+    assert "cache_directory of its own" in message
 
 
 def test_of_several_datasets_none_is_guessed(tmp_path: Path) -> None:

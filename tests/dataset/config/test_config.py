@@ -24,7 +24,7 @@ def write(tmp_path: Path, text: str, name: str = "dataset.toml") -> Path:
 
 
 def problems(tmp_path: Path, text: str, name: str = "dataset.toml") -> str:
-    """What is said about a bad file; it must end with exit code 2."""
+    """The message about a bad file; it must end with exit code 2."""
     with pytest.raises(ConfigError) as caught:
         load_dataset_config(write(tmp_path, text, name))
     assert caught.value.exit_code == 2
@@ -177,7 +177,7 @@ def test_a_byte_order_mark_and_crlf_are_no_problem(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[[datasets]]\nbatch_size = 1\n", "no source"),
         ('[[datasets]]\nimage_jsonl_file = "a.jsonl"\n', "cache_directory"),
@@ -188,8 +188,8 @@ def test_a_byte_order_mark_and_crlf_are_no_problem(tmp_path: Path) -> None:
         ("[general]\ntarget_frames = [1]\n" + VIDEO, "belongs into a [[datasets]] table"),
     ],
 )
-def test_what_does_not_go_together_is_told(tmp_path: Path, text: str, said: str) -> None:
-    assert said in problems(tmp_path, text)
+def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    assert message in problems(tmp_path, text)
 
 
 def test_settings_of_other_models_are_ignored_with_one_line(tmp_path: Path) -> None:

@@ -135,8 +135,8 @@ def test_items_without_a_mask_and_masks_without_an_item_are_known(tmp_path: Path
 def test_a_mask_folder_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     add_clip(tmp_path, "a", gradients(5))
-    for folder, said in (("nowhere", "no such folder"), ("clips", "into a folder of their own")):
-        with pytest.raises(ConfigError, match=rf"mask_directory .*{folder}: .*{said}"):
+    for folder, message in (("nowhere", "no such folder"), ("clips", "into a folder of their own")):
+        with pytest.raises(ConfigError, match=rf"mask_directory .*{folder}: .*{message}"):
             list_items(replace(dataset, mask_directory=tmp_path / folder))
     for name in ("a.png", "a.jpg"):
         Image.new("L", (100, 60)).save(tmp_path / "masks" / name)
@@ -157,14 +157,14 @@ def test_a_jsonl_line_names_its_mask(tmp_path: Path) -> None:
     )
     dataset = load_dataset_config(tmp_path / "d.toml").datasets[0]
     assert list_items(dataset).items[0].mask_path == tmp_path / "masks" / "other name.png"
-    for wrong, said in (
+    for wrong, message in (
         ("notes.txt", "cannot be the mask"),
         (3, "must be a path"),
         ("http://x/a.png", "URL"),
     ):
         (tmp_path / "notes.txt").touch()
         (tmp_path / "v.jsonl").write_text(json.dumps({**entry, "mask_path": wrong}), encoding="utf-8")
-        with pytest.raises(ConfigError, match=rf"line 1: .*{said}"):
+        with pytest.raises(ConfigError, match=rf"line 1: .*{message}"):
             list_items(dataset)
     (tmp_path / "v.jsonl").write_text(json.dumps({**entry, "mask_path": "gone.png"}), encoding="utf-8")
     with pytest.raises(DataError, match=rf"a\.mp4: {MISSING_FILE} \(its mask gone\.png\)"):

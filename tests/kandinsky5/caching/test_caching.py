@@ -170,8 +170,8 @@ def test_nothing_is_loaded_when_every_cache_is_fresh(
 ) -> None:
     cache_latents(project, tiny_models)
     cache_text(project, tiny_models)
-    for name in ("load_vae", "load_text_encoders"):
-        monkeypatch.delattr(f"kandinsky5.caching.run.{name}")
+    for name in ("latents.load_vae", "captions.load_text_encoders"):
+        monkeypatch.delattr(f"kandinsky5.caching.{name}")
     cache_latents(project, tiny_models, "--skip_existing")
     cache_text(project, tiny_models, "--skip_existing")
 
@@ -253,7 +253,7 @@ def test_what_is_skipped_is_listed_with_its_reason(
     with pytest.raises(SystemExit) as caught:
         cache_latents(project, tiny_models)
     assert caught.value.code == 3
-    assert "1 damaged items were left out, everything else is cached" in capsys.readouterr().err
+    assert "1 damaged item was left out, everything else is cached" in capsys.readouterr().err
     index = json.loads((project / "cache_images" / "k5_index_latents.json").read_text(encoding="utf-8"))
     (entry,) = index["entries"].values()
     assert sorted(item["name"] for item in entry["skipped"]) == ["a.png", "b.png"]

@@ -82,7 +82,7 @@ def test_a_mask_is_cached_beside_the_latents_and_renewed_without_them(
     assert [item.masks for item in entry.items] == [(MASK,), ()]
 
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*_k5*.safetensors")}
-    monkeypatch.delattr("kandinsky5.caching.run.load_vae")
+    monkeypatch.delattr("kandinsky5.caching.latents.load_vae")
     paint(project, left=51)
     cache(project, tiny_models, "--skip_existing")
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*_k5*.safetensors")}
@@ -99,7 +99,7 @@ def test_a_mask_is_cached_beside_the_latents_and_renewed_without_them(
 def test_a_black_mask_is_mentioned(project: Path, tiny_models: Path, said: pytest.LogCaptureFixture) -> None:
     paint(project, left=0)
     cache(project, tiny_models)
-    assert "1 masks are black throughout" in said.text
+    assert "1 mask is black throughout" in said.text
 
 
 def test_a_damaged_mask_takes_its_clip_out_and_ends_with_exit_3(
