@@ -10,6 +10,8 @@ import torch
 from kandinsky5.model import nabla
 from kandinsky5.model.conditioning import TextConditioning, VelocityModel, pad_text
 from kandinsky5.tasks import NablaParams
+from modules import block_sparse
+from modules.live_bytes import LiveBytes
 from tests.flops import count_flops
 from tests.kandinsky5.training.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
 from tests.tiny import tiny_dit
@@ -40,6 +42,32 @@ def test_density_and_kernel_are_reported_once(monkeypatch: pytest.MonkeyPatch) -
         report(torch.ones(1, 2, 4, 4, dtype=torch.bool))
         report(torch.eye(4, dtype=torch.bool)[None, None])
     assert messages == ["NABLA attends to 62.5 % of all block pairs, by gathered blocks in plain torch"]
+
+
+@pytest.mark.parametrize(
+    "params", [NablaParams(P=0.8, wT=1, wH=1, wW=1), NablaParams(method="topk", P=0.3, add_sta=False)]
+)
+def test_blocks_are_chosen_for_few_heads_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, params: NablaParams
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 8 * nabla.BLOCK, 3, 16, generator=generator) for _ in range(2))
+    plan = nabla.make_plan((2, 16, 16), params, "cpu")
+    together = nabla.select_blocks(query, key, plan)
+    monkeypatch.setattr(block_sparse, "SORTED_PAIRS", 1)
+    assert torch.equal(nabla.select_blocks(query, key, plan), together)
+    assert 0 < together.float().mean() < 1
+
+
+def test_choosing_the_blocks_of_a_long_clip_takes_less_than_the_clip() -> None:
+    """Pro, 241 frames of 768x512: the mask and 23 bytes for each of the pairs that are sorted at a time."""
+    query, key = (
+        torch.empty(1, 61 * 32 * 48, 32, 128, dtype=torch.bfloat16, device="meta") for _ in range(2)
+    )
+    plan = nabla.make_plan((61, 32, 48), NablaParams(), "meta")
+    with LiveBytes() as counted:
+        mask = nabla.select_blocks(query, key, plan)
+    assert counted.peak <= mask.nbytes + 24 * block_sparse.SORTED_PAIRS < query.nbytes
 
 
 def test_a_grid_without_whole_squares_is_an_error() -> None:
