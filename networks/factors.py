@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from networks.lora_types import type_of_roles
+from networks.lora_types import LoraType, type_of_roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,13 @@ class LayerFactors(ABC):
         return None
 
 
+def factors_class(kind: LoraType) -> type[LayerFactors]:
+    """The factors of a kind of adapter."""
+    return kind.load_class(kind.factors)
+
+
 def factors_from_roles(tensors: Mapping[str, Tensor], scale: float) -> LayerFactors | None:
     """The factors that tensors with these roles make up; None if they are incomplete or of several kinds."""
     kind = type_of_roles(frozenset(tensors))
-    factors = None if kind is None else kind.factors_class()
+    factors = None if kind is None else factors_class(kind)
     return factors(tensors, scale) if factors is not None and factors.is_complete(tensors) else None

@@ -12,7 +12,7 @@ from torch import Tensor
 from modules.command_line import Parser, user_errors
 from modules.dtypes import dtype_name
 from modules.logs import format_table, print_report
-from networks.factors import LayerFactors
+from networks.factors import LayerFactors, factors_class
 from networks.lora_files import LoadedLora, read_adapter_tensors, read_lora
 from networks.lora_kandinsky import known_layer_names
 from networks.lora_keys import layout_of, parse_key
@@ -77,7 +77,7 @@ def _norm_rows(lora: LoadedLora) -> list[tuple[str, int, str]]:
 
 
 def _type_of(layer: LayerFactors) -> LoraType:
-    return next(kind for kind in LORA_TYPES if type(layer) is kind.factors_class())
+    return next(kind for kind in LORA_TYPES if type(layer) is factors_class(kind))
 
 
 def _reader_rows(lora: LoadedLora, layout: str, tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:

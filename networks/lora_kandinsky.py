@@ -11,7 +11,7 @@ from torch import nn
 
 from modules.errors import ConfigError
 from modules.logs import get_logger
-from networks.lora import DropoutRates, LoRANetwork, inject
+from networks.lora import Adapter, DropoutRates, LoRANetwork, inject
 from networks.lora_files import LayerSizes, LoadedLora, load_weights
 from networks.lora_types import DEFAULT_TYPE, NetworkArgs, lora_type, parse_network_args
 
@@ -142,6 +142,7 @@ def create_network(
     kind = lora_type(network_module)
     if network_dropout and not kind.is_plain:
         raise ConfigError(f"--network_dropout: not available with --network_module {network_module}")
+    adapter_class: type[Adapter] = kind.load_class(kind.adapter)
     return inject(
         dit,
         _chosen_layers(dit, settings),
@@ -150,7 +151,7 @@ def create_network(
         seed=seed,
         dropout=_dropout_rates(settings, network_dropout),
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
-        make_adapter=partial(kind.adapter_class(), **settings.constructor),
+        make_adapter=partial(adapter_class, **settings.constructor),
     )
 
 

@@ -10,13 +10,9 @@ import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from modules.errors import ConfigError
-
-if TYPE_CHECKING:
-    from networks.factors import LayerFactors
-    from networks.lora import Adapter
 
 EVERY_PROGRAM = ("this project", "musubi-tuner", "ComfyUI", "diffusers", "official pipeline")
 LYCORIS_PROGRAMS = ("this project", "musubi-tuner", "ComfyUI")
@@ -55,11 +51,9 @@ class LoraType:
     programs: tuple[str, ...] = LYCORIS_PROGRAMS
     """The programs that can apply it."""
 
-    def adapter_class(self) -> type[Adapter]:
-        return getattr(importlib.import_module(self.module), self.adapter)
-
-    def factors_class(self) -> type[LayerFactors]:
-        return getattr(importlib.import_module(self.module), self.factors)
+    def load_class(self, name: str) -> Any:
+        """Import the class `adapter` or `factors`, and torch with it."""
+        return getattr(importlib.import_module(self.module), name)
 
 
 def _is_number(value: Any) -> bool:
