@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataset.cache.names import Content, name_key
+from dataset.cache.names import name_key
 from dataset.config.config import AnyDatasetConfig
 from dataset.config.keys import nearest_key
 from dataset.confinement import Confinement
-from dataset.media.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, media_extensions
+from dataset.media.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Content, media_extensions
 from dataset.places import place_mark
 from modules.errors import ConfigError, DataError
 from modules.messages import MAX_LINES, lines_in_short, shortened

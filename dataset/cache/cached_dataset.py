@@ -18,8 +18,8 @@ from dataset.cache.fit import MatchOptions
 from dataset.cache.items import CachedItem, DatasetSummary, summarise, summary_table
 from dataset.cache.mask_cache import read_mask_cache
 from dataset.cache.match import match_caches
-from dataset.cache.names import Content
 from dataset.config.config import AnyDatasetConfig, DatasetConfig
+from dataset.media.files import Content
 from modules.errors import CacheError
 from modules.seeding import generator_for
 

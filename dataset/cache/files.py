@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dataset.cache.names import Content, parse_latent_name
+from dataset.cache.names import parse_latent_name
 from dataset.geometry import LATENT_CHANNELS, PIXELS_PER_LATENT, latent_frame_count, pixel_size
+from dataset.media.files import Content
 from modules.dtypes import dtype_from_word, dtype_name
 from modules.errors import CacheError, DataError, ModelFileError, NewerCacheError
 from modules.messages import counted

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.cache.names import Content
 from dataset.config.config import AnyDatasetConfig
 from dataset.geometry import pixel_size, size_label
+from dataset.media.files import Content
 from dataset.sources import SkippedItem
 from modules.logs import format_table
 

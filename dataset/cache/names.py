@@ -11,9 +11,8 @@ import re
 import sys
 import unicodedata
 from dataclasses import dataclass
-from typing import Literal
 
-Content = Literal["video", "image"]
+from dataset.media.files import Content
 
 LATENT_SUFFIX = "_k5.safetensors"
 MASK_SUFFIX = "_k5_mask.safetensors"

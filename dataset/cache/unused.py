@@ -12,10 +12,10 @@ from dataset.cache.names import (
     LATENT_SUFFIX,
     MASK_SUFFIX,
     TEXT_SUFFIX,
-    Content,
     cache_base_name,
     parse_latent_name,
 )
+from dataset.media.files import Content
 from dataset.sources import SkippedItem
 from modules.errors import ModelFileError
 from modules.tensor_files import read_header

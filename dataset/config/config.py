@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from dataset.buckets import Size
-from dataset.cache.names import Content
 from dataset.config.keys import (
     EXTRACTION_KEYS,
     GENERAL_KEYS,
@@ -30,6 +29,7 @@ from dataset.config.keys import (
 )
 from dataset.config.text import ConfigText, read_config_text
 from dataset.geometry import FPS, round_frames
+from dataset.media.files import Content
 from dataset.media.frames import CutRule, FrameExtraction
 from modules.errors import ConfigError
 

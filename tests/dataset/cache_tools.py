@@ -9,8 +9,9 @@ import torch
 
 from dataset.cache.files import LatentCacheMeta, TextCacheMeta, write_latent_cache, write_text_cache
 from dataset.cache.index import IndexEntry, IndexItem, entry_key, metadata_digest, update_index
-from dataset.cache.names import Content, text_cache_name, video_cache_name
+from dataset.cache.names import text_cache_name, video_cache_name
 from dataset.config.config import AnyDatasetConfig
+from dataset.media.files import Content
 from dataset.sources import SkippedItem
 from modules.seeding import generator_for
 from modules.tensor_files import read_header
