@@ -52,3 +52,8 @@ def test_sizes_are_counted(checkout: Path) -> None:
 
 def test_private_names_that_tests_replace_are_found(checkout: Path) -> None:
     assert list(private_patches(checkout)) == ["tests/test_a.py:2: _hidden", "tests/test_a.py:3: _hidden"]
+
+
+def test_no_module_of_the_product_imports_itself_by_way_of_others(root: Path) -> None:
+    being_removed = ["kandinsky5.generation.interactive", "kandinsky5.generation.run"]
+    assert [circle for circle in circles(imports(product_files(root))) if circle != being_removed] == []
