@@ -79,6 +79,11 @@ class Scene:
         )
 
     @property
+    def is_visible(self) -> bool:
+        """Whether the motion can be seen: a spinning circle or ring looks like one that stands still."""
+        return self.motion != "spins" or self.shape not in ("circle", "ring")
+
+    @property
     def is_held_out(self) -> bool:
         """Whether the DiT of the base has not been trained on this scene."""
         return (
