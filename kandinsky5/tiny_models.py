@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,13 @@ def build_vae(folder: Path, seed: int = 0) -> None:
     tensors["quant_conv.weight"][:channels] *= _MEAN_GAIN
     tensors["quant_conv.weight"][channels:] *= 0.1
     tensors["quant_conv.bias"][channels:] = _LOGVAR_BIAS
+    vae.load_state_dict(tensors)
+    write_vae_folder(folder, vae)
+
+
+def write_vae_folder(folder: Path, vae: Any, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write a diffusers VAE as `config.json` and `diffusion_pytorch_model.safetensors`."""
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in vae.state_dict().items()}
     write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
     write_json(folder / "config.json", {"_class_name": type(vae).__name__, **_plain_config(vae.config)})
 
