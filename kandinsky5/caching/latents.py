@@ -29,7 +29,7 @@ from kandinsky5.caching.preview import preview_clips
 from kandinsky5.caching.report import CONTINUE_HINT, Outcome
 from kandinsky5.caching.run import encoding_device, list_sources, make_caches, read_datasets
 from kandinsky5.configs.caching import CacheLatentsConfig, DebugConfig
-from kandinsky5.model.precision import vae_dtype
+from kandinsky5.model.precision import check_vae, vae_dtype
 from kandinsky5.vae.video_vae import VideoVAE, encode_or_tile, load_vae, uint8_to_pixels, vae_fingerprint
 from modules.dtypes import dtype_name
 from modules.files import disk_errors
@@ -97,6 +97,7 @@ class _LatentJob:
         self._dtype = vae_dtype(config.vae_dtype, self._device)
         if config.disable_cudnn_backend:
             torch.backends.cudnn.enabled = False
+        check_vae(config.vae_dtype, self._device)
         fingerprint = vae_fingerprint(self._vae)
         self._works = [self._work(dataset, fingerprint) for dataset in datasets]
         self.outcomes = [work.outcome for work in self._works]

@@ -11,6 +11,7 @@ from dataset.geometry import pixel_frame_count
 from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.generation.models import ModelLoader
 from kandinsky5.generation.outputs import OutputNames, read_latents, write_outputs
+from kandinsky5.model.precision import check_vae
 from kandinsky5.sampling.pipeline import decode_frames
 from kandinsky5.vae.video_vae import check_vae_file
 from modules.errors import ConfigError
@@ -25,10 +26,12 @@ def decode_saved_latents(config: GenerateConfig, path: Path, device: torch.devic
     Raises:
         ConfigError: the output type needs no decoding, or contradicts the number of frames.
         ModelFileError: the file or the VAE cannot be used.
+        ResourceError: the device's libraries cannot compute the VAE.
     """
     if config.output.output_type == "latent":
         raise ConfigError("--latent_path decodes a latent: --output_type video or images is wanted")
     latents, metadata = read_latents(path)
+    check_vae(config.vae.vae_dtype, device)
     check_vae_file(config.models.vae)
     names = OutputNames(config.output, makes_many=False)
     seed = int(metadata["seeds"]) if metadata.get("seeds", "").isdigit() else 0

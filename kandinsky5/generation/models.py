@@ -15,7 +15,7 @@ from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.model.magcache import task_ratios
 from kandinsky5.model.nabla import DensityReport
 from kandinsky5.model.offload import host_placement, max_blocks_to_swap, stream_weights
-from kandinsky5.model.precision import check_fast_products, compute_dtype, vae_dtype
+from kandinsky5.model.precision import check_fast_products, check_vae, compute_dtype, vae_dtype
 from kandinsky5.text.encoders import (
     TextEncoders,
     check_text_encoder_paths,
@@ -43,9 +43,11 @@ def check_models(config: GenerateConfig, device: torch.device) -> None:
 
     Raises:
         ModelFileError: with every problem found.
-        ResourceError: the device cannot multiply in float8 or int8.
+        ResourceError: the device cannot multiply in float8 or int8, or its libraries cannot compute the VAE.
     """
     check_dit_options(config, device)
+    if config.output.output_type != "latent" or config.task.is_i2v:
+        check_vae(config.vae.vae_dtype, device)
     problems: list[str] = []
     try:
         info = check_dit_file(config.models.dit, config.task.dit_params)

@@ -6,6 +6,7 @@ import torch
 
 from kandinsky5.configs.generate import DitConfig
 from kandinsky5.configs.train import ModelConfig
+from modules.cudnn import check_conv3d
 from modules.dtypes import dtype_from_word
 from modules.fp8 import check_fp8_matmul
 from modules.int8 import check_int8_matmul
@@ -28,6 +29,17 @@ def compute_dtype(word: str | None, device: torch.device) -> torch.dtype:
     if word is not None:
         return dtype_from_word(word)
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def check_vae(word: str | None, device: torch.device) -> None:
+    """Refuse a device whose libraries cannot compute the VAE in its dtype, before anything is loaded.
+
+    Args:
+        word: `--vae_dtype`.
+    Raises:
+        ResourceError: see `check_conv3d`.
+    """
+    check_conv3d(device, vae_dtype(word, device))
 
 
 def vae_dtype(word: str | None, device: torch.device) -> torch.dtype:

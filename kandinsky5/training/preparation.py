@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from dataset.cache.cached_dataset import CachedDataset
 from dataset.config.config import DatasetConfig
 from kandinsky5.configs.train import TrainConfig
-from kandinsky5.model.precision import check_fast_products
+from kandinsky5.model.precision import check_fast_products, check_vae
 from kandinsky5.sampling.requests import VideoRequest
 from kandinsky5.training import checks as train_checks
 from kandinsky5.training import memory as train_memory
@@ -84,6 +84,8 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
     requests = read_requests(config)
     accelerator = train_setup.build_accelerator(config)
     check_fast_products(config.model, accelerator.device)
+    if config.samples.sample_prompts is not None:
+        check_vae(config.samples.vae_dtype, accelerator.device)
     is_main, is_dry = accelerator.is_main_process, config.run.dry_run
     if is_main:
         _take_output(config, held)

@@ -16,10 +16,13 @@ from PIL import Image
 import kandinsky5_cache_latents
 import kandinsky5_cache_text_encoder_outputs
 from dataset.cache.files import read_text_cache
+from kandinsky5.caching import latents as caching
 from kandinsky5.caching.preview import ascii_picture
+from kandinsky5.model import precision
 from kandinsky5.sampling.video_files import write_video
 from kandinsky5.text.encoders import load_text_encoders
 from kandinsky5.vae.video_vae import VideoVAE, load_vae, uint8_to_pixels
+from modules.errors import ResourceError
 from modules.seeding import generator_for
 from modules.tensor_files import read_header, read_tensors
 
@@ -332,6 +335,21 @@ def test_numbers_that_are_not_finite_stop_the_run_and_write_nothing(
         cache_latents(project, tiny_models)
     assert caught.value.code == 3
     assert "a_0040x0040_k5.safetensors" in capsys.readouterr().err
+    assert contents(project) == {}
+
+
+def test_a_device_that_cannot_compute_the_vae_is_refused_before_anything_is_loaded_or_written(
+    project: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(device: torch.device, dtype: torch.dtype) -> None:
+        raise ResourceError(f"no convolution on {device} for {dtype}")
+
+    monkeypatch.setattr(precision, "check_conv3d", refuse)
+    monkeypatch.setattr(caching, "load_vae", None)
+    with pytest.raises(SystemExit) as caught:
+        cache_latents(project, tiny_models, "--vae_dtype", "bfloat16")
+    assert caught.value.code == 5
+    assert "no convolution on cpu for torch.bfloat16" in capsys.readouterr().err
     assert contents(project) == {}
 
 

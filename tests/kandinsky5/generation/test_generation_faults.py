@@ -16,9 +16,12 @@ from torch import Tensor
 import kandinsky5.generation.interactive as interactive
 import kandinsky5.generation.outputs as outputs
 import kandinsky5.sampling.pipeline as pipeline
+from kandinsky5.generation.outputs import write_latents
+from kandinsky5.model import precision
 from kandinsky5.model.dit import DiffusionTransformer3D
+from modules.errors import ResourceError
 from modules.tensor_files import write_tensors
-from tests.kandinsky5.generation.generation_kit import Generate, frames_of, latents_of, refused
+from tests.kandinsky5.generation.generation_kit import SMALL, Generate, frames_of, latents_of, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,6 +55,28 @@ def test_an_existing_file_is_kept_unless_told_otherwise(run: Generate, tmp_path:
     assert (tmp_path / "x-1.mp4").is_file()
     run("--prompt", "x", "--output", "x.mp4", "--steps", 1, "--overwrite")
     assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "x-1.mp4").read_bytes()
+
+
+@pytest.mark.usefixtures("no_models")
+def test_a_device_that_cannot_compute_the_vae_is_refused_before_anything_is_loaded(
+    run: Generate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(device: torch.device, dtype: torch.dtype) -> None:
+        raise ResourceError(f"no convolution on {device} for {dtype}")
+
+    monkeypatch.setattr(precision, "check_conv3d", refuse)
+    write_latents(Path("l.safetensors"), torch.zeros(1, 16, 2, 4, 4), {})
+    words = ("--output", "x.mp4", "--vae_dtype", "float16")
+    for asked in (("--prompt", "x"), ("--latent_path", "l.safetensors")):
+        size = SMALL if "--prompt" in asked else ()
+        message = refused(run, 5, capsys, *asked, *words, size=size)
+        assert "no convolution on cpu for torch.float16" in message
+
+
+def test_a_latent_needs_no_vae(run: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "check_conv3d", None)
+    run("--prompt", "x", "--output", "x.safetensors", "--output_type", "latent", "--steps", 1)
+    assert (tmp_path / "x.safetensors").is_file()
 
 
 @pytest.mark.usefixtures("no_models")

@@ -11,14 +11,16 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kandinsky5.model import assembly, precision
 from kandinsky5.text.encoders import TextEncoders
 from kandinsky5.text.templates import PromptTemplates, load_prompt_templates
 from kandinsky5.training import samples as train_samples
 from kandinsky5.training import trainer as training
 from kandinsky5.training.sample_files import SampleNames, write_grid, write_sample
-from modules.errors import DivergedError
+from modules.errors import DivergedError, ResourceError
 from tests.kandinsky5.generation.generation_kit import frames_of
 from tests.kandinsky5.training.training_runs import (
+    exit_code,
     lora_bytes,
     metrics,
     train,
@@ -204,6 +206,28 @@ def test_an_error_while_sampling_costs_the_samples_and_not_the_run(
     assert networks[0].training
     assert (tmp_path / "out/lora.safetensors").is_file()
     assert f"samples are missing, training goes on: {error}" in said.text
+
+
+def test_a_device_that_cannot_compute_the_vae_is_refused_before_anything_is_loaded(
+    dit: Path,
+    dataset: Path,
+    models: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Only where samples need the VAE: training itself reads caches."""
+
+    def refuse(device: torch.device, dtype: torch.dtype) -> None:
+        raise ResourceError(f"no convolution on {device} for {dtype}")
+
+    monkeypatch.setattr(precision, "check_conv3d", refuse)
+    train(dit, dataset, tmp_path / "plain", "--max_train_steps", 1)
+    monkeypatch.setattr(assembly, "load_model", None)
+    prompts = prompt_file(tmp_path, f"a {SMALL}")
+    words = (*models, "--sample_prompts", prompts, "--sample_every_n_steps", 1, "--vae_dtype", "float16")
+    assert exit_code(dit, dataset, tmp_path / "out", *words, "--max_train_steps", 2) == 5
+    assert "no convolution on cpu for torch.float16" in capsys.readouterr().err
 
 
 class Died(BaseException):
