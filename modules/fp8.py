@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from modules.quantised_linear import (
+    FastProduct,
     QuantisedLinear,
     WeightOnlyProduct,
-    check_fast_product,
     quantise_with,
     round_up_to_bfloat16,
     row_scales,
@@ -23,7 +23,7 @@ FP8_DTYPE = torch.float8_e4m3fn
 FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 FP8_MAX = torch.finfo(FP8_DTYPE).max
 
-_FAST_CAPABILITY = (8, 9)
+FAST_PRODUCT = FastProduct(form="fp8", units="float8", capability=(8, 9), cards="Ada, Hopper")
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,12 +57,12 @@ def quantise_like(
 
 
 def check_fp8_matmul(device: torch.device) -> None:
-    """Refuse devices without float8 matrix units.
+    """Refuse devices and builds of torch that cannot multiply in float8.
 
     Raises:
-        ResourceError: the device is not a CUDA device of compute capability 8.9 or later.
+        ResourceError: see `FastProduct.check`.
     """
-    check_fast_product(device, "fp8", "float8", _FAST_CAPABILITY, "Ada, Hopper")
+    FAST_PRODUCT.check(device, Fp8Linear)
 
 
 class _FastProduct(WeightOnlyProduct):

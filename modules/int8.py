@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modules.quantised_linear import (
+    FastProduct,
     QuantisedLinear,
     WeightOnlyProduct,
-    check_fast_product,
     finish,
     quantise_with,
     round_up_to_bfloat16,
@@ -26,7 +26,7 @@ from modules.quantised_linear import (
 
 INT8_MAX = 127
 
-_FAST_CAPABILITY = (7, 5)
+FAST_PRODUCT = FastProduct(form="int8", units="int8", capability=(7, 5), cards="Turing, Ampere")
 _FAST_ROWS = 32
 """Fewest tokens of an integer product: on CUDA `_int_mm` refuses 16 and fewer."""
 _CHUNK_ELEMENTS = 2**23
@@ -44,12 +44,12 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_int8_matmul(device: torch.device) -> None:
-    """Refuse devices without integer matrix units.
+    """Refuse devices and builds of torch that cannot multiply in int8.
 
     Raises:
-        ResourceError: the device is not a CUDA device of compute capability 7.5 or later.
+        ResourceError: see `FastProduct.check`.
     """
-    check_fast_product(device, "int8", "int8", _FAST_CAPABILITY, "Turing, Ampere")
+    FAST_PRODUCT.check(device, Int8Linear)
 
 
 class _FastProduct(WeightOnlyProduct):

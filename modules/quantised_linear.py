@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -100,31 +101,6 @@ def normalise_scale(scale: Tensor, out_features: int) -> Tensor:
     return values
 
 
-def check_fast_product(
-    device: torch.device, form: str, units: str, capability: tuple[int, int], cards: str
-) -> None:
-    """Refuse devices that cannot multiply in a one-byte type.
-
-    Args:
-        form: of the weights, as the options spell it.
-        cards: the families that begin with `capability`.
-    Raises:
-        ResourceError: the device is not a CUDA device of that compute capability or later.
-    """
-    way_out = f"Leave --{form}_fast out: --{form}_base alone works everywhere."
-    if device.type != "cuda":
-        raise ResourceError(
-            f"--{form}_fast needs a CUDA device with {units} units, not {device.type}. {way_out}"
-        )
-    found = torch.cuda.get_device_capability(device)
-    if found < capability:
-        wanted, has = (".".join(map(str, numbers)) for numbers in (capability, found))
-        raise ResourceError(
-            f"--{form}_fast needs compute capability {wanted} ({cards}) or later; "
-            f"{torch.cuda.get_device_name(device)} has {has}. {way_out}"
-        )
-
-
 class WeightOnlyProduct(torch.autograd.Function):
     """Keeps the one-byte weight for the backward pass instead of its widened copy."""
 
@@ -195,6 +171,86 @@ class QuantisedLinear(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, fast={self.use_fast}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FastProduct:
+    """What multiplying in a one-byte type takes, and the words that name it."""
+
+    form: str
+    """Of the weights, as the options spell it: fp8, int8."""
+    units: str
+    """Of a device that can."""
+    capability: tuple[int, int]
+    """The first CUDA compute capability with such units."""
+    cards: str
+    """The families that begin with it."""
+
+    @property
+    def _way_out(self) -> str:
+        return f"Leave --{self.form}_fast out: --{self.form}_base alone works everywhere."
+
+    def check(self, device: torch.device, layer_class: type[QuantisedLinear]) -> None:
+        """Refuse devices and builds of torch that cannot multiply so, by multiplying.
+
+        Raises:
+            ResourceError: no CUDA device, one without such units, or a product that fails or is wrong.
+        """
+        if device.type != "cuda":
+            raise ResourceError(
+                f"--{self.form}_fast needs a CUDA device with {self.units} units, not {device.type}. "
+                f"{self._way_out}"
+            )
+        found = torch.cuda.get_device_capability(device)
+        if found < self.capability:
+            wanted, has = (".".join(map(str, numbers)) for numbers in (self.capability, found))
+            raise ResourceError(
+                f"--{self.form}_fast needs compute capability {wanted} ({self.cards}) or later; "
+                f"{torch.cuda.get_device_name(device)} has {has}. {self._way_out}"
+            )
+        self.probe(device, layer_class)
+
+    def probe(self, device: torch.device, layer_class: type[QuantisedLinear]) -> None:
+        """Compare two small products with those of widened weights: with and without a bias, scales per row.
+
+        Units alone do not say that torch can use them: row-wise float8 products are left out of its builds
+        for Windows, and some releases refuse them on a compute capability of 10 or more.
+
+        Raises:
+            ResourceError: one fails or is wrong.
+        """
+        try:
+            errors = [_probe_error(device, layer_class, has_bias) for has_bias in (True, False)]
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the product
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ResourceError(
+                f"--{self.form}_fast cannot be used here: torch {torch.__version__} failed at a small "
+                f"{self.form} product on {device}: {reason}. {self._way_out}"
+            ) from error
+        if not max(errors) < _PROBE_TOLERANCE:  # NaN too
+            raise ResourceError(
+                f"--{self.form}_fast cannot be used here: a small {self.form} product of torch "
+                f"{torch.__version__} on {device} is wrong, relative error {max(errors):.2g}. {self._way_out}"
+            )
+
+
+_PROBE_TOLERANCE = 0.2
+"""Relative; inputs rounded to float8 give 0.03."""
+
+
+def _probe_error(device: torch.device, layer_class: type[QuantisedLinear], has_bias: bool) -> float:
+    """How far the fast product of 40 tokens lies from the one with widened weights."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(2, 64, 64, generator=generator).bfloat16().to(device)
+    bias = torch.randn(64, generator=generator).to(device) if has_bias else None
+    weight8, scale = layer_class.quantise(weight)
+    fast, plain = (
+        layer_class(weight8, scale, bias, compute_dtype=torch.bfloat16, use_fast=use_fast)(x[:40]).float()
+        for use_fast in (True, False)
+    )
+    return float((fast - plain).norm() / plain.norm())
 
 
 def scales_output(dtype: torch.dtype, scale: Tensor) -> bool:

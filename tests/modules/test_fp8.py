@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from modules.errors import ResourceError
-from modules.fp8 import Fp8Linear, check_fp8_matmul
-from modules.quantised_linear import dequantise, normalise_scale
+from modules.fp8 import FAST_PRODUCT, Fp8Linear, check_fp8_matmul
+from modules.quantised_linear import FastProduct, dequantise, normalise_scale
 
+CPU = torch.device("cpu")
 OUT, IN, TOKENS = 48, 64, 40
 
 
@@ -51,3 +52,26 @@ def test_a_scale_that_fits_no_layout_is_refused() -> None:
 def test_the_fast_product_is_refused_without_float8_units() -> None:
     with pytest.raises(ResourceError, match="--fp8_fast"):
         check_fp8_matmul(torch.device("cpu"))
+
+
+def test_a_build_of_torch_without_products_scaled_by_row_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capability says what the card can do, not whether this build of torch does it."""
+    given = []
+
+    def refuse(*_: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, **__: object) -> Tensor:
+        given.append((scale_a.shape, scale_b.shape, bias is not None))
+        raise RuntimeError("Rowwise scaling is not currently supported on your device\nmore")
+
+    FAST_PRODUCT.probe(CPU, Fp8Linear)
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    with pytest.raises(ResourceError, match=r"supported on your device\. Leave --fp8_fast out"):
+        FAST_PRODUCT.probe(CPU, Fp8Linear)
+    assert given == [((40, 1), (1, 64), True)]
+
+
+def test_a_card_with_float8_units_is_asked_for_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(FastProduct, "probe", lambda _, *given: asked.append(given))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (12, 0))
+    check_fp8_matmul(torch.device("cuda"))
+    assert asked == [(torch.device("cuda"), Fp8Linear)]

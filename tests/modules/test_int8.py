@@ -8,8 +8,10 @@ from torch import Tensor
 
 from modules import int8
 from modules.errors import ResourceError
-from modules.int8 import Int8Linear, check_int8_matmul, quantise_rows
+from modules.int8 import FAST_PRODUCT, Int8Linear, check_int8_matmul, quantise_rows
+from modules.quantised_linear import FastProduct
 
+CPU = torch.device("cpu")
 OUT, IN = 48, 64
 
 
@@ -88,5 +90,36 @@ def test_the_fast_product_is_refused_without_int8_units(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     with pytest.raises(ResourceError, match=r"Tesla V100 has 7\.0\. Leave --int8_fast out"):
         check_int8_matmul(torch.device("cuda"))
+    asked = []
+    monkeypatch.setattr(FastProduct, "probe", lambda _, *given: asked.append(given))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     check_int8_matmul(torch.device("cuda"))
+    assert asked == [(torch.device("cuda"), Int8Linear)]
+
+
+@pytest.mark.parametrize("factor", [0.5, float("nan")])
+def test_a_product_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    FAST_PRODUCT.probe(CPU, Int8Linear)
+    plain = int8.finish
+    monkeypatch.setattr(int8, "finish", lambda output, *given: plain(output * factor, *given))
+    with pytest.raises(ResourceError, match="is wrong, relative error"):
+        FAST_PRODUCT.probe(CPU, Int8Linear)
+
+
+@pytest.mark.parametrize("words", ["CUDA error: no kernel image is available", ""])
+def test_a_product_that_fails_is_refused(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    def fail(*_: Tensor) -> Tensor:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(torch, "_int_mm", fail)
+    with pytest.raises(ResourceError, match=f"{words or 'RuntimeError'}. Leave --int8_fast out"):
+        FAST_PRODUCT.probe(CPU, Int8Linear)
+
+
+def test_a_full_device_says_nothing_about_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("patched")
+
+    monkeypatch.setattr(torch, "_int_mm", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        FAST_PRODUCT.probe(CPU, Int8Linear)
