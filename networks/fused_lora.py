@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 from modules.fused_ops import Recomputable
 
+_HALF = frozenset({torch.float16, torch.bfloat16})
+_WIDE_PRODUCT_DEVICES = frozenset({"cuda", "meta"})
+"""Where `torch.mm` has `out_dtype`; without data it stands for what a GPU takes."""
+
 
 class FrozenLinear(Protocol):
     """A layer that can say its input gradient without autograd."""
@@ -87,6 +91,14 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.addmm(a.new_empty(a.shape[0], b.shape[1]), a, b, beta=0, alpha=scale)
 
 
+def _master_gradient(a: Tensor, b: Tensor, dtype: torch.dtype, scale: float | None = None) -> Tensor:
+    """a @ b, times scale, in the dtype of a master: float32 sums are not rounded to half precision first."""
+    if dtype == torch.float32 and a.dtype in _HALF and a.device.type in _WIDE_PRODUCT_DEVICES:
+        product = torch.mm(a, b, out_dtype=dtype)
+        return product if scale is None else product.mul_(scale)
+    return (a @ b if scale is None else _scaled_product(a, b, scale)).to(dtype)
+
+
 class _Gradients(torch.autograd.Function):
     """Keeps x and the rank-sized activations, and returns for each layer a mark that carries its gradient.
 
@@ -122,13 +134,14 @@ class _Gradients(torch.autograd.Function):
         factor_grads: list[Tensor | None] = [None] * (2 * len(ups))
         entered, gradient_before = (x, None) if ctx.before is None else ctx.before.again(x)
         if any(needs_factor[0::2]):
-            down_grad = (hidden_grad.t() @ entered).to(ctx.factor_dtypes[0])
+            down_grad = _master_gradient(hidden_grad.t(), entered, ctx.factor_dtypes[0])
             factor_grads[0::2] = down_grad.split(ctx.ranks)
         del entered  # before the gradient of x takes as much
         for i, part in enumerate(hidden.split(ctx.ranks, dim=1)):
             if needs_factor[2 * i + 1]:
-                up_grad = _scaled_product(grads[i].t(), part, ctx.layers[i][1])
-                factor_grads[2 * i + 1] = up_grad.to(ctx.factor_dtypes[2 * i + 1])
+                factor_grads[2 * i + 1] = _master_gradient(
+                    grads[i].t(), part, ctx.factor_dtypes[2 * i + 1], ctx.layers[i][1]
+                )
         x_grad = None
         if needs_x:
             for (base, _), grad in zip(ctx.layers, grads, strict=True):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from modules import fused_ops
 from modules.fp8 import Fp8Linear, quantise_rows
 from modules.fused_ops import GELU, ModulatedLayerNorm, gelu, project
 from networks import fused_lora as fused
@@ -81,6 +84,45 @@ def test_one_layer_without_an_adapter_sends_all_through_their_own_forward(
     with network.disabled():
         outputs = project(values(3, 16), modules)
     assert torch.equal(outputs[0], layers["query"].base(values(3, 16)))  # type: ignore[operator]
+
+
+def test_where_products_of_half_precision_can_be_float32_gradients_of_masters_are_not_rounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`torch.mm` has `out_dtype` on CUDA only: here its place is taken by the sum in float32."""
+    plain = torch.mm
+
+    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        return plain(a.to(out_dtype), b.to(out_dtype))
+
+    def gradients() -> list[Tensor]:
+        layers, network = model(torch.bfloat16)
+        outputs_and_gradients(layers, network, torch.bfloat16, together=True)
+        return [p.grad for p in network.parameters() if p.grad is not None]
+
+    rounded = gradients()
+    monkeypatch.setattr(fused, "_WIDE_PRODUCT_DEVICES", {"cpu"})
+    monkeypatch.setattr(torch, "mm", mm)
+    for found, narrow in zip(gradients(), rounded, strict=True):
+        assert torch.equal(narrow, narrow.bfloat16().float())
+        assert not torch.equal(found, found.bfloat16().float())
+        torch.testing.assert_close(found, narrow, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_for_masters_give_float32_on_a_device_without_data(dtype: torch.dtype) -> None:
+    a, b = (torch.empty(4, 4, dtype=dtype, device="meta") for _ in range(2))
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            products.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        assert fused._master_gradient(a, b, torch.float32).dtype == torch.float32
+    assert (torch.ops.aten.mm.dtype in products) == (dtype == torch.bfloat16)
 
 
 class CountedLinear(nn.Linear):
@@ -197,6 +239,14 @@ def normed_outputs(
     return [x * 2, *projected]
 
 
+@pytest.fixture(params=["CPU", "GPU"])
+def norm_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of narrow activations by the kernel for a CPU, or in chunks as on other devices."""
+    if request.param == "GPU":
+        monkeypatch.setattr(fused_ops, "_kernel_rounds_once", lambda x: x.dtype == torch.float32)
+
+
+@pytest.mark.usefixtures("norm_path")
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
