@@ -24,14 +24,93 @@ LAYER_NORM_EPS = 1e-5
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
-    """LayerNorm over the last axis with float32 arithmetic; x [..., D], weight and bias [D] -> dtype of x."""
-    return F.layer_norm(x, x.shape[-1:], *_as_norm_takes(weight, bias, x), eps)
+    """LayerNorm over the last axis, rounded to the dtype of x once; x [..., D], weight and bias [D]."""
+    weight, bias = weight.float(), bias.float()
+    if _kernel_rounds_once(x):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if torch.compiler.is_compiling():  # the compiler fuses the formula by itself
+        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
+    return _ChunkedLayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-any-return]
 
 
-def _as_norm_takes(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    # The CPU kernel takes float32 weights beside narrower activations; others want one dtype.
-    dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-    return weight.to(dtype), bias.to(dtype)
+def _kernel_rounds_once(x: Tensor) -> bool:
+    """Whether torch's kernel takes float32 weights beside x; other than on a CPU it requires one dtype."""
+    return x.device.type == "cpu" or x.dtype == torch.float32
+
+
+class _ChunkedNorm(NamedTuple):
+    """LayerNorm of rows [N, D] in float32, a chunk at a time: what its gradient needs beside the rows."""
+
+    weight: Tensor
+    """[D] float32, like the bias."""
+    bias: Tensor
+    mean: Tensor
+    """[N, 1] float32, like the next."""
+    inverse_deviation: Tensor
+
+    @staticmethod
+    def of(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, _ChunkedNorm]:
+        """The norm of the rows, in their dtype, and how to find its gradient."""
+        result = rows.new_empty(rows.shape)
+        statistics = rows.new_empty(2, len(rows), 1, dtype=torch.float32)
+        norm = _ChunkedNorm(weight, bias, *statistics)
+        for chunk in _chunks(rows, 0):
+            wide = rows[chunk].float()
+            value, mean, inverse_deviation = torch.native_layer_norm(wide, rows.shape[1:], weight, bias, eps)
+            result[chunk] = value
+            norm.mean[chunk] = mean
+            norm.inverse_deviation[chunk] = inverse_deviation
+        return result, norm
+
+    def write_gradient(
+        self, grad: Tensor, rows: Tensor, target: Tensor | None, trains: Sequence[bool] = (False, False)
+    ) -> list[Tensor | None]:
+        """Write the gradient of the rows into `target`, which may be `grad` itself.
+
+        Args:
+            trains: whether weight and bias get gradients.
+        Returns:
+            Those two, [D] float32.
+        """
+        totals = [torch.zeros_like(self.weight) if is_trained else None for is_trained in trains]
+        for chunk in _chunks(rows, 0):
+            parts = torch.ops.aten.native_layer_norm_backward(
+                grad[chunk].float(),
+                rows[chunk].float(),
+                rows.shape[1:],
+                self.mean[chunk],
+                self.inverse_deviation[chunk],
+                self.weight,
+                self.bias,
+                [target is not None, *trains],
+            )
+            if target is not None:
+                target[chunk] = parts[0]
+            for total, part in zip(totals, parts[1:], strict=True):
+                if total is not None:
+                    total += part
+        return totals
+
+
+class _ChunkedLayerNorm(torch.autograd.Function):
+    """`_ChunkedNorm` of the last axis, for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        value, norm = _ChunkedNorm.of(x.reshape(-1, x.shape[-1]), weight, bias, eps)
+        ctx.save_for_backward(x, *norm)
+        return value.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, *norm = ctx.saved_tensors
+        needs_x, *trains, _ = ctx.needs_input_grad
+        rows = x.reshape(-1, x.shape[-1])
+        target = rows.new_empty(rows.shape) if needs_x else None
+        grad_weight, grad_bias = _ChunkedNorm(*norm).write_gradient(
+            grads[0].reshape(rows.shape), rows, target, trains
+        )
+        return None if target is None else target.view(x.shape), grad_weight, grad_bias, None
 
 
 def modulated_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -165,16 +244,21 @@ class ModulatedLayerNorm(NamedTuple):
 
 
 def _layer_norm_again(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Gradient]:
-    weight, bias = _as_norm_takes(weight, bias, x)
-    width = x.shape[-1:]
-    value, mean, inverse_deviation = torch.native_layer_norm(x, width, weight, bias, LAYER_NORM_EPS)
-
-    def gradient(grad: Tensor) -> Tensor:
-        return torch.ops.aten.native_layer_norm_backward(
+    weight, bias, width = weight.float(), bias.float(), x.shape[-1:]
+    if _kernel_rounds_once(x):
+        value, mean, inverse_deviation = torch.native_layer_norm(x, width, weight, bias, LAYER_NORM_EPS)
+        return value, lambda grad: torch.ops.aten.native_layer_norm_backward(
             grad, x, width, mean, inverse_deviation, weight, bias, [True, False, False]
         )[0]
+    rows = x.reshape(-1, *width)
+    value, norm = _ChunkedNorm.of(rows, weight, bias, LAYER_NORM_EPS)
 
-    return value, gradient
+    def gradient(grad: Tensor) -> Tensor:
+        flat = grad.view(rows.shape)
+        norm.write_gradient(flat, rows, flat)
+        return grad
+
+    return value.view(x.shape), gradient
 
 
 def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, rotary: Tensor | None) -> Tensor:
@@ -278,9 +362,10 @@ def _as_complex(real: Tensor) -> Tensor:
     return torch.view_as_complex(real.unflatten(-1, (-1, 2)))
 
 
-def _chunks(x: Tensor) -> list[slice]:
-    """Runs of tokens (axis 1) of at most CHUNK_ELEMENTS elements each."""
-    step = max(1, CHUNK_ELEMENTS // max(1, x[:, :1].numel()))
+def _chunks(x: Tensor, axis: int = 1) -> list[slice]:
+    """Runs along an axis of at most CHUNK_ELEMENTS elements each."""
+    length = x.shape[axis]
+    step = max(1, CHUNK_ELEMENTS * length // max(1, x.numel()))
     # Without data nothing is computed: the first chunk shows what all of them take.
-    end = step if x.is_meta else x.shape[1]
+    end = min(step, length) if x.is_meta else length
     return [slice(start, start + step) for start in range(0, end, step)]

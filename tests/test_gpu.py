@@ -18,9 +18,10 @@ from kandinsky5.training.loss.objective import Objective
 from modules.activation_offload import ActivationOffload, tensor_mover
 from modules.block_sparse import block_sparse_attention
 from modules.block_swap import BlockSwap, StreamCopies
-from modules.fp8 import Fp8Linear, quantise_rows
+from modules.errors import ResourceError
+from modules.fp8 import Fp8Linear, check_fp8_matmul, quantise_rows
 from modules.fused_ops import ModulatedLayerNorm, modulated_layer_norm, rms_norm_rotate
-from modules.int8 import Int8Linear
+from modules.int8 import Int8Linear, check_int8_matmul
 from modules.staged_copies import StagedCopies
 from networks.lora import LoRANetwork
 from networks.lora_kandinsky import create_network, is_target_name
@@ -217,9 +218,16 @@ def test_nabla_trains(cuda: torch.device) -> None:
     assert_near(step(*lora_model(cuda, torch.float32), cuda, nabla), expected, 1e-3)
 
 
+def skip_without(check: Callable[[torch.device], None], device: torch.device) -> None:
+    """A card or build of torch without a fast product has to be refused in words."""
+    try:
+        check(device)
+    except ResourceError as error:
+        pytest.skip(str(error))
+
+
 def test_products_in_float8_are_near_to_those_in_bfloat16(cuda: torch.device) -> None:
-    if torch.cuda.get_device_capability(cuda) < (8, 9):
-        pytest.skip("the device has no float8 units")
+    skip_without(check_fp8_matmul, cuda)
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(256, 512, generator=generator), torch.randn(64, 512, generator=generator)
     weight8, scale = quantise_rows(weight.to(cuda))
@@ -234,8 +242,7 @@ def test_products_in_float8_are_near_to_those_in_bfloat16(cuda: torch.device) ->
 @pytest.mark.parametrize("num_tokens", [1, 17, 200])
 def test_products_in_int8_are_those_of_the_cpu(cuda: torch.device, num_tokens: int) -> None:
     """The sums are exact whole numbers on both, whatever the number of tokens."""
-    if torch.cuda.get_device_capability(cuda) < (7, 5):
-        pytest.skip("the device has no int8 units")
+    skip_without(check_int8_matmul, cuda)
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(264, 512, generator=generator), torch.randn(num_tokens, 512, generator=generator)
     weight8, scale = Int8Linear.quantise(weight)
@@ -257,9 +264,15 @@ def test_fused_pieces_round_once(cuda: torch.device) -> None:
     assert (narrow.cpu().float() - wide).norm() <= 6e-3 * wide.norm()
     tokens = torch.randn(2, 64, 128, generator=generator)
     scale, shift = torch.randn(2, 2, 128, generator=generator)
-    wide = modulated_layer_norm(tokens, scale, shift)
+    wide = modulated_layer_norm(tokens.bfloat16().float(), scale, shift)
     narrow = modulated_layer_norm(tokens.to(cuda, torch.bfloat16), scale.to(cuda), shift.to(cuda))
-    assert (narrow.cpu().float() - wide).norm() <= 1e-2 * wide.norm()
+    assert (narrow.cpu().float() - wide).norm() <= 1.8e-3 * wide.norm()  # bfloat16 itself has 1.66e-3
+
+
+def test_gradients_of_masters_are_not_rounded_to_bfloat16(cuda: torch.device) -> None:
+    dit, network = lora_model(cuda, torch.bfloat16)
+    _, *gradients = step(dit, network, cuda)
+    assert all(not torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients)
 
 
 def test_a_modulated_norm_is_computed_again_to_the_bit(cuda: torch.device) -> None:

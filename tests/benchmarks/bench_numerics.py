@@ -1,10 +1,11 @@
-"""How far rounded numbers lie from exact ones: the DiT, its linear layers, and a training curve.
+"""How far rounded numbers lie from exact ones: the DiT, its norms and linear layers, and a training curve.
 
-    python bench_numerics.py                              # all three parts, as tables
+    python bench_numerics.py                              # all parts, as tables
     python bench_numerics.py --part dit --config lite2 --shape 5x16x16
     python bench_numerics.py --part training --steps 200 --plot curves.png
 
 Exact is a run of the same formulas in float64. Errors are ||got - exact|| / ||exact||. Nothing here is timed.
+"As on a GPU" is the code for devices whose layer norm takes one dtype only, run here.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from modules.tensor_files import write_tensors
 from networks.lora_kandinsky import create_network
 
 CPU = torch.device("cpu")
-PARTS = ("dit", "linear", "training")
+PARTS = ("dit", "norm", "linear", "training")
 KINDS = {
     "fp8": (Fp8Linear, False),
     "fp8_fast": (Fp8Linear, True),
@@ -65,7 +66,7 @@ def parse():
     p.add_argument("--shape", default="5x16x16", help="latent of the part dit")
     p.add_argument("--text", type=int, default=64)
     p.add_argument("--inputs", type=int, default=4, help="of the part dit, each with its own noise level")
-    p.add_argument("--tokens", type=int, default=256, help="of the part linear")
+    p.add_argument("--tokens", type=int, default=256, help="of the parts norm and linear")
     p.add_argument("--steps", type=int, default=200, help="of the part training")
     p.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS))
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw the losses of the part training")
@@ -122,6 +123,17 @@ def in_float64():
     return exchanged(modules, torch.float64, float32=torch.float64, bfloat16=torch.float64)
 
 
+@contextlib.contextmanager
+def as_on_gpu():
+    """Within the block narrow activations are normed as on a GPU."""
+    plain = fused_ops._kernel_rounds_once
+    fused_ops._kernel_rounds_once = lambda x: x.dtype == torch.float32
+    try:
+        yield
+    finally:
+        fused_ops._kernel_rounds_once = plain
+
+
 def run_dit(adapter, cfg, weights, several_inputs, dtype):
     """Velocities [inputs, ...]; weights as they are given."""
     model = adapter.make(cfg, weights, dtype)
@@ -155,6 +167,9 @@ def bench_dit(args):
         del wide
         runs = {"ours": run_dit(ours, cfg, weights, inputs, stored)}
         runs["diffusers"] = run_dit(theirs, cfg, weights, inputs, stored)
+        if stored == torch.bfloat16:
+            with as_on_gpu():
+                runs["ours, norms as on a GPU"] = run_dit(ours, cfg, weights, inputs, stored)
         if stored == torch.float32:
             with exchanged((transformer_kandinsky,), bfloat16=torch.float32):
                 runs["diffusers, rotated queries and keys left in float32"] = run_dit(
@@ -169,6 +184,41 @@ def bench_dit(args):
         f"{args.config} {args.shape} ({C.tokens(shape, cfg)} tokens, {args.text} text), {args.inputs} inputs"
     )
     table(f"velocity of the DiT: {head}", ("computed in", "by", "error", "of single inputs"), rows)
+
+
+# ---- one modulated norm ------------------------------------------------------------------------
+
+
+def bench_norm(args):
+    width = C.LITE.model_dim
+    gen = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 1, args.tokens, width, generator=gen).bfloat16()
+    scale, shift = torch.randn(2, 1, width, generator=gen) * 0.5
+    with in_float64():
+        exact = norm_results(x.double(), 1 + scale.double(), shift.double(), grad.double())
+    narrow = [values.bfloat16() for values in (1 + scale, shift)]
+    paths = {
+        "weights rounded to bfloat16 first": (contextlib.nullcontext, *narrow),
+        "as on a GPU: float32 in chunks": (as_on_gpu, 1 + scale, shift),
+        "as on a CPU: torch's kernel for float32 weights": (contextlib.nullcontext, 1 + scale, shift),
+    }
+    rows = []
+    for name, (path, *weights) in paths.items():
+        with path():
+            results = norm_results(x, *weights, grad)
+        means = [value.double().mean(dim=1) for value in (results[0], exact[0])]
+        found = (error(results[0], exact[0]), error(*means), error(results[1], exact[1]))
+        rows.append((name, *(f"{value:.2e}" for value in found)))
+    columns = ("computed by", "output", "means of channels", "input gradient")
+    table(f"error of one modulated norm, width {width}, {args.tokens} bfloat16 tokens", columns, rows)
+
+
+def norm_results(x, weight, bias, grad):
+    """Value and input gradient."""
+    x = x.clone().requires_grad_()
+    value = fused_ops.modulated_layer_norm(x, weight, bias)
+    value.backward(grad)
+    return value.detach(), x.grad
 
 
 # ---- one linear layer --------------------------------------------------------------------------
@@ -337,7 +387,7 @@ def main():
         f"# torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     )
     for part in args.part:
-        {"dit": bench_dit, "linear": bench_linear, "training": bench_training}[part](args)
+        {"dit": bench_dit, "norm": bench_norm, "linear": bench_linear, "training": bench_training}[part](args)
 
 
 if __name__ == "__main__":

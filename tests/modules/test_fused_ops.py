@@ -58,6 +58,14 @@ def test_modulated_layer_norm_uses_each_samples_own_weights() -> None:
     torch.testing.assert_close(fused_ops.modulated_layer_norm(x, weight, bias), plain)
 
 
+@pytest.fixture(params=["CPU", "GPU"])
+def norm_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer norms of narrow activations by the kernel for a CPU, or in chunks as on other devices."""
+    if request.param == "GPU":
+        monkeypatch.setattr(fused_ops, "_kernel_rounds_once", lambda x: x.dtype == torch.float32)
+
+
+@pytest.mark.usefixtures("norm_path")
 @pytest.mark.parametrize("shape", [(3, 5, 16), (15, 16)], ids=["samples", "rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_modulated_norm_can_be_computed_again_with_its_gradient(
@@ -72,6 +80,70 @@ def test_a_modulated_norm_can_be_computed_again_with_its_gradient(
     again, gradient = norm.again(x)
     assert torch.equal(again, value)
     assert torch.equal(gradient(grad.clone()), input_.grad)
+
+
+@pytest.mark.parametrize("chunk", [2**22, 200], ids=["whole", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_in_chunks_is_that_of_float32_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int
+) -> None:
+    """To the bit, gradients too; weights that are trained get theirs unrounded."""
+    monkeypatch.setattr(fused_ops, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(fused_ops, "_kernel_rounds_once", lambda x: x.dtype == torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(2, 3, 37, 16, generator=generator) + 0.5).to(dtype)
+    weight, bias = (torch.randn(16, generator=generator) for _ in range(2))
+    results = []
+    for narrow in (True, False):
+        inputs = [t.clone().requires_grad_() for t in (x if narrow else x.float(), weight, bias)]
+        value = fused_ops.layer_norm(*inputs)
+        value.backward(grad if narrow else grad.float())
+        results.append([value.detach(), *(tensor.grad for tensor in inputs)])
+    (value, grad_x, *grads), (wide_value, wide_grad_x, *wide_grads) = results
+    assert torch.equal(value, wide_value.to(dtype))
+    assert torch.equal(grad_x, wide_grad_x.to(dtype))
+    for found, wide in zip(grads, wide_grads, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, wide, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_norm_rounds_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_ops, "_kernel_rounds_once", lambda x: x.dtype == torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 16, generator=generator).bfloat16()
+    weight, bias = torch.randn(2, 16, generator=generator)
+    compiled = torch.compile(fused_ops.layer_norm, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight, bias), fused_ops.layer_norm(x.float(), weight, bias).bfloat16())
+
+
+def test_no_weight_of_a_norm_is_rounded_to_the_dtype_of_the_activations() -> None:
+    """On a device whose kernel takes one dtype only, 1 + scale and shift would lose 16 bits."""
+    x = torch.empty(2, 8, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    norm = fused_ops.ModulatedLayerNorm(*torch.empty(2, 2, 16, device="meta"))
+    with RoundedVectors(16) as seen:
+        norm.value(x).sum().backward()
+        with torch.no_grad():
+            value, gradient = norm.again(x.detach())
+            gradient(torch.empty_like(value))
+    assert seen.calls > 0
+    assert seen.found == []
+
+
+class RoundedVectors(TorchDispatchMode):
+    """Collects the operators that make a narrow vector of a given length."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length, self.calls = length, 0
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls += 1
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.shape == (self.length,) and tensor.dtype.itemsize < 4:
+                self.found.append(str(func))
+        return out
 
 
 class WideTensors(TorchDispatchMode):
@@ -89,6 +161,7 @@ class WideTensors(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("norm_path")
 def test_no_activation_is_ever_held_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_ops, "CHUNK_ELEMENTS", 256)
     generator = torch.Generator().manual_seed(0)
@@ -101,6 +174,9 @@ def test_no_activation_is_ever_held_in_float32(monkeypatch: pytest.MonkeyPatch) 
         heads = fused_ops.rms_norm_rotate(x, torch.ones(16), EPS, rotary)
         tokens = fused_ops.modulated_layer_norm(heads.flatten(-2), weight, bias)
         fused_ops.gated_sum(tokens, tokens, gate).sum().backward()
+        with torch.no_grad():
+            value, gradient = fused_ops.ModulatedLayerNorm(weight, bias).again(tokens)
+            gradient(value)
     assert seen.largest < x.numel() // 4
 
 
