@@ -17,14 +17,13 @@ from kandinsky5.sampling.requests import VideoRequest
 from kandinsky5.training import checks as train_checks
 from kandinsky5.training import memory as train_memory
 from kandinsky5.training import setup as train_setup
-from kandinsky5.training.control_file import remove_old_word
+from kandinsky5.training.control import remove_old_word
 from kandinsky5.training.loss.timesteps import rarity_warning
 from kandinsky5.training.machine_notes import machine_notes
-from kandinsky5.training.output import disk_errors
 from kandinsky5.training.plan import RunLength
 from kandinsky5.training.rehearsal import rehearse
 from kandinsky5.training.results.hub import HubUploads
-from kandinsky5.training.results.names import OutputNames
+from kandinsky5.training.results.names import RESUME_HINT, OutputNames
 from kandinsky5.training.results.run_mark import RunMark, mark_run
 from kandinsky5.training.results.saved_config import shareable_options, write_config
 from kandinsky5.training.results.state import SavedState, remove_stray_states
@@ -40,7 +39,7 @@ from kandinsky5.training.run_contents import cache_contents, model_contents
 from kandinsky5.training.samples import PreparedPrompt, are_missing, encode_requests, read_requests
 from kandinsky5.training.tracking.trackers import Tracker, open_trackers
 from kandinsky5.training.validation.schedule import was_measured
-from modules.files import remove_strays
+from modules.files import disk_errors, remove_strays
 from modules.interruption import StopRequest
 from modules.logs import get_logger, print_report, unsaid
 
@@ -195,7 +194,7 @@ def _write_options(config: TrainConfig, seed: int, length: RunLength, device: to
     if config.run.max_train_epochs is None:
         resolved["max_train_steps"] = length.total_steps
     settings = OutputNames(config.saving.output_dir, config.saving.output_name).config
-    with disk_errors(settings):
+    with disk_errors(settings, RESUME_HINT):
         write_config(settings, config, resolved)
 
 

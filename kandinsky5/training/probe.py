@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from dataset.cache.cached_dataset import BatchPlan, CachedDataset
+from kandinsky5.configs.train import RunConfig
 from kandinsky5.memory.activations import Batch
 from kandinsky5.memory.advice import out_of_memory_message
 from kandinsky5.memory.plan import TrainingPlanner, batch_elements, batch_of
@@ -17,6 +18,11 @@ from modules.byte_sizes import size_text
 from modules.devices import empty_device_cache
 from modules.errors import ResourceError
 from networks.lora import LoRANetwork
+
+
+def is_wanted(config: RunConfig, device: torch.device) -> bool:
+    """Whether the first step is preceded by a probe: on CUDA, unless `--no_probe` is given."""
+    return device.type == "cuda" and not config.no_probe
 
 
 def probe(

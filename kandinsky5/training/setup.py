@@ -74,8 +74,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
-    """The dtype the model computes in: as asked, else as accelerate was started, else bf16 on a GPU.
+def training_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype the model computes in: as given, else as accelerate was started, else bf16 on a GPU.
 
     Raises:
         ConfigError: accelerate was started with fp16, which cannot hold the activations.
@@ -92,10 +92,10 @@ def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def resolved_precision(model: ModelConfig, device: torch.device) -> dict[str, str]:
-    """The option that gives `compute_dtype` again wherever a run is started; none if `--dit_dtype` does."""
+    """The option that gives `training_dtype` again wherever a run is started; none if `--dit_dtype` does."""
     if model.dit_dtype is not None:
         return {}
-    return {"mixed_precision": "bf16" if compute_dtype(model, device) == torch.bfloat16 else "no"}
+    return {"mixed_precision": "bf16" if training_dtype(model, device) == torch.bfloat16 else "no"}
 
 
 def shared_seed(run: RunConfig, resumed: int | None) -> int:

@@ -109,12 +109,16 @@ class Validation:
             self._network.train()
 
     def _means(self, should_stop: Callable[[], bool]) -> list[float]:
-        losses = self._losses(should_stop)
+        losses = self.losses(should_stop)
         return [group.mean(losses) for group in self._groups]
 
     @torch.no_grad()
-    def _losses(self, should_stop: Callable[[], bool]) -> Tensor:
-        """[N, NUM_BINS] float64 on the CPU, clips in the order of the batches; one transfer for all."""
+    def losses(self, should_stop: Callable[[], bool]) -> Tensor:
+        """Losses [N, NUM_BINS], float64 on the CPU, clips in the order of the batches; one transfer for all.
+
+        Raises:
+            Interrupted: `should_stop` said so before a forward pass.
+        """
         rows = []
         for plan in self._plans:
             batch = self._data.load_batch(plan)

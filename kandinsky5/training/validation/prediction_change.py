@@ -18,7 +18,7 @@ _SEED = 0
 """Fixed, not the run's, so that runs with different seeds can be compared."""
 
 
-class PredictionProbe:
+class PredictionChange:
     """Compares predictions on one clip of the training data; the base model's are made once and kept.
 
     The clip is the first by name in the size that most clips have. It is read here, so that a cache that
@@ -44,9 +44,9 @@ class PredictionProbe:
         try:
             if self._base is None:
                 with self._network.disabled():
-                    self._base = [self._predict(sigma).cpu() for sigma in SIGMAS]
+                    self._base = [self.predict(sigma).cpu() for sigma in SIGMAS]
             changes = [
-                _relative_change(self._predict(sigma), base)
+                _relative_change(self.predict(sigma), base)
                 for sigma, base in zip(SIGMAS, self._base, strict=True)
             ]
         finally:
@@ -55,7 +55,8 @@ class PredictionProbe:
         return {round(1000 * sigma): value for sigma, value in zip(SIGMAS, values, strict=True)}
 
     @torch.no_grad()
-    def _predict(self, sigma: float) -> Tensor:
+    def predict(self, sigma: float) -> Tensor:
+        """The velocity at one sigma, [1, 16, F, H, W] float32 on the device; without gradients."""
         noise = draw_noise(_SEED, 0, self._batch.item_keys, self._batch.latents.shape[1:])
         return self._objective.velocity(self._batch, noise, torch.tensor([sigma]))
 

@@ -200,6 +200,7 @@ def test_a_run_with_the_probe_ends_in_the_same_bytes(
 ) -> None:
     options = ("--max_train_steps", 3, "--network_dropout", 0.3, "--gradient_checkpointing", "--save_state")
     train(*files, tmp_path / "plain", *options)
+    plain = memory_probe.probe
     states: list[torch.Tensor] = []
 
     def watched(
@@ -207,15 +208,15 @@ def test_a_run_with_the_probe_ends_in_the_same_bytes(
     ) -> str:
         before = [parameter.detach().clone() for parameter in network.parameters()]
         generator = torch.get_rng_state()
-        result = memory_probe.probe(planner, objective, network, data, step)
+        result = plain(planner, objective, network, data, step)
         assert torch.equal(torch.get_rng_state(), generator)
         assert all(parameter.grad is None for parameter in network.parameters())
         assert all(map(torch.equal, before, network.parameters()))
         states.extend(before)
         return result
 
-    monkeypatch.setattr(training, "probe", watched)
-    monkeypatch.setattr(training.Trainer, "_wants_probe", lambda _: True)
+    monkeypatch.setattr(memory_probe, "probe", watched)
+    monkeypatch.setattr(memory_probe, "is_wanted", lambda *_: True)
     train(*files, tmp_path / "probed", *options)
     assert states
     assert "probe of 1 x 64x16x9" in said.text
@@ -291,7 +292,7 @@ def test_a_probe_that_runs_out_of_memory_ends_the_run_before_the_first_step(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(Objective, "training_losses", run_out)
-    monkeypatch.setattr(training.Trainer, "_wants_probe", lambda _: True)
+    monkeypatch.setattr(memory_probe, "is_wanted", lambda *_: True)
     with pytest.raises(SystemExit) as stop:
         train(*files, tmp_path, "--max_train_steps", 1)
     assert stop.value.code == 5

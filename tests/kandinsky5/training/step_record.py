@@ -15,6 +15,8 @@ from torch import Tensor
 from kandinsky5.training import trainer as training
 from kandinsky5.training.loss import objective
 from kandinsky5.training.results.state import SavedState, read_state
+from kandinsky5.training.step_values import StepReport
+from kandinsky5.training.training_log import TrainingLog
 from modules.tensor_files import read_tensors
 
 Record = dict[str, Any]
@@ -28,35 +30,40 @@ def recorded() -> Iterator[list[Record]]:
     """
     records: list[Record] = []
     noise: list[Tensor] = []
-    draw, log_step = objective.draw_noise, training.Trainer._log_step
+    trainers: list[training.Trainer] = []
+    draw, write_step, run = objective.draw_noise, TrainingLog.write_step, training.Trainer.run
 
     def drawn(*arguments: Any) -> Tensor:
         noise.append(draw(*arguments))
         return noise[-1]
 
-    def logged(
-        trainer: training.Trainer, plan: Any, losses: tuple[float, ...], norm: float, *rest: Any
-    ) -> None:
-        log_step(trainer, plan, losses, norm, *rest)
-        sigmas, rates = rest[:2]
+    def running(trainer: training.Trainer) -> None:
+        trainers.append(trainer)
+        run(trainer)
+
+    def written(run_log: TrainingLog, report: StepReport) -> None:
+        write_step(run_log, report)
+        trainer, values = trainers[-1], report.values
+        model = trainer.model
         records.append({
-            "step": trainer.step,
-            "items": [key for micro in plan.micro_batches for key in micro.plan.item_keys],
+            "step": trainer.progress.step,
+            "items": [key for micro in report.plan.micro_batches for key in micro.plan.item_keys],
             "noise": hash_of(noise),
-            "timesteps": [value.hex() for value in sigmas],
-            "loss": [loss.hex() for loss in losses],
-            "gradient norm": norm.hex(),
-            "learning rates": {name: rate.hex() for name, rate in rates.items()},
-            "LoRA": hash_of(dict(trainer.network.named_parameters())),
-            "optimizer": hash_of(trainer.optimizer.state_dict()),
-            "average": hash_of(None if trainer.average is None else trainer.average.state_dict()),
-            "mean of the losses": sum(trainer.recent_losses).hex(),
+            "timesteps": [value.hex() for value in report.sigmas],
+            "loss": [loss.hex() for loss in (values.loss, values.prior_loss)],
+            "gradient norm": values.grad_norm.hex(),
+            "learning rates": {name: rate.hex() for name, rate in report.rates.items()},
+            "LoRA": hash_of(dict(model.network.named_parameters())),
+            "optimizer": hash_of(model.optimizer.state_dict()),
+            "average": hash_of(None if model.average is None else model.average.state_dict()),
+            "mean of the losses": sum(trainer.progress.recent_losses).hex(),
         })
         noise.clear()
 
     with (
         mock.patch.object(objective, "draw_noise", drawn),
-        mock.patch.object(training.Trainer, "_log_step", logged),
+        mock.patch.object(training.Trainer, "run", running),
+        mock.patch.object(TrainingLog, "write_step", written),
     ):
         yield records
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kandinsky5.training import trainer as training
+from kandinsky5.training import control
 from kandinsky5.training.results.effect_report import EffectReport
-from kandinsky5.training.validation.prediction_change import PredictionProbe
+from kandinsky5.training.validation.prediction_change import PredictionChange
 from networks.lora_effect import LoraEffect
 from tests.kandinsky5.training.training_runs import lora_bytes, metrics, train
 
@@ -87,14 +87,14 @@ def test_the_base_model_is_asked_once(
     dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enabled: list[bool] = []
-    plain = PredictionProbe._predict
+    plain = PredictionChange.predict
 
-    def counting(self: PredictionProbe, sigma: float) -> torch.Tensor:
+    def counting(self: PredictionChange, sigma: float) -> torch.Tensor:
         enabled.append(self._network.is_enabled)
         assert not self._network.training
         return plain(self, sigma)
 
-    monkeypatch.setattr(PredictionProbe, "_predict", counting)
+    monkeypatch.setattr(PredictionChange, "predict", counting)
     train(dit, dataset, tmp_path, *SAVES)
     assert enabled == [False] * 3 + [True] * 9
 
@@ -102,7 +102,7 @@ def test_the_base_model_is_asked_once(
 def test_a_run_that_is_stopped_does_not_wait_for_predictions(
     dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "take_control_word", lambda _names: "stop")
+    monkeypatch.setattr(control, "take_control_word", lambda _names: "stop")
     train(dit, dataset, tmp_path, *SAVES)
     (record,) = metrics(tmp_path, "lora")
     assert record["prediction"] is None

@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +15,9 @@ from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import TIMESTEP_SAMPLINGS, WEIGHTING_SCHEMES, TrainConfig
 from kandinsky5.model import compilation
 from kandinsky5.model.nabla import make_plan, select_blocks
+from kandinsky5.training import probe as memory_probe
 from kandinsky5.training import setup as train_setup
 from kandinsky5.training.loss.timesteps import loss_weight, sigma_at
-from kandinsky5.training.trainer import Trainer
 from modules.lr_schedules import SCHEDULE_NAMES, multiplier
 from modules.tensor_files import read_tensors, write_tensors
 from tests.kandinsky5.training.training_runs import CLIPS, exit_code, train, write_dataset
@@ -35,8 +35,8 @@ def parse(words: str) -> TrainConfig:
 def test_the_dtype_of_the_model_wins_over_mixed_precision() -> None:
     cpu = torch.device("cpu")
     model = parse("--dit_dtype bf16 --mixed_precision no").model
-    assert train_setup.compute_dtype(model, cpu) == torch.bfloat16
-    assert train_setup.compute_dtype(parse("--mixed_precision no").model, cpu) == torch.float32
+    assert train_setup.training_dtype(model, cpu) == torch.bfloat16
+    assert train_setup.training_dtype(parse("--mixed_precision no").model, cpu) == torch.float32
 
 
 def test_weights_that_are_not_finite_are_loaded_when_told_not_to_look(
@@ -55,8 +55,9 @@ def test_weights_that_are_not_finite_are_loaded_when_told_not_to_look(
 
 @pytest.mark.parametrize(("words", "wants"), [("", True), ("--no_probe", False)])
 def test_the_probe_of_the_largest_batch_can_be_left_out(words: str, wants: bool) -> None:
-    on_a_gpu = SimpleNamespace(device=torch.device("cuda"), config=parse(words))
-    assert Trainer._wants_probe(cast(Any, on_a_gpu)) == wants
+    config = parse(words)
+    assert memory_probe.is_wanted(config.run, torch.device("cuda")) == wants
+    assert not memory_probe.is_wanted(config.run, torch.device("cpu"))
 
 
 def test_settings_of_several_processes_reach_their_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

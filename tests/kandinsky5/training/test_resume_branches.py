@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kandinsky5.training import control
 from kandinsky5.training import trainer as training
 from kandinsky5.training.results.state import StateMark, find_state, read_mark
 from tests.kandinsky5.training.training_runs import lora_bytes, metrics, train
@@ -24,7 +25,7 @@ def output(dit: Path, dataset: Path, tmp_path: Path) -> Path:
 
 def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
     words = iter([*[""] * (steps - 1), "stop"])
-    patch.setattr(training, "take_control_word", lambda _: next(words))
+    patch.setattr(control, "take_control_word", lambda _: next(words))
 
 
 def mark(output: Path) -> StateMark:
@@ -62,7 +63,7 @@ def test_a_run_that_was_killed_as_soon_as_it_went_back_has_gone_back(
 ) -> None:
     whole = expected(dit, dataset, output, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "_train_step", lambda *_: (_ for _ in ()).throw(KeyError("killed")))
+        patch.setattr(training.Trainer, "train_step", lambda *_: (_ for _ in ()).throw(KeyError("killed")))
         with pytest.raises(KeyError, match="killed"):
             train(dit, dataset, output, *CHANGED, "--resume", output / "lora-step00000002-state")
     assert mark(output) == StateMark("lora", 1, 2)
@@ -110,7 +111,7 @@ def test_the_final_files_of_a_run_that_was_left_behind_are_not_those_of_the_new_
     """Killed between the last step's state and the final one."""
     whole = expected(dit, dataset, output, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "_finish", lambda *_: (_ for _ in ()).throw(KeyError("killed")))
+        patch.setattr(training.Trainer, "finish", lambda *_: (_ for _ in ()).throw(KeyError("killed")))
         with pytest.raises(KeyError, match="killed"):
             train(dit, dataset, output, *CHANGED, "--resume", output / "lora-step00000002-state")
     assert mark(output) == StateMark("lora", 1, 6)

@@ -17,8 +17,8 @@ import torch
 from dataset.cache.files import TextCacheMeta, write_text_cache
 from dataset.cache.names import empty_text_cache_name
 from kandinsky5.text.encoders import TextEncoders
+from kandinsky5.training import control
 from kandinsky5.training import samples as train_samples
-from kandinsky5.training import trainer as training
 from kandinsky5.training.loss import objective
 from kandinsky5.training.results.state import read_state
 from modules.tensor_files import write_tensors
@@ -198,10 +198,10 @@ class Runs:
         dit = self.files.whole_dit if "{}" in self.case.words else self.files.dit
         data = self.files.data[self.case.data]
         given = [str(word).replace("{two}", str(self.files.data["two"])) for word in (*self.words, *words)]
-        plain, seen = training.take_control_word, iter(range(1, 99))
+        plain, seen = control.take_control_word, iter(range(1, 99))
         with pytest.MonkeyPatch.context() as patch, recorded() as records:
             patch.setattr(
-                training, "take_control_word", lambda n: "stop" if next(seen) == stop_after else plain(n)
+                control, "take_control_word", lambda n: "stop" if next(seen) == stop_after else plain(n)
             )
             train(dit, data, self.folder / name, *given, task=self.case.task)
         return records

@@ -11,7 +11,7 @@ import torch
 from dataset.cache.files import TextCacheMeta, write_text_cache
 from dataset.cache.mask_cache import MaskCacheMeta, write_mask_cache
 from dataset.cache.names import empty_text_cache_name, mask_cache_name
-from kandinsky5.training import trainer as training
+from kandinsky5.training import control
 from kandinsky5.training.run_contents import changed
 from modules.tensor_files import read_tensors, write_tensors
 from tests.kandinsky5.training.training_runs import exit_code, lora_bytes, metrics, train, write_dataset
@@ -109,7 +109,7 @@ def test_epochs_that_are_counted_anew_overwrite_no_file_of_the_earlier_part(
     words = ("--save_every_n_epochs", 1, "--max_train_steps", 8)
     with monkeypatch.context() as patch:
         seen = iter(range(1, 99))
-        patch.setattr(training, "take_control_word", lambda _: "stop" if next(seen) == 4 else "")
+        patch.setattr(control, "take_control_word", lambda _: "stop" if next(seen) == 4 else "")
         train(dit, small, output, *words)
     earlier = (output / "lora-000002.safetensors").read_bytes()
     words = (*words, "--resume", "auto", "--allow_changed_data")

@@ -19,7 +19,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kandinsky5.training import control
 from kandinsky5.training import trainer as training
+from kandinsky5.training.results.names import OutputNames
 from kandinsky5.training.sample_files import SampleNames, write_sample
 from kandinsky5.training.tracking import trackers
 from kandinsky5.training.tracking.animation import animate
@@ -161,12 +163,12 @@ def test_a_resumed_run_continues_its_wandb_run_without_a_step_twice(
     with pytest.MonkeyPatch.context() as patch:
         steps = iter(range(1, 99))
 
-        def die(_names: training.OutputNames) -> str:
+        def die(_names: OutputNames) -> str:
             if next(steps) == 5:
                 raise KeyboardInterrupt
             return ""
 
-        patch.setattr(training, "take_control_word", die)
+        patch.setattr(control, "take_control_word", die)
         with pytest.raises(KeyboardInterrupt):
             train(dit, dataset, tmp_path, *words, "--save_state", "--save_every_n_steps", 2)
     (tmp_path / "lora-step00000004-state").rename(tmp_path / "gone")

@@ -104,15 +104,19 @@ class EveryOperation:
         self.is_active = True
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("_after_step", "_finish"):
+        for name in ("after_step", "finish"):
             plain = getattr(training.Trainer, name)
             monkeypatch.setattr(training.Trainer, name, self._around(name, plain))
 
     def _around(self, name: str, plain: Any) -> Any:
-        def act(trainer: training.Trainer, *arguments: Any) -> None:
+        def act(trainer: training.Trainer, *arguments: Any) -> Any:
             if self.is_active:
-                self._break(f"{name} {trainer.step}", lambda: plain(trainer, *arguments), trainer.step)
-            plain(trainer, *arguments)
+                self._break(
+                    f"{name} {trainer.progress.step}",
+                    lambda: plain(trainer, *arguments),
+                    trainer.progress.step,
+                )
+            return plain(trainer, *arguments)
 
         return act
 
@@ -187,7 +191,7 @@ def test_a_save_that_fails_anywhere_leaves_the_last_good_state(
     fault: fault_kit.Fault, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = break_every_operation(files, tmp_path, fault, monkeypatch, every=97, resumed_every=195)
-    assert set(counts) == {"_after_step 3", "_after_step 4", "_finish 4"}
+    assert set(counts) == {"after_step 3", "after_step 4", "finish 4"}
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from dataset.cache.files import TextCacheMeta, write_text_cache
 from dataset.cache.mask_cache import MaskCacheMeta, write_mask_cache
 from dataset.cache.names import empty_text_cache_name, mask_cache_name, prior_text_cache_name, text_cache_name
 from kandinsky5.model import assembly
-from kandinsky5.training import trainer as training
+from kandinsky5.training import control
 from modules.tensor_files import read_header, read_tensors, write_tensors
 from tests.kandinsky5.training.training_runs import (
     CLIPS,
@@ -71,7 +71,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = iter(range(1, 99))
-    monkeypatch.setattr(training, "take_control_word", lambda _: "stop" if next(seen) == step else "")
+    monkeypatch.setattr(control, "take_control_word", lambda _: "stop" if next(seen) == step else "")
 
 
 @pytest.mark.parametrize("task", ["k5-tiny-t2v", "k5-tiny-i2v"])

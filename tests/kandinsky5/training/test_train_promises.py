@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kandinsky5.training import trainer as training
 from kandinsky5.training.results.state import read_state
 from kandinsky5.training.tracking.metrics import Metrics
+from kandinsky5.training.training_log import TrainingLog
 from modules.errors import ModelFileError
 from modules.tensor_files import read_header, read_tensors, write_tensors
 from tests.kandinsky5.training.step_record import assert_same_steps, hash_of, recorded
@@ -66,18 +67,18 @@ def test_training_starts_at_the_base_model_and_leaves_its_weights_alone(
     seen: dict[str, Any] = {}
 
     def look(trainer: training.Trainer) -> None:
-        base = {name: value for name, value in trainer.dit.named_parameters() if "adapter" not in name}
+        base = {name: value for name, value in trainer.model.dit.named_parameters() if "adapter" not in name}
         seen.setdefault("base", []).append(hash_of([base[name] for name in sorted(base)]))
 
     def look_at_gradients(trainer: training.Trainer) -> None:
         look(trainer)
         seen["gradients"] = {
-            name: float(value.grad.abs().max()) for name, value in trainer.network.named_parameters()
+            name: float(value.grad.abs().max()) for name, value in trainer.model.network.named_parameters()
             if value.grad is not None
         }  # fmt: skip
 
-    on_call(training.Trainer, "_clip", 2, look_at_gradients, monkeypatch)
-    on_call(training.Trainer, "_finish", 1, look, monkeypatch)
+    on_call(training.Trainer, "clip_gradients", 2, look_at_gradients, monkeypatch)
+    on_call(training.Trainer, "finish", 1, look, monkeypatch)
     train(dit, dataset, tmp_path, "--max_train_steps", 5, "--validation_dataset_config", dataset)
     assert len(set(seen["base"])) == 1
     names = [name for name in seen["gradients"] if "lora_down" in name]
@@ -87,11 +88,11 @@ def test_training_starts_at_the_base_model_and_leaves_its_weights_alone(
     with recorded() as with_lora:
         train(dit, dataset, tmp_path / "lora", "--max_train_steps", 1)
     with monkeypatch.context() as patch, recorded() as without:
-        plain = training.Trainer._accumulate
+        plain = training.Trainer.accumulate
         patch.setattr(
             training.Trainer,
-            "_accumulate",
-            lambda self, *arguments: (self.network.set_multiplier(1e3), plain(self, *arguments))[1],
+            "accumulate",
+            lambda self, *arguments: (self.model.network.set_multiplier(1e3), plain(self, *arguments))[1],
         )
         train(dit, dataset, tmp_path / "strong", "--max_train_steps", 1)
     assert with_lora[0]["loss"] == without[0]["loss"]
@@ -140,7 +141,7 @@ def test_a_cache_of_huge_numbers_stops_the_run_and_is_named(
 
 
 def break_gradient(trainer: training.Trainer) -> None:
-    next(iter(trainer.network.parameters())).grad[0, 0] = float("inf")  # pyright: ignore
+    next(iter(trainer.model.network.parameters())).grad[0, 0] = float("inf")  # pyright: ignore
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(
@@ -150,7 +151,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    on_call(training.Trainer, "_accumulate", 3, break_gradient, monkeypatch)
+    on_call(training.Trainer, "accumulate", 3, break_gradient, monkeypatch)
     with recorded() as records:
         assert exit_code(dit, dataset, tmp_path, "--max_train_steps", 4) == 6
     assert "step 3" in capsys.readouterr().err
@@ -159,7 +160,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(
 
 
 def break_weight(trainer: training.Trainer) -> None:
-    next(iter(trainer.network.parameters())).data[0, 0] = float("nan")
+    next(iter(trainer.model.network.parameters())).data[0, 0] = float("nan")
 
 
 def test_a_weight_that_is_not_finite_is_found_at_the_save_and_not_saved(
@@ -169,7 +170,7 @@ def test_a_weight_that_is_not_finite_is_found_at_the_save_and_not_saved(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    on_call(training.Trainer, "_update", 2, break_weight, monkeypatch)
+    on_call(training.Trainer, "update", 2, break_weight, monkeypatch)
     words = ("--max_train_steps", 4, "--save_state", "--save_every_n_steps", 1)
     assert exit_code(dit, dataset, tmp_path, *words) == 6
     assert "lora-step00000002.safetensors is not written" in capsys.readouterr().err
@@ -184,7 +185,7 @@ def test_a_broken_weight_before_the_next_save_is_not_saved_either(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    on_call(training.Trainer, "_update", 2, break_weight, monkeypatch)
+    on_call(training.Trainer, "update", 2, break_weight, monkeypatch)
     assert exit_code(dit, dataset, tmp_path, "--max_train_steps", 4) == 6
     message = capsys.readouterr().err
     assert "diverged at step 3" in message
@@ -268,7 +269,7 @@ def test_curves_have_every_step_once_after_a_crash_and_a_resume(
     words = ("--max_train_steps", 6, "--logging_dir", tmp_path / "logs", "--save_state")
     words = (*words, "--save_every_n_steps", 2)
     with monkeypatch.context() as patch:
-        on_call(training.Trainer, "_log_step", 5, lambda _: (_ for _ in ()).throw(OSError("gone")), patch)
+        on_call(TrainingLog, "write_step", 5, lambda _: (_ for _ in ()).throw(OSError("gone")), patch)
         with pytest.raises(OSError, match="gone"):
             train(dit, dataset, tmp_path / "out", *words)
     train(dit, dataset, tmp_path / "out", *words, "--resume", "auto")

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import pytest
 
 from kandinsky5.configs.train import DEFAULT_TRAIN_STEPS
+from kandinsky5.training import control
 from kandinsky5.training import output as train_output
 from kandinsky5.training import trainer as training
 from kandinsky5.training.results import state as training_state
@@ -141,8 +142,8 @@ def test_a_state_of_the_last_step_means_that_the_final_file_is_there(
     train(dit, dataset, output, "--max_train_steps", 2, "--save_state_on_train_end")
     words = iter(("", "save"))
     with monkeypatch.context() as patch:
-        patch.setattr(training, "take_control_word", lambda _: next(words))
-        patch.setattr(training.Trainer, "_finish", lambda *_: (_ for _ in ()).throw(KeyError("killed")))
+        patch.setattr(control, "take_control_word", lambda _: next(words))
+        patch.setattr(training.Trainer, "finish", lambda *_: (_ for _ in ()).throw(KeyError("killed")))
         with pytest.raises(KeyError, match="killed"):
             train(dit, dataset, output, "--max_train_steps", 4, "--resume", "auto")
     train(dit, dataset, output, "--max_train_steps", 4, "--resume", "auto")
@@ -203,13 +204,13 @@ def test_a_state_whose_parts_somebody_removed_never_gets_its_name(
 def test_a_state_that_has_lost_one_file_never_gets_its_name(
     dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = training_state._write_torch
+    plain = training_state.write_json
 
-    def lose_the_lora(path: Path, value: Mapping[str, Any]) -> None:
-        (path.parent / "lora.safetensors").unlink()
-        plain(path, value)
+    def lose_the_lora(path: Path, value: Mapping[str, Any], **options: bool) -> None:
+        (path.parent / "lora.safetensors").unlink(missing_ok=True)
+        plain(path, value, **options)
 
-    monkeypatch.setattr(training_state, "_write_torch", lose_the_lora)
+    monkeypatch.setattr(training_state, "write_json", lose_the_lora)
     assert exit_code(dit, dataset, tmp_path, "--max_train_steps", 1, "--save_state") == 5
     assert not list(tmp_path.glob("*-state"))
 
@@ -226,7 +227,7 @@ def test_a_resumed_run_that_is_given_no_length_ends_where_it_was_to_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(training, "take_control_word", lambda _: "stop")
+        patch.setattr(control, "take_control_word", lambda _: "stop")
         train(dit, dataset, tmp_path, *length)
     train(dit, dataset, tmp_path, *length[2:], "--resume", "auto")
     assert [record["step"] for record in metrics(tmp_path, "step")] == [1, 2, 3]

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_a_batch_is_one_forward_and_the_mean_of_its_clips(
     calls: list[int] = []
     plain = objective.flow_matching_loss
 
-    def counting(predict: objective.Any, *rest: torch.Tensor) -> torch.Tensor:
+    def counting(predict: Any, *rest: torch.Tensor) -> torch.Tensor:
         calls.append(len(rest[0]))
         return plain(predict, *rest)
 

@@ -14,9 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kandinsky5.model import assembly, precision
 from kandinsky5.text.encoders import TextEncoders
 from kandinsky5.text.templates import PromptTemplates, load_prompt_templates
+from kandinsky5.training import control
 from kandinsky5.training import samples as train_samples
-from kandinsky5.training import trainer as training
+from kandinsky5.training.effects import EffectReporter
+from kandinsky5.training.evaluation import Evaluation
 from kandinsky5.training.sample_files import SampleNames, write_grid, write_sample
+from kandinsky5.training.tracking.metrics import Metrics
+from kandinsky5.training.training_log import TrainingLog
 from modules.errors import DivergedError, ResourceError
 from tests.kandinsky5.generation.generation_kit import frames_of
 from tests.kandinsky5.training.training_runs import (
@@ -107,10 +111,10 @@ def test_a_resumed_run_goes_on_with_its_grid_and_ends_in_the_same_bytes(
     prompts = prompt_file(tmp_path, f"a {SMALL} --f 1")
     words = (*models, "--sample_prompts", prompts, "--sample_every_n_steps", 1, "--max_train_steps", 4)
     train(dit, dataset, tmp_path / "whole", *words)
-    plain = training.take_control_word
+    plain = control.take_control_word
     calls = iter(range(1, 9))
     with monkeypatch.context() as patch:
-        patch.setattr(training, "take_control_word", lambda n: "stop" if next(calls) == 3 else plain(n))
+        patch.setattr(control, "take_control_word", lambda n: "stop" if next(calls) == 3 else plain(n))
         train(dit, dataset, tmp_path / "parts", *words)
     # Stopping is quick: the samples of the last step are left to the resumed run.
     assert [record["step"] for record in metrics(tmp_path / "parts", "sample")] == [1, 2]
@@ -260,13 +264,13 @@ def test_a_run_that_dies_after_its_last_step_has_its_files_and_makes_up_for_the_
         elif owner == "load_vae":
             patch.setattr(train_samples, owner, die)
         elif owner == "report":
-            patch.setattr(training.Output, "_report_effects", die)
+            patch.setattr(EffectReporter, "report", die)
         elif owner == "validation":
-            patch.setattr(training.Trainer, "_validate", die)
+            patch.setattr(Evaluation, "validate", die)
         elif owner == "log_samples":
-            patch.setattr(training, owner, die)
+            patch.setattr(TrainingLog, "write_samples", die)
         else:
-            patch.setattr(training.Metrics, "flush", die)
+            patch.setattr(Metrics, "flush", die)
         with pytest.raises(Died):
             train(dit, dataset, tmp_path / "out", *words)
     before = lora_bytes(tmp_path / "out/lora.safetensors")

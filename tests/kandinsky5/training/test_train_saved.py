@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kandinsky5.configs.train import ROOM_FOR_ENDINGS
-from kandinsky5.training import trainer as training
+from kandinsky5.training import control
 from kandinsky5.training.results.names import OutputNames, average_path, effect_path
 from kandinsky5.training.results.state import read_state
 from kandinsky5.training.sample_files import SampleNames
@@ -70,10 +70,10 @@ def test_the_average_is_saved_beside_and_resumed_to_the_same_bytes(
     words = (*words, "--save_last_n_steps", 1)
     train(dit, dataset, tmp_path / "plain", "--max_train_steps", 5)
     train(dit, dataset, tmp_path / "whole", *words)
-    plain_word = training.take_control_word
+    plain_word = control.take_control_word
     calls = iter(range(1, 99))
     with monkeypatch.context() as patch:
-        patch.setattr(training, "take_control_word", lambda n: "stop" if next(calls) == 3 else plain_word(n))
+        patch.setattr(control, "take_control_word", lambda n: "stop" if next(calls) == 3 else plain_word(n))
         train(dit, dataset, tmp_path / "parts", *words)
     train(dit, dataset, tmp_path / "parts", *words, "--resume", "auto")
     for name in ("lora.safetensors", "lora-ema.safetensors"):

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from kandinsky5.model import assembly
-from kandinsky5.training import output as train_output
+from kandinsky5.training import result_writer
+from kandinsky5.training import samples as train_samples
 from kandinsky5.training import trainer as training
 from kandinsky5.training.loss import objective
 from kandinsky5.training.results.state import find_state, read_state
@@ -84,10 +85,10 @@ def send(*numbers: int) -> None:
 
 PLACES = {
     "in the step": (objective.Objective, "training_losses", 3, 3),
-    "in the optimizer": (training.Trainer, "_update", 3, 3),
-    "in a save": (train_output, "write_state", 2, 2),
+    "in the optimizer": (training.Trainer, "update", 3, 3),
+    "in a save": (result_writer, "write_state", 2, 2),
     "in the last step": (objective.Objective, "training_losses", STEPS, STEPS),
-    "after the last step": (training.Trainer, "_finish", 1, STEPS),
+    "after the last step": (training.Trainer, "finish", 1, STEPS),
 }
 
 
@@ -116,8 +117,8 @@ def test_a_signal_anywhere_finishes_the_step_and_saves(
 
 def test_a_signal_while_samples_are_made_saves_at_once(run: Run, whole: dict[str, bytes]) -> None:
     def prepare() -> None:
-        training.train_samples.is_due = lambda _settings, step, _epoch: step == 2
-        training.TrainingSamples.make = lambda *_: send(signal.SIGTERM) or []  # pyright: ignore
+        train_samples.is_due = lambda _settings, step, _epoch: step == 2
+        train_samples.TrainingSamples.make = lambda *_: send(signal.SIGTERM) or []  # pyright: ignore
 
     assert fault_kit.wait(run.start(prepare), 30) == 143, run.log.read_text()
     assert run.step() == 2
@@ -201,7 +202,7 @@ def test_signals_that_were_switched_off_stay_off(run: Run, whole: dict[str, byte
 
     def prepare() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        before_call(training.Trainer, "_update", 2, lambda: send(signal.SIGHUP))
+        before_call(training.Trainer, "update", 2, lambda: send(signal.SIGHUP))
 
     assert fault_kit.wait(run.start(prepare), 30) == 0, run.log.read_text()
     assert lora_bytes(run.output / "lora.safetensors") == whole

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kandinsky5.training import trainer as training
+from kandinsky5.training import control
 from kandinsky5.training.validation import measure as validation
 from kandinsky5.training.validation.measure import NUM_BINS, Validation, draw_levels
 from kandinsky5.training.validation.plot import write_validation_plot
@@ -41,9 +41,9 @@ def trained_items(output: Path) -> set[str]:
 
 
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = training.take_control_word
+    plain = control.take_control_word
     seen = iter(range(1, 99))
-    monkeypatch.setattr(training, "take_control_word", lambda n: "stop" if next(seen) == steps else plain(n))
+    monkeypatch.setattr(control, "take_control_word", lambda n: "stop" if next(seen) == steps else plain(n))
 
 
 def test_levels_are_one_per_bin_and_clip_and_never_change() -> None:
@@ -107,14 +107,14 @@ def test_a_resumed_run_makes_the_same_checks_and_measures_the_base_model_once(
     words = (*("--max_train_steps", 6, "--validate_every_n_steps", 2), *SPLIT)
     train(dit, dataset, tmp_path / "whole", *words)
     measured: list[bool] = []
-    plain = Validation._losses
+    plain = Validation.losses
 
     def counting(self: Validation, should_stop: Callable[[], bool]) -> torch.Tensor:
         assert not self._network.training, "dropout would change what is measured"
         measured.append(self._network.is_enabled)
         return plain(self, should_stop)
 
-    monkeypatch.setattr(Validation, "_losses", counting)
+    monkeypatch.setattr(Validation, "losses", counting)
     with monkeypatch.context() as patch:
         stop_after(4, patch)  # where a check is due: stopping is quick, the resumed run makes it
         train(dit, dataset, tmp_path / "parts", *words)
@@ -308,7 +308,7 @@ def test_a_check_that_is_made_up_for_and_fails_is_told_as_one(
 
     words = ("--validation_split", 0.4, "--max_train_steps", 3, "--validate_every_n_steps", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "take_control_word", lambda names: "stop")
+        patch.setattr(control, "take_control_word", lambda names: "stop")
         train(dit, dataset, tmp_path, *words)
     monkeypatch.setattr(Validation, "measure", fail)
     assert exit_code(dit, dataset, tmp_path, *words, "--resume", "auto") == 5

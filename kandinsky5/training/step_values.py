@@ -1,0 +1,91 @@
+"""The numbers of one optimizer step, which all processes agree on with one transfer from the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from kandinsky5.training.plan import StepPlan
+
+
+def item_keys(plan: StepPlan) -> list[str]:
+    """The clips of a step, without those that only fill up."""
+    return [key for micro in plan.micro_batches if not micro.is_filler for key in micro.plan.item_keys]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalStep:
+    """A step as one process has computed it."""
+
+    losses: Tensor
+    """[2] float32 on the device: this process's share of the loss, and of the prior term within it."""
+    grad_norm: Tensor
+    """[] on the device, over the gradients of all processes."""
+    stop_code: int
+    """See `TrainingControl`."""
+    wants_samples: bool
+    layer_norms: Tensor
+    """[3] or [0] on the device, `NormLimit.waiting` of the step before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepValues:
+    """A step over all processes, on the host."""
+
+    loss: float
+    prior_loss: float
+    grad_norm: float
+    stop_code: int
+    wants_samples: bool
+    layer_norms: Sequence[float]
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What there is to report of a finished step."""
+
+    plan: StepPlan
+    values: StepValues
+    sigmas: Sequence[float]
+    """Of this process's clips."""
+    rates: Mapping[str, float]
+    """Learning rates by their names in the curves."""
+
+    def describe(self) -> str:
+        """Numbers, items and timesteps, for an error message."""
+        return (
+            f"step {self.plan.step + 1}: loss {self.values.loss}, gradient norm {self.values.grad_norm}; "
+            f"items {', '.join(item_keys(self.plan))}; "
+            f"timesteps {', '.join(f'{1000 * sigma:.1f}' for sigma in self.sigmas)}"
+        )
+
+
+def gather_step(local: LocalStep, accelerator: Accelerator) -> StepValues:
+    """Add up the losses of all processes, and take the largest stop code; one transfer from the device."""
+    device = local.losses.device
+    requests = torch.tensor([float(local.stop_code), float(local.wants_samples)], device=device)
+    shared = torch.cat([local.losses, requests])
+    if accelerator.num_processes > 1:
+        rows = torch.zeros(accelerator.num_processes, 4, device=device)
+        rows[accelerator.process_index] = shared
+        torch.distributed.all_reduce(rows)
+        shared = torch.cat([rows[:, :2].sum(dim=0), rows[:, 2:].amax(dim=0)])
+    values = torch.cat([shared, local.grad_norm.float()[None], local.layer_norms]).tolist()
+    loss, prior_loss, stop_code, wants_samples, grad_norm, *layer_norms = values
+    return StepValues(
+        loss=loss,
+        prior_loss=prior_loss,
+        grad_norm=grad_norm,
+        stop_code=int(stop_code),
+        wants_samples=wants_samples > 0,
+        layer_norms=layer_norms,
+    )

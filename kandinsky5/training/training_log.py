@@ -1,0 +1,107 @@
+"""What a run reports while it trains: lines of metrics.jsonl, points of the curves, and the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tqdm import tqdm
+
+from kandinsky5.configs.train import TrainConfig
+from kandinsky5.training.progress import Progress
+from kandinsky5.training.samples import KIND, Sample
+from kandinsky5.training.step_values import StepReport, item_keys
+from kandinsky5.training.tracking.metrics import Metrics
+from kandinsky5.training.tracking.trackers import ShownSample, Tracker
+
+
+class TrainingLog:
+    """The log of a run; until it is opened, and on all but the main process, it writes nothing."""
+
+    def __init__(self, config: TrainConfig, trackers: Sequence[Tracker], progress: Progress) -> None:
+        self._config, self._trackers, self._progress = config, trackers, progress
+        self._bar: tqdm | None = None
+        self.metrics: Metrics | None = None
+
+    def open(self) -> None:
+        """Open metrics.jsonl, which drops what an abandoned part of the run wrote after the present step."""
+        saving = self._config.saving
+        self.metrics = Metrics(
+            saving.output_dir, saving.output_name, start_step=self._progress.step, trackers=self._trackers
+        )
+
+    def start_bar(self) -> None:
+        """Show the progress bar."""
+        self._bar = tqdm(
+            initial=self._progress.step,
+            total=self._progress.length.total_steps,
+            disable=self.metrics is None,
+            desc="steps",
+            smoothing=0.05,
+        )
+
+    def write_step(self, report: StepReport) -> None:
+        """One optimizer step, which `progress` has counted."""
+        progress, values = self._progress, report.values
+        if self._bar is not None:
+            self._bar.set_postfix(avr_loss=f"{progress.mean_loss:.4f}", refresh=False)
+            self._bar.update()
+        if self.metrics is None:
+            return
+        has_prior = self._config.loss.prior_loss_weight > 0
+        record = {
+            "epoch": report.plan.epoch + 1,
+            "loss": values.loss,
+            **({"prior_loss": values.prior_loss} if has_prior else {}),
+            "avr_loss": progress.mean_loss,
+            "lr": report.rates.get("lr/unet"),
+            **{name: rate for name, rate in report.rates.items() if name.startswith("lr/d*lr/")},
+            "grad_norm": values.grad_norm,
+            "sigma": list(report.sigmas),
+            "items": item_keys(report.plan),
+        }
+        curves = {
+            "loss/current": values.loss,
+            "loss/average": progress.mean_loss,
+            "grad_norm": values.grad_norm,
+            **report.rates,
+        }
+        self.metrics.write("step", progress.step, record)
+        prior = {"loss/prior": values.prior_loss} if has_prior else {}
+        self.metrics.scalars(progress.step, {**curves, **prior})
+
+    def write_epoch(self, epoch: int) -> None:
+        """The mean loss of the epoch that the last step ended."""
+        if self.metrics is not None:
+            loss = self._progress.mean_loss
+            self.metrics.write("epoch", self._progress.step, {"epoch": epoch, "loss": loss})
+            self.metrics.scalars(self._progress.step, {"loss/epoch": loss})
+
+    def write_layer_norms(self, norms: Mapping[str, float]) -> None:
+        """The numbers of `--scale_weight_norms` after the present step, if there are any."""
+        if self.metrics is not None and norms:
+            short = {name.partition("/")[2]: value for name, value in norms.items()}
+            self.metrics.write("norms", self._progress.step, short)
+            self.metrics.scalars(self._progress.step, norms)
+
+    def write_samples(self, samples: Sequence[Sample]) -> None:
+        """Samples in the order of their prompts, whichever process has made them."""
+        if self.metrics is None:
+            return
+        folder, step = self._config.saving.output_dir / "sample", self._progress.step
+        for sample in sorted(samples, key=lambda sample: sample.prompt_number):
+            file = f"{folder.name}/{sample.file_name}"
+            self.metrics.write(KIND, step, {"prompt": sample.prompt_number, "file": file})
+            name = f"sample_{sample.prompt_number}"
+            self.metrics.sample(step, ShownSample(name, folder / sample.file_name, sample.animation))
+
+    def flush(self) -> None:
+        """Write the curves to disk."""
+        if self.metrics is not None:
+            self.metrics.flush()
+
+    def close(self, *, is_failed: bool) -> None:
+        """Finish bar and curves; `is_failed`: the run ends with an error."""
+        if self._bar is not None:
+            self._bar.close()
+        if self.metrics is not None:
+            self.metrics.close(is_failed=is_failed)
