@@ -20,7 +20,7 @@ import common as C
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers import transformer_kandinsky
-from PIL import Image
+from matplotlib.figure import Figure
 
 from kandinsky5.configs.train import TimestepConfig
 from kandinsky5.model import layers as our_layers
@@ -30,7 +30,6 @@ from kandinsky5.model.flow_matching import draw_noise, flow_matching_loss
 from kandinsky5.tasks import TINY_PARAMS
 from kandinsky5.tiny_models import dit_tensors
 from kandinsky5.training.loss.timesteps import draw_sigmas
-from kandinsky5.training.validation.line_plot import Panel, Series, draw_panel
 from modules import fused_ops
 from modules.fp8 import Fp8Linear
 from modules.int8 import Int8Linear
@@ -54,9 +53,7 @@ RUNS = {
     "fp8_fast": (torch.bfloat16, {"fp8": True, "fp8_fast": True}),
     "int8_fast": (torch.bfloat16, {"int8": True, "int8_fast": True}),
 }
-COLOURS = dict(
-    zip(RUNS, [(0, 0, 0), (120, 120, 120), (31, 119, 180), (214, 39, 40), (23, 190, 207), (255, 127, 14)])
-)
+COLOURS = dict(zip(RUNS, ["#000000", "#787878", "#1f77b4", "#d62728", "#17becf", "#ff7f0e"]))
 
 
 def parse():
@@ -367,17 +364,15 @@ def draw(curves, path):
     apart = {
         name: [a - b for a, b in zip(values, means[first])] for name, values in means.items() if name != first
     }
-    pictures = []
-    for title, lines in (("loss", means), (f"less {first}", apart)):
-        series = [
-            Series(name, [10 * i + 5 for i in range(len(values))], values, COLOURS[name])
-            for name, values in lines.items()
-        ]
-        pictures.append(draw_panel(Panel(title, "step", tuple(series)), (900, 300)))
-    sheet = Image.new("RGB", (900, 600), "white")
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (0, 300 * number))
-    sheet.save(path)
+    figure = Figure(figsize=(9, 6), dpi=100, layout="constrained")
+    panels = (("loss", means), (f"less {first}", apart))
+    for axes, (title, lines) in zip(figure.subplots(len(panels)), panels):
+        for name, values in lines.items():
+            axes.plot([10 * i + 5 for i in range(len(values))], values, color=COLOURS[name], label=name)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("step")
+        axes.legend()
+    figure.savefig(path)
     print(f"\nwrote {path}")
 
 

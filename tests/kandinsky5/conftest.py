@@ -54,7 +54,9 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
     logger = logging.getLogger("k5")
     caplog.set_level(logging.INFO, logger="k5")
     logger.addHandler(caplog.handler)
+    propagates, logger.propagate = logger.propagate, False  # else every line arrives twice
     yield caplog
+    logger.propagate = propagates
     logger.removeHandler(caplog.handler)
 
 

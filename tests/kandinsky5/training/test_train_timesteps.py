@@ -9,6 +9,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
+from PIL import Image
 
 from kandinsky5.configs.train import TIMESTEP_SAMPLINGS, TimestepConfig
 from kandinsky5.training.loss.timesteps import (
@@ -160,6 +161,15 @@ def test_limits_that_hardly_any_draw_falls_into_are_warned_of() -> None:
 def test_a_distribution_that_gets_no_warning_is_redrawn_to_its_end() -> None:
     """At the share where the warning ends, fewer than one in 10^8 draws miss every time."""
     assert (1 - RARE_SHARE) ** MAX_REDRAWS < 2e-9
+
+
+def test_the_picture_of_the_timesteps_is_a_whole_file(tmp_path: Path) -> None:
+    words = ("--show_timesteps", "image", "--output_dir", tmp_path / "new")
+    main([str(word) for word in words])
+    (path,) = (tmp_path / "new").iterdir()
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(maxcolors=2**20) or ()) > 10
 
 
 def test_a_run_gives_the_warning_before_a_model_is_loaded(

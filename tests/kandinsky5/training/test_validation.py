@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -227,6 +228,19 @@ def test_the_picture_shows_one_measurement_and_stands_numbers_that_are_not_finit
     assert picture(record(10, 1.9)) != two
     picture(record(10, "nan"))
     picture(record(0, 2.0), record(10, 2.0))
+
+
+def test_a_falling_loss_falls_in_the_picture_and_a_gap_stays_empty(tmp_path: Path) -> None:
+    losses = (1.9, 1.7, "nan", 1.0)
+    write_validation_plot(tmp_path / "p.png", [record(10 * n, loss) for n, loss in enumerate(losses)])
+    with Image.open(tmp_path / "p.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)[40:370]  # the upper panel, below its legend
+    is_lora = np.abs(pixels - (0x14, 0x5A, 0xAA)).sum(axis=2) < 60
+    columns = np.flatnonzero(is_lora.any(axis=0))
+    heights = [np.flatnonzero(is_lora[:, column]).mean() for column in columns]
+    assert heights[0] < heights[-1], "a smaller loss lies lower"
+    gap = np.diff(columns).max()
+    assert gap > 300, "nothing is drawn towards the value that is no number"
 
 
 def test_a_picture_that_cannot_be_written_costs_a_warning(
