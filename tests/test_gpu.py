@@ -144,7 +144,7 @@ def three_buffers(dit: DiffusionTransformer3D, device: torch.device) -> None:
 
 
 def activations_on_host(dit: DiffusionTransformer3D, device: torch.device) -> None:
-    dit.activation_offload = ActivationOffload(tensor_mover(device), min_bytes=0)
+    dit.activation_offload = ActivationOffload(tensor_mover(device), min_bytes=1)
 
 
 def kept_attention(dit: DiffusionTransformer3D, _device: torch.device) -> None:

@@ -87,7 +87,7 @@ def equal(ours: list[Tensor], others: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_copies_that_come_late_change_no_gradient(seed: int) -> None:
-    offload = ActivationOffload(LateMover(seed), min_bytes=0)
+    offload = ActivationOffload(LateMover(seed), min_bytes=1)
     blocks = layers()
     for _ in range(2):
         assert equal(step(blocks, offload), step(layers(), None))
@@ -95,17 +95,17 @@ def test_copies_that_come_late_change_no_gradient(seed: int) -> None:
 
 def test_leaving_out_any_one_wait_is_noticed() -> None:
     counting = LateMover(0, early=0)
-    step(layers(), ActivationOffload(counting, min_bytes=0))
+    step(layers(), ActivationOffload(counting, min_bytes=1))
     assert counting.waits == 5
     for forgotten in range(1, counting.waits + 1):
         mover = LateMover(0, early=0)
         mover.forget_wait = forgotten
-        got = step(layers(), ActivationOffload(mover, min_bytes=0))
+        got = step(layers(), ActivationOffload(mover, min_bytes=1))
         assert not equal(got, step(layers(), None)), forgotten
 
 
 def test_what_a_failed_pass_left_behind_is_forgotten() -> None:
-    offload = ActivationOffload(LateMover(0), min_bytes=0)
+    offload = ActivationOffload(LateMover(0), min_bytes=1)
     blocks = layers()
     with pytest.raises(RuntimeError, match="stop here"):
         step(blocks, offload, fail_at=3)
@@ -169,7 +169,7 @@ def attending_step(
 
 def test_the_next_large_tensor_is_fetched_ahead_and_what_all_blocks_share_travels_once() -> None:
     mover = RecordingMover()
-    offload = ActivationOffload(mover, min_bytes=0)
+    offload = ActivationOffload(mover, min_bytes=1)
     assert equal(attending_step(offload, events=mover.events), attending_step(None))
     # 0 and 1 are the first block's visual input and the text, 2 to 5 the later visual inputs.
     assert [number for what, number in mover.events if what == "leaves"] == [0, 1, 2, 3, 4, 5]
@@ -182,20 +182,20 @@ def test_the_next_large_tensor_is_fetched_ahead_and_what_all_blocks_share_travel
 
 @pytest.mark.parametrize("seed", range(3))
 def test_late_copies_of_a_shared_tensor_change_no_gradient(seed: int) -> None:
-    offload = ActivationOffload(LateMover(seed), min_bytes=0)
+    offload = ActivationOffload(LateMover(seed), min_bytes=1)
     for _ in range(2):
         assert equal(attending_step(offload), attending_step(None))
 
 
 def test_a_shared_tensor_that_changed_in_between_travels_again() -> None:
     mover = RecordingMover()
-    attending_step(ActivationOffload(mover, min_bytes=0), change_text=True)
+    attending_step(ActivationOffload(mover, min_bytes=1), change_text=True)
     assert [what for what, _ in mover.events].count("leaves") == 7
 
 
 def test_a_fetch_that_a_failed_backward_pass_left_under_way_ends_before_its_memory_is_used_again() -> None:
     mover = RecordingMover()
-    offload = ActivationOffload(mover, min_bytes=0)
+    offload = ActivationOffload(mover, min_bytes=1)
     blocks = layers()
     blocks[2].register_full_backward_hook(_fail)
     with pytest.raises(RuntimeError, match="stop in the backward pass"):

@@ -9,6 +9,7 @@ from torch import Tensor
 from modules.errors import ResourceError
 from modules.fp8 import FAST_PRODUCT, Fp8Linear, check_fp8_matmul
 from modules.quantised_linear import FastProduct, dequantise, normalise_scale
+from tests.float8_products import needs_float8_products
 
 CPU = torch.device("cpu")
 OUT, IN, TOKENS = 48, 64, 40
@@ -54,6 +55,11 @@ def test_the_fast_product_is_refused_without_float8_units() -> None:
         check_fp8_matmul(torch.device("cpu"))
 
 
+@needs_float8_products
+def test_a_build_of_torch_with_products_scaled_by_row_is_accepted() -> None:
+    FAST_PRODUCT.probe(CPU, Fp8Linear)
+
+
 def test_a_build_of_torch_without_products_scaled_by_row_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A capability says what the card can do, not whether this build of torch does it."""
     given = []
@@ -62,7 +68,6 @@ def test_a_build_of_torch_without_products_scaled_by_row_is_refused(monkeypatch:
         given.append((scale_a.shape, scale_b.shape, bias is not None))
         raise RuntimeError("Rowwise scaling is not currently supported on your device\nmore")
 
-    FAST_PRODUCT.probe(CPU, Fp8Linear)
     monkeypatch.setattr(torch, "_scaled_mm", refuse)
     with pytest.raises(ResourceError, match=r"supported on your device\. Leave --fp8_fast out"):
         FAST_PRODUCT.probe(CPU, Fp8Linear)

@@ -90,7 +90,7 @@ def test_blocks_arrive_whole(is_staged: bool) -> None:
 
 
 def test_activations_come_back_as_they_went() -> None:
-    assert equal(step(layers(), ActivationOffload(StreamMover(CPU), min_bytes=0)), step(layers(), None))
+    assert equal(step(layers(), ActivationOffload(StreamMover(CPU), min_bytes=1)), step(layers(), None))
     mover = StreamMover(CPU)
     # A view that is not contiguous, of a size that is no power of two.
     tensor = torch.randn(7, 33).bfloat16().t()
@@ -126,7 +126,7 @@ def test_activations_move_to_pageable_memory_when_no_more_can_be_page_locked(
     """Five tensors of 128 bytes leave; whatever number of them can be page-locked, gradients are the same."""
     monkeypatch.setattr(activation_offload, "staging_size", lambda size: 48)
     pinned.limit = max(limit, 2 * 48)
-    offload = ActivationOffload(StreamMover(CPU), min_bytes=0)
+    offload = ActivationOffload(StreamMover(CPU), min_bytes=1)
     blocks = layers()
     for _ in range(2):
         assert equal(step(blocks, offload), step(layers(), None))

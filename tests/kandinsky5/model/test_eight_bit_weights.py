@@ -23,6 +23,7 @@ from modules.tensor_files import read_tensors, write_tensors
 from networks.lora import LoRANetwork
 from networks.lora_effect import weight_norms
 from networks.lora_kandinsky import create_network
+from tests.float8_products import needs_float8_products
 from tests.kandinsky5.generation.generation_kit import SMALL, latents_of
 from tests.kandinsky5.training.training_runs import metrics, train, write_dataset, write_dit
 from tests.tiny import tiny_dit
@@ -38,7 +39,7 @@ HELD = [
     pytest.param({"int8": True}, id="int8"),
 ]
 FAST = [
-    pytest.param({"fp8": True, "fp8_fast": True}, id="fp8_fast"),
+    pytest.param({"fp8": True, "fp8_fast": True}, id="fp8_fast", marks=needs_float8_products),
     pytest.param({"int8": True, "int8_fast": True}, id="int8_fast"),
 ]
 

@@ -37,7 +37,7 @@ def keep_all_attention(dit: DiffusionTransformer3D) -> None:
 
 
 def offload_activations(dit: DiffusionTransformer3D) -> None:
-    dit.activation_offload = ActivationOffload(LateMover(0), min_bytes=0)
+    dit.activation_offload = ActivationOffload(LateMover(0), min_bytes=1)
 
 
 def swap_one_buffer(dit: DiffusionTransformer3D) -> None:
@@ -173,7 +173,7 @@ def test_leaving_out_any_one_wait_of_the_streams_is_noticed(kind: str) -> None:
 def test_leaving_out_any_one_wait_of_offloaded_activations_is_noticed() -> None:
     def run(mover: LateMover) -> list[Tensor]:
         model = LoraModel()
-        model.dit.activation_offload = ActivationOffload(mover, min_bytes=0)
+        model.dit.activation_offload = ActivationOffload(mover, min_bytes=1)
         return model.step()
 
     expected, counting = plain_step("fp32"), LateMover(0, early=0)
