@@ -1,8 +1,8 @@
 """Runs the real model on tensors without data and counts what it would hold: activations and their peak.
 
-Nothing here knows what a block computes. A model of two and of three visual blocks is run by the code that
-trains and samples, and the number for the whole depth follows, because all blocks are alike: what one more
-block adds is the difference of the two.
+Nothing here knows what a block computes. A model of two and of three visual blocks (three and four with
+offload) is run by the code that trains and samples, and the number for the whole depth follows, because all
+blocks are alike: what one more block adds is the difference of the two.
 """
 
 from __future__ import annotations
@@ -133,17 +133,19 @@ def step_activations(
             peak = peak_of_step(velocity(dit), network, task, batch)
         return Activations(peak, ledger.bytes, ledger.moved)
 
-    if depth <= 3:
+    # With offload the first block's input stays, the last one's returns when it is needed, and only with a
+    # third block is there one that returns ahead.
+    few = 2 if offload_min_bytes is None else 3
+    if depth <= few + 1:
         return run(depth, kept)
     if kept == depth:
-        two, three = run(2, 2), run(3, 3)
-        return _extended(two, three, depth - 2)
-    two, three = run(2, 0), run(3, 0)
-    plain = _extended(two, three, depth - 2)
+        return _extended(run(few, few), run(few + 1, few + 1), depth - few)
+    shorter, longer = run(few, 0), run(few + 1, 0)
+    plain = _extended(shorter, longer, depth - few)
     if not kept:
         return plain
-    one_kept = run(3, 1)
-    return replace(plain, device=plain.device + kept * (one_kept.device - three.device))
+    one_kept = run(few + 1, 1)
+    return replace(plain, device=plain.device + kept * (one_kept.device - longer.device))
 
 
 def sampling_activations(
@@ -170,11 +172,11 @@ def sampling_activations(
     return Activations(counted.peak)
 
 
-def _extended(two: Activations, three: Activations, steps: int) -> Activations:
+def _extended(shorter: Activations, longer: Activations, steps: int) -> Activations:
     return Activations(
-        two.device + steps * (three.device - two.device),
-        two.host + steps * (three.host - two.host),
-        two.moved + steps * (three.moved - two.moved),
+        shorter.device + steps * (longer.device - shorter.device),
+        shorter.host + steps * (longer.host - shorter.host),
+        shorter.moved + steps * (longer.moved - shorter.moved),
     )
 
 

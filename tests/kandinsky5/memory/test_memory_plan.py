@@ -9,13 +9,14 @@ import torch
 
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import ModelConfig, TrainConfig
-from kandinsky5.memory.activations import META, AnswerYes, peak_of_step
+from kandinsky5.memory.activations import META, AnswerYes, HostLedger, peak_of_step
 from kandinsky5.memory.plan import Batch, Held, TrainingPlanner, hold_weights
 from kandinsky5.model import assembly, offload
 from kandinsky5.model.conditioning import VelocityModel
 from kandinsky5.model.offload import stream_weights
 from kandinsky5.tasks import TASKS, TINY_PARAMS
 from modules import fused_ops
+from modules.activation_offload import ActivationOffload
 from modules.block_swap import DirectCopies
 from modules.optimizers import build_optimizer, moments_on_device
 from modules.tensor_files import write_tensors
@@ -191,6 +192,28 @@ def test_offloaded_block_inputs_are_planned_in_host_memory(
     assert plans[1].held.pageable["activations"] >= (BLOCKS - 1) * tokens
     saved = plans[0].peak - plans[1].peak
     assert saved >= (BLOCKS - 4) * tokens
+
+
+@pytest.mark.parametrize("kept", [0, BLOCKS])
+def test_the_block_input_that_returns_ahead_is_planned_once_and_not_per_block(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    monkeypatch.setattr(assembly, "OFFLOADED_BYTES", 1024)
+    changed = with_model(
+        config,
+        gradient_checkpointing=True,
+        gradient_checkpointing_cpu_offload=True,
+        gradient_checkpointing_keep_attention=kept,
+    )
+    planned = TrainingPlanner(changed, CPU, torch.float32).plan(changed.model, BATCHES[0]).held
+    dit = assembly.load_model(changed.model, CPU, torch.float32)
+    network = assembly.build_network(changed.network, dit, 0, allow_partial=False)
+    ledger = HostLedger()
+    dit.activation_offload = ActivationOffload(ledger, min_bytes=1024)
+    model = VelocityModel(dit, changed.model.task.scale_factor, None, network)
+    real = peak_of_step(model, network, changed.model.task, BATCHES[0])
+    assert planned.device["activations"] == pytest.approx(real, rel=ACTIVATION_TOLERANCE)
+    assert planned.pageable["activations"] == ledger.bytes
 
 
 def test_what_travels_is_counted_without_the_roundings_of_host_memory(
