@@ -82,7 +82,7 @@ def user_errors(
     arguments = sys.argv[1:] if argv is None else argv
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # a panic of Rust code is no Exception
         shown = _shown_error(error, saves_host_memory)
         if shown is None:
             raise
@@ -93,7 +93,7 @@ def user_errors(
         raise SystemExit(shown.exit_code) from None
 
 
-def _shown_error(error: Exception, saves_host_memory: Sequence[str]) -> UserError | None:
+def _shown_error(error: BaseException, saves_host_memory: Sequence[str]) -> UserError | None:
     """What the user reads; None for a bug."""
     if isinstance(error, ResourceError):
         return error

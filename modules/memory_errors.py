@@ -11,8 +11,9 @@ _NO_MEMORY_ON_WINDOWS = (8, 14, 1455)
 _MESSAGES = re.compile(
     r"DefaultCPUAllocator"  # torch
     r"|not enough memory: you tried to allocate"  # torch on Windows
-    r"|can't start new thread|can't allocate new thread"  # Python's two messages
-    r"|Resource temporarily unavailable.*thread|std::bad_alloc|bad allocation"
+    r"|can't start new thread|can't allocate lock"  # Python
+    r"|ThreadPoolBuildError"  # Rust, which the tokenizers are written in
+    r"|std::bad_alloc|bad allocation"
     r"|Cannot allocate memory"  # ENOMEM in the words of the C library, as safetensors and torch quote them
     r"|os error (?:12|1455)\b|WinError (?:8|14|1455)\b"
 )
@@ -28,7 +29,7 @@ def is_memory_error(error: BaseException) -> bool:
         error.errno == errno.ENOMEM or getattr(error, "winerror", None) in _NO_MEMORY_ON_WINDOWS
     ):
         return True
-    return isinstance(error, Exception) and _MESSAGES.search(str(error)) is not None
+    return _MESSAGES.search(str(error)) is not None
 
 
 def memory_error_behind(error: BaseException) -> BaseException | None:

@@ -29,6 +29,10 @@ def caught(action: object) -> Exception:
     return found.value
 
 
+class Panic(BaseException):
+    """What a panic of Rust code, such as the tokenizers', is in Python."""
+
+
 def windows_error(number: int) -> OSError:
     error = OSError(errno.EINVAL, "The paging file is too small for this operation to complete")
     error.winerror = number  # type: ignore[attr-defined]
@@ -50,10 +54,11 @@ def windows_error(number: int) -> OSError:
         (RuntimeError("unable to mmap 4096 bytes from file <x>: Cannot allocate memory (12)"), 4096),
         (OSError("Cannot allocate memory (os error 12)"), None),
         (RuntimeError("std::bad_alloc"), None),
+        (Panic("The global thread pool has not been initialized.: ThreadPoolBuildError"), None),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
-def test_a_lack_of_memory_is_recognised_with_its_size(error: Exception, size: int | str | None) -> None:
+def test_a_lack_of_memory_is_recognised_with_its_size(error: BaseException, size: int | str | None) -> None:
     assert is_memory_error(error)
     assert asked_size(error) == size
 
@@ -80,7 +85,7 @@ def test_the_shortage_behind_an_error_of_ours_is_found() -> None:
     assert memory_error_behind(ModelFileError("weights.pt: cannot be read")) is None
 
 
-def printed(error: Exception, capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[object, str]:
+def printed(error: BaseException, capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[object, str]:
     helping = ("--batch_size 1: fewer at once",)
     with pytest.raises(SystemExit) as stop, user_errors(argv, saves_host_memory=helping):
         raise error
@@ -117,8 +122,11 @@ def test_an_error_of_ours_that_a_shortage_led_to_blames_the_memory_and_no_other_
     ours = ResourceError("frames were saved to /a")
     ours.__cause__ = MemoryError()
     assert "frames were saved to /a" in printed(ours, capsys)[1]
-    with pytest.raises(KeyError), user_errors(()):
-        raise KeyError("a bug")
+    assert printed(Panic("ThreadPoolBuildError"), capsys)[0] == 5
+    for bug in (KeyError("a bug"), Panic("index out of bounds"), KeyboardInterrupt(), SystemExit(7)):
+        with pytest.raises(type(bug)) as raised, user_errors(()):
+            raise bug
+        assert raised.value is bug
 
 
 def test_threads_that_cannot_start_are_a_lack_of_memory(
