@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from kandinsky5.configs.text_encoders import TextEncodersConfig
 from kandinsky5.model.dit import DiffusionTransformer3D, is_float32_island
 from kandinsky5.tasks import TINY_PARAMS
 
@@ -27,3 +29,12 @@ def tiny_dit(
         dtype = torch.float32 if is_float32_island(key) else compute_dtype
         parameter.data = values.bfloat16().to(dtype)
     return dit.requires_grad_(False)
+
+
+def tiny_encoders(models: Path, **settings: Any) -> TextEncodersConfig:
+    """The text encoders that `python -m kandinsky5.tiny_models` writes."""
+    folders = {
+        "text_encoder_qwen": str(models / "text_encoder"),
+        "text_encoder_clip": str(models / "text_encoder2"),
+    }
+    return TextEncodersConfig(**{**folders, **settings})

@@ -17,10 +17,10 @@ from dataset.sources import SourceListing
 from kandinsky5.caching.report import CONTINUE_HINT, Outcome
 from kandinsky5.caching.run import encoding_device, list_sources, make_caches, read_datasets
 from kandinsky5.configs.caching import CacheTextConfig
+from kandinsky5.configs.text_encoders import TextEncodersConfig
 from kandinsky5.text.encoders import (
     TextEncoders,
     check_text_encoder_paths,
-    default_qwen_dtype,
     load_text_encoders,
     text_encoder_fingerprint,
 )
@@ -138,16 +138,14 @@ class _TextJob:
 
     def _load_encoders(self) -> TextEncoders:
         config = self._config
-        return load_text_encoders(
-            config.text_encoder_qwen,
-            config.text_encoder_clip,
-            device=self._device,
-            dtype=default_qwen_dtype(self._device),
+        settings = TextEncodersConfig(
+            text_encoder_qwen=config.text_encoder_qwen,
+            text_encoder_clip=config.text_encoder_clip,
+            quantization=config.quantization,
             qwen_max_length=config.qwen_max_length,
             clip_max_length=config.clip_max_length,
-            quantization=config.quantization,
-            templates=self._templates,
         )
+        return load_text_encoders(settings, device=self._device, templates=self._templates)
 
     def _encode_captions(self, encoders: TextEncoders, work: _TextWork) -> None:
         total = sum(len(target.meta.captions) for batch in work.batches for target in batch)

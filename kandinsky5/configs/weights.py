@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+
+
+class WeightFormat(Enum):
+    """The storage of the attention and feed-forward weights of the blocks."""
+
+    COMPUTE_DTYPE = "compute dtype"
+    FP8 = "float8"
+    INT8 = "int8"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsConfig:
-    """In what form, and where, the weights lie."""
+    """The format and the place of the weights."""
 
     fp8_base: bool = False
     fp8_fast: bool = False
@@ -21,14 +30,24 @@ class WeightsConfig:
     no_weight_check: bool = False
 
     @property
-    def has_one_byte_weights(self) -> bool:
-        """Whether the blocks' attention and feed-forward weights are held in float8 or int8."""
-        return self.fp8_base or self.int8_base
+    def weight_format(self) -> WeightFormat:
+        if self.fp8_base:
+            return WeightFormat.FP8
+        return WeightFormat.INT8 if self.int8_base else WeightFormat.COMPUTE_DTYPE
 
     @property
-    def storage_form(self) -> tuple[bool, ...]:
-        """What decides how the frozen weights are stored and multiplied, whatever their place."""
-        return (self.fp8_base, self.fp8_fast, self.int8_base, self.int8_fast)
+    def use_fast_products(self) -> bool:
+        """Whether products are computed in the storage format too."""
+        return self.fp8_fast or self.int8_fast
+
+    @property
+    def has_one_byte_weights(self) -> bool:
+        return self.weight_format is not WeightFormat.COMPUTE_DTYPE
+
+    @property
+    def storage_form(self) -> tuple[str, bool]:
+        """Format and products of the frozen weights, whatever their place."""
+        return self.weight_format.value, self.use_fast_products
 
     @property
     def modulation_on_host(self) -> bool:

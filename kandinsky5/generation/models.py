@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from kandinsky5.configs.generate import GenerateConfig
+from kandinsky5.configs.text_encoders import encoders_for_task
 from kandinsky5.memory.advice import memory_advice
 from kandinsky5.model.checkpoints import build_meta_dit, check_dit_file, file_name_warning, load_dit
 from kandinsky5.model.compilation import check_compile_backend, compile_blocks
 from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.model.magcache import task_ratios
 from kandinsky5.model.nabla import DensityReport
-from kandinsky5.model.offload import host_placement, max_blocks_to_swap, stream_weights
+from kandinsky5.model.offload import max_blocks_to_swap, stream_weights
 from kandinsky5.model.precision import check_fast_products, check_vae, compute_dtype, vae_dtype
 from kandinsky5.text.encoders import (
     TextEncoders,
     check_text_encoder_paths,
-    default_qwen_dtype,
     load_text_encoders,
 )
 from kandinsky5.text.templates import PromptTemplates
@@ -199,20 +199,15 @@ class ModelLoader:
     def text_encoders(self) -> TextEncoders:
         device = torch.device("cpu") if self.config.text.text_encoder_cpu else self.device
         log.info("loading the text encoders")
-        params = self.config.task.dit_params
+        encoders = encoders_for_task(
+            self.config.task,
+            self.config.task.dit_params,
+            self.config.models.text_encoder_qwen,
+            self.config.models.text_encoder_clip,
+            self.config.text.quantization,
+        )
         with memory_advice("loading the text encoders", ENCODER_ADVICE):
-            return load_text_encoders(
-                self.config.models.text_encoder_qwen,
-                self.config.models.text_encoder_clip,
-                device=device,
-                dtype=default_qwen_dtype(device),
-                qwen_max_length=self.config.task.qwen_max_length,
-                clip_max_length=self.config.task.clip_max_length,
-                require_official_crop=not self.config.task.is_tiny,
-                quantization=self.config.text.quantization,
-                expected_dims=(params.in_text_dim, params.in_text_dim2),
-                templates=self.templates,
-            )
+            return load_text_encoders(encoders, device=device, templates=self.templates)
 
     def vae(self) -> VideoVAE:
         log.info("loading the VAE")
@@ -232,21 +227,10 @@ class ModelLoader:
         dit = load_dit(
             self.config.models.dit,
             self.config.task.dit_params,
+            self.config.dit,
             device=self.device,
             compute_dtype=self.compute_dtype,
-            fp8=self.config.dit.fp8_base,
-            fp8_fast=self.config.dit.fp8_fast,
-            int8=self.config.dit.int8_base,
-            int8_fast=self.config.dit.int8_fast,
             loras=active if is_merged else (),
-            use_mmap=not self.config.dit.disable_numpy_memmap,
-            check_finite=not self.config.dit.no_weight_check,
-            placement=host_placement(
-                self.config.task.dit_params,
-                self.device,
-                blocks_to_swap=self.config.dit.blocks_to_swap,
-                modulation_on_host=self.config.dit.modulation_on_host,
-            ),
         )
         dit.train(False)
         dit.set_attention_backend(self.config.dit.attention)

@@ -9,7 +9,7 @@ from kandinsky5.model.checkpoints import build_meta_dit, load_dit
 from kandinsky5.model.compilation import compile_blocks
 from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.model.nabla import DensityReport
-from kandinsky5.model.offload import host_placement, stream_weights
+from kandinsky5.model.offload import stream_weights
 from modules.activation_offload import ActivationOffload, tensor_mover
 from networks.lora import LoRANetwork
 from networks.lora_files import LoadedLora, load_weights, read_lora
@@ -43,25 +43,8 @@ def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
         ModelFileError: see `load_dit` and `read_base_weights`.
     """
     params = model.dit_params
-    dit = load_dit(
-        model.dit,
-        params,
-        device=device,
-        compute_dtype=dtype,
-        fp8=model.fp8_base,
-        fp8_fast=model.fp8_fast,
-        int8=model.int8_base,
-        int8_fast=model.int8_fast,
-        loras=read_base_weights(model),
-        use_mmap=not model.disable_numpy_memmap,
-        check_finite=not model.no_weight_check,
-        placement=host_placement(
-            params,
-            device,
-            blocks_to_swap=model.blocks_to_swap,
-            modulation_on_host=model.modulation_on_host,
-        ),
-    )
+    loras = read_base_weights(model)
+    dit = load_dit(model.dit, params, model, device=device, compute_dtype=dtype, loras=loras)
     dit.requires_grad_(False)
     dit.set_attention_backend(model.attention)
     if model.nabla is not None:

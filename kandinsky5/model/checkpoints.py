@@ -8,14 +8,16 @@ machine with less memory than that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from kandinsky5.configs.weights import WeightFormat, WeightsConfig
 from kandinsky5.model.dit import DiffusionTransformer3D, is_float32_island
+from kandinsky5.model.offload import host_placement
 from kandinsky5.tasks import DitParams
 from kandinsky5.weight_checks import FiniteCheck, not_finite_message
 from modules.byte_sizes import size_text
@@ -79,6 +81,13 @@ class DitFileInfo:
         size = sum(info.end - info.start for info in self.tensors.values())
         parts = ", ".join(f"{count / 1e6:.1f} M {name}" for name, count in elements.most_common())
         return f"{self.files[0].name}: {len(self.files)} file(s), {size_text(size)}, {parts}"
+
+
+_DEFAULT_WEIGHTS = WeightsConfig()
+_ONE_BYTE_LAYERS: dict[WeightFormat, type[QuantisedLinear]] = {
+    WeightFormat.FP8: Fp8Linear,
+    WeightFormat.INT8: Int8Linear,
+}
 
 
 def build_meta_dit(params: DitParams, compute_dtype: torch.dtype) -> DiffusionTransformer3D:
@@ -172,45 +181,40 @@ def file_name_warning(path: Path, *, is_i2v: bool) -> str | None:
 def load_dit(
     path: Path,
     params: DitParams,
+    weights: WeightsConfig = _DEFAULT_WEIGHTS,
     *,
     device: torch.device,
     compute_dtype: torch.dtype,
-    fp8: bool = False,
-    fp8_fast: bool = False,
-    int8: bool = False,
-    int8_fast: bool = False,
     loras: Sequence[LoadedLora] = (),
-    use_mmap: bool = True,
-    check_finite: bool = True,
-    placement: Callable[[str], torch.device] | None = None,
 ) -> DiffusionTransformer3D:
     """Load a DiT, frozen, with every weight cast, merged and quantised on `device` as it is read.
 
     Args:
+        weights: format and place; in float8 and int8 the attention and feed-forward layers of the blocks
+            become `Fp8Linear` or `Int8Linear` (for fast products call `check_fast_products` first).
         device: where tensors are cast and quantised; on "meta" only headers are read, and the model that
-            comes out has all dtypes and sizes but no data.
+            is returned has all dtypes and sizes but no data.
         compute_dtype: of activations and of all weights but the float32 islands, which keep the file's dtype.
-        fp8, int8: attention and feed-forward layers of the blocks become `Fp8Linear` or `Int8Linear`.
-        fp8_fast, int8_fast: they multiply so too (`check_fp8_matmul` or `check_int8_matmul` first).
         loras: merged before quantisation, in float32 with one rounding.
-        check_finite: search every tensor for NaN and infinity.
-        placement: where each tensor finally lies, by its key; everything on `device` when None.
     Raises:
         ModelFileError: see `check_dit_file`; or a tensor holds NaN or infinite values.
     """
-    layer_class = _one_byte_layer(fp8=fp8, int8=int8)
+    layer_class = _ONE_BYTE_LAYERS.get(weights.weight_format)
+    placement = host_placement(
+        params, device, blocks_to_swap=weights.blocks_to_swap, modulation_on_host=weights.modulation_on_host
+    )
     files = find_weight_files(path, subfolder="transformer")
-    with open_weight_files(files, use_mmap=use_mmap) as weights:
-        info = _check_tensors(path, files, weights.tensors, params)
+    with open_weight_files(files, use_mmap=not weights.disable_numpy_memmap) as opened:
+        info = _check_tensors(path, files, opened.tensors, params)
         dit = build_meta_dit(params, compute_dtype)
-        reader = _WeightReader(weights, info, device, check_finite=check_finite)
+        reader = _WeightReader(opened, info, device, check_finite=not weights.no_weight_check)
         if info.is_fp8:
             _warn_of_second_rounding(path, layer_class, has_loras=bool(loras))
         quantised: dict[str, tuple[Tensor, Tensor]] = {}
         # In file order: a hard disk then reads straight through.
         for key in sorted(info.tensors, key=lambda key: info.tensors[key].start):
             layer, _, name = key.rpartition(".")
-            target_device = placement(key) if placement else device
+            target_device = placement(key)
             if layer_class is not None and name == "weight" and is_target_name(layer):
                 weight8, scale = reader.read_quantised(key, loras, layer_class)
                 quantised[layer] = reader.owned(weight8.to(target_device)), scale.to(target_device)
@@ -224,20 +228,14 @@ def load_dit(
         plain = dit.get_submodule(layer)
         assert isinstance(plain, nn.Linear)
         assert layer_class is not None
-        use_fast = fp8_fast or int8_fast
-        linear = layer_class(weight8, scale, plain.bias, compute_dtype=compute_dtype, use_fast=use_fast)
+        linear = layer_class(
+            weight8, scale, plain.bias, compute_dtype=compute_dtype, use_fast=weights.use_fast_products
+        )
         dit.set_submodule(layer, linear)
     dit.reset_buffers(device)
     if device.type != "meta":
         _assert_materialised(dit)
     return dit.requires_grad_(False)
-
-
-def _one_byte_layer(*, fp8: bool, int8: bool) -> type[QuantisedLinear] | None:
-    assert not (fp8 and int8)
-    if fp8:
-        return Fp8Linear
-    return Int8Linear if int8 else None
 
 
 def _warn_of_second_rounding(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kandinsky5.configs.text_encoders import Quantization
+from kandinsky5.configs.text_encoders import Quantization, TextEncodersConfig
 from kandinsky5.model.conditioning import TextConditioning
 from kandinsky5.text.files import (
     EncoderKind,
@@ -128,44 +128,42 @@ class TextEncoders:
 
 
 def load_text_encoders(
-    qwen: str,
-    clip: str,
+    config: TextEncodersConfig,
     *,
     device: torch.device | str,
-    dtype: torch.dtype,
-    qwen_max_length: int = 256,
-    clip_max_length: int = 77,
-    require_official_crop: bool | None = None,
-    quantization: Quantization | None = None,
-    expected_dims: tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
     templates: PromptTemplates | None = None,
 ) -> TextEncoders:
     """Load both encoders.
 
     Args:
-        qwen, clip: a folder or a hub id each.
-        dtype: of Qwen's weights and computation; CLIP is always float32, as officially.
-        qwen_max_length: tokens kept after the template part. clip_max_length: with start and end token.
-        require_official_crop: refuse a tokenizer that is not Qwen2.5-VL's; None: if the width is real.
-        quantization: how Qwen's Linear weights are held; None: in `dtype`.
-        expected_dims: the DiT's in_text_dim and in_text_dim2.
+        dtype: of Qwen's weights and computation, `default_qwen_dtype` if None; CLIP is always float32, as in
+            the official code.
         templates: None reads them from diffusers.
     Raises:
         ModelFileError: a file is missing or wrong, or the encoders are not of `expected_dims`.
+        ConfigError: `clip_max_length` does not fit the encoder.
     """
     device = torch.device(device)
     templates = templates or load_prompt_templates()
-    loaded_qwen = load_qwen(qwen, device=device, dtype=dtype, quantization=quantization)
+    loaded_qwen = load_qwen(
+        config.text_encoder_qwen,
+        device=device,
+        dtype=dtype or default_qwen_dtype(device),
+        quantization=config.quantization,
+    )
     qwen_config = loaded_qwen.model.config
     check_tokenizer(loaded_qwen.tokenizer, qwen_config.vocab_size, str(loaded_qwen.folder), is_chat=True)
-    qwen_tokens = QwenTokens(loaded_qwen.tokenizer, templates, qwen_max_length)
+    qwen_tokens = QwenTokens(loaded_qwen.tokenizer, templates, config.qwen_max_length)
+    require_official_crop = config.require_official_crop
     if require_official_crop is None:
         require_official_crop = qwen_config.hidden_size == _PUBLISHED_WIDTH
     if require_official_crop:
         qwen_tokens.check_official_crops(str(loaded_qwen.folder))
-    loaded_clip = load_clip(clip, device=device)
+    loaded_clip = load_clip(config.text_encoder_clip, device=device)
     clip_config = loaded_clip.model.config
     check_tokenizer(loaded_clip.tokenizer, clip_config.vocab_size, str(loaded_clip.folder), is_chat=False)
+    clip_max_length = config.clip_max_length
     if not 3 <= clip_max_length <= clip_config.max_position_embeddings:
         raise ConfigError(
             f"--clip_max_length must lie within 3 .. {clip_config.max_position_embeddings}, "
@@ -173,8 +171,8 @@ def load_text_encoders(
         )
     clip_tokens = ClipTokens(loaded_clip.tokenizer, clip_max_length)
     encoders = TextEncoders(loaded_qwen, loaded_clip, qwen_tokens, clip_tokens, templates)
-    if expected_dims is not None:
-        check_text_dims(encoders, expected_dims)
+    if config.expected_dims is not None:
+        check_text_dims(encoders, config.expected_dims)
     return encoders
 
 

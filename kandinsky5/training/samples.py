@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dataset.geometry import size_step
+from kandinsky5.configs.text_encoders import encoders_for_task
 from kandinsky5.configs.train import SampleConfig, SavingConfig, TrainConfig
 from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.model.offload import resident_weights_on_host
@@ -29,7 +30,7 @@ from kandinsky5.sampling.pipeline import (
 )
 from kandinsky5.sampling.requests import VideoRequest, log_size_remarks, resolve_request
 from kandinsky5.sampling.video_files import check_video_encoder
-from kandinsky5.text.encoders import check_text_encoder_paths, default_qwen_dtype, load_text_encoders
+from kandinsky5.text.encoders import check_text_encoder_paths, load_text_encoders
 from kandinsky5.text.templates import load_prompt_templates
 from kandinsky5.training.sample_files import SampleNames, write_sample
 from kandinsky5.training.tracking.animation import Animation, animate
@@ -173,20 +174,16 @@ def encode_requests(
 def _encode_texts(
     config: TrainConfig, requests: Sequence[VideoRequest], device: torch.device
 ) -> list[RequestText]:
-    task = config.model.task
-    params = config.model.dit_params
+    samples = config.samples
     log.info("encoding %d sample prompts", len(requests))
-    encoders = load_text_encoders(
-        config.samples.text_encoder_qwen,
-        config.samples.text_encoder_clip,
-        device=device,
-        dtype=default_qwen_dtype(device),
-        qwen_max_length=task.qwen_max_length,
-        clip_max_length=task.clip_max_length,
-        require_official_crop=not task.is_tiny,
-        quantization=config.samples.quantization,
-        expected_dims=(params.in_text_dim, params.in_text_dim2),
+    settings = encoders_for_task(
+        config.model.task,
+        config.model.dit_params,
+        samples.text_encoder_qwen,
+        samples.text_encoder_clip,
+        samples.quantization,
     )
+    encoders = load_text_encoders(settings, device=device)
     try:
         return encode_prompts(encoders, requests)
     finally:

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.model import checkpoints
 from kandinsky5.model.checkpoints import build_meta_dit, load_dit
 from kandinsky5.tasks import LITE_PARAMS
@@ -80,18 +81,11 @@ def read_all_fp8(path, params):
 
 def loader(*, keeps=True, **words):
     def load(path, params):
-        placement = None
         if not keeps:
-            placement = lambda _: torch.device("meta")
+            checkpoints.host_placement = lambda *_args, **_words: lambda _key: torch.device("meta")
             checkpoints._assert_materialised = lambda _: None
-        return load_dit(
-            path,
-            params,
-            device=torch.device("cpu"),
-            compute_dtype=torch.bfloat16,
-            placement=placement,
-            **words,
-        )
+        weights = WeightsConfig(**words)
+        return load_dit(path, params, weights, device=torch.device("cpu"), compute_dtype=torch.bfloat16)
 
     return load
 
@@ -101,9 +95,9 @@ WAYS = {
     "read all, then fp8": read_all_fp8,
     "bf16, kept": loader(),
     "bf16, to the device": loader(keeps=False),
-    "fp8, kept": loader(fp8=True),
-    "fp8, plain reads": loader(fp8=True, use_mmap=False),
-    "int8, kept": loader(int8=True),
+    "fp8, kept": loader(fp8_base=True),
+    "fp8, plain reads": loader(fp8_base=True, disable_numpy_memmap=True),
+    "int8, kept": loader(int8_base=True),
 }
 
 

@@ -23,6 +23,7 @@ from diffusers.models.transformers import transformer_kandinsky
 from matplotlib.figure import Figure
 
 from kandinsky5.configs.train import TimestepConfig
+from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.model import layers as our_layers
 from kandinsky5.model.checkpoints import load_dit
 from kandinsky5.model.conditioning import TextConditioning, VelocityModel, pad_text
@@ -48,10 +49,10 @@ KINDS = {
 RUNS = {
     "float32": (torch.float32, {}),
     "bfloat16": (torch.bfloat16, {}),
-    "fp8_base": (torch.bfloat16, {"fp8": True}),
-    "int8_base": (torch.bfloat16, {"int8": True}),
-    "fp8_fast": (torch.bfloat16, {"fp8": True, "fp8_fast": True}),
-    "int8_fast": (torch.bfloat16, {"int8": True, "int8_fast": True}),
+    "fp8_base": (torch.bfloat16, {"fp8_base": True}),
+    "int8_base": (torch.bfloat16, {"int8_base": True}),
+    "fp8_fast": (torch.bfloat16, {"fp8_base": True, "fp8_fast": True}),
+    "int8_fast": (torch.bfloat16, {"int8_base": True, "int8_fast": True}),
 }
 COLOURS = dict(zip(RUNS, ["#000000", "#787878", "#1f77b4", "#d62728", "#17becf", "#ff7f0e"]))
 
@@ -292,7 +293,7 @@ def make_clips():
 
 def train_once(path, dtype, held, steps):
     """Losses of every step, and the loss on fixed noise before and after."""
-    dit = load_dit(path, TINY_PARAMS, device=CPU, compute_dtype=dtype, **held)
+    dit = load_dit(path, TINY_PARAMS, WeightsConfig(**held), device=CPU, compute_dtype=dtype)
     network = create_network(
         dit, network_dim=16, network_alpha=16, network_dropout=None, network_args={}, seed=SEED
     )

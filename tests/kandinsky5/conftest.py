@@ -15,6 +15,7 @@ from kandinsky5_generate_video import main
 from modules.tensor_files import write_tensors
 from tests.kandinsky5.generation.generation_kit import LAYER, SMALL, Generate
 from tests.kandinsky5.training.training_runs import write_dataset, write_dit
+from tests.tiny import tiny_encoders
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
 
 @pytest.fixture(scope="module")
 def encoders(tiny_models: Path) -> TextEncoders:
-    folders = str(tiny_models / "text_encoder"), str(tiny_models / "text_encoder2")
-    return load_text_encoders(*folders, device="cpu", dtype=torch.float32)
+    return load_text_encoders(tiny_encoders(tiny_models), device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from kandinsky5.vae.video_vae import VideoVAE, load_vae, uint8_to_pixels
 from modules.errors import ResourceError
 from modules.seeding import generator_for
 from modules.tensor_files import read_header, read_tensors
+from tests.tiny import tiny_encoders
 
 
 @pytest.fixture
@@ -181,12 +182,7 @@ def test_nothing_is_loaded_when_every_cache_is_fresh(
 
 def test_a_cached_caption_is_what_generation_encodes(project: Path, tiny_models: Path) -> None:
     cache_text(project, tiny_models, "--batch_size", "1")
-    encoders = load_text_encoders(
-        str(tiny_models / "text_encoder"),
-        str(tiny_models / "text_encoder2"),
-        device="cpu",
-        dtype=torch.float32,
-    )
+    encoders = load_text_encoders(tiny_encoders(tiny_models), device="cpu", dtype=torch.float32)
     for path, caption, content in (
         ("cache_videos/one_k5_te.safetensors", "a video of one 走る", "video"),
         ("cache_images/猫_k5_te.safetensors", "photo 猫", "image"),
@@ -202,12 +198,7 @@ def test_a_cached_caption_is_what_generation_encodes(project: Path, tiny_models:
 
 def test_the_empty_caption_is_cached_with_each_datasets_template(project: Path, tiny_models: Path) -> None:
     cache_text(project, tiny_models)
-    encoders = load_text_encoders(
-        str(tiny_models / "text_encoder"),
-        str(tiny_models / "text_encoder2"),
-        device="cpu",
-        dtype=torch.float32,
-    )
+    encoders = load_text_encoders(tiny_encoders(tiny_models), device="cpu", dtype=torch.float32)
     for kind in ("image", "video"):
         path = project / f"cache_{kind}s" / f"k5_empty_{kind}.safetensors"
         before = path.stat().st_mtime_ns

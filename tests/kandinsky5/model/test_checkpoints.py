@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.model import checkpoints
 from kandinsky5.model.checkpoints import (
     build_meta_dit,
@@ -47,8 +49,11 @@ def tensors() -> dict[str, Tensor]:
     return dit_tensors(PARAMS)
 
 
-def load(path: Path, **settings: object) -> DiffusionTransformer3D:
-    return load_dit(path, PARAMS, device=CPU, **{"compute_dtype": torch.float32, **settings})  # type: ignore[arg-type]
+def load(path: Path, **settings: Any) -> DiffusionTransformer3D:
+    """With fields of `WeightsConfig`, `compute_dtype` and `loras`."""
+    others: dict[str, Any] = {"compute_dtype": torch.float32}
+    others |= {name: settings.pop(name) for name in ("compute_dtype", "loras") if name in settings}
+    return load_dit(path, PARAMS, WeightsConfig(**settings), device=CPU, **others)
 
 
 def run(dit: torch.nn.Module) -> Tensor:
@@ -113,7 +118,7 @@ def write_layout(folder: Path, tensors: dict[str, Tensor], layout: str) -> Path:
 def test_every_layout_loads_the_same_weights(
     tensors: dict[str, Tensor], tmp_path: Path, layout: str, use_mmap: bool
 ) -> None:
-    dit = load(write_layout(tmp_path, tensors, layout), use_mmap=use_mmap)
+    dit = load(write_layout(tmp_path, tensors, layout), disable_numpy_memmap=not use_mmap)
     state = dit.state_dict()
     assert set(state) == set(tensors)
     assert all(torch.equal(state[key].float(), tensors[key].float()) for key in tensors)
@@ -255,7 +260,7 @@ def test_weights_that_are_not_finite_are_found_by_name(
     path = write_layout(tmp_path, damaged, "file")
     with pytest.raises(ModelFileError, match=rf"1 tensors hold NaN or infinite values: {TARGET}\.weight"):
         load(path)
-    load(path, check_finite=False)
+    load(path, no_weight_check=True)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +276,9 @@ def test_a_name_that_contradicts_the_task_gives_a_warning(name: str, is_i2v: boo
     assert (file_name_warning(Path(name), is_i2v=is_i2v) is not None) == is_warned
 
 
-@pytest.mark.parametrize(("how", "kind", "limit"), [("fp8", Fp8Linear, 0.1), ("int8", Int8Linear, 0.03)])
+@pytest.mark.parametrize(
+    ("how", "kind", "limit"), [("fp8_base", Fp8Linear, 0.1), ("int8_base", Int8Linear, 0.03)]
+)
 def test_eight_bits_hold_the_block_layers_and_nothing_else(
     tensors: dict[str, Tensor], tmp_path: Path, how: str, kind: type[QuantisedLinear], limit: float
 ) -> None:
@@ -284,18 +291,6 @@ def test_eight_bits_hold_the_block_layers_and_nothing_else(
             assert torch.equal(parameter, exact.state_dict()[key])
     difference = (run(small) - run(exact)).norm() / run(exact).norm()
     assert 0 < difference < limit
-
-
-@pytest.mark.parametrize("how", ["fp8", "int8"])
-def test_tensors_can_be_placed_one_by_one(tensors: dict[str, Tensor], tmp_path: Path, how: str) -> None:
-    asked: list[str] = []
-
-    def placement(key: str) -> torch.device:
-        asked.append(key)
-        return CPU
-
-    load(write_layout(tmp_path, tensors, "file"), placement=placement, **{how: True})
-    assert sorted(asked) == sorted(tensors)
 
 
 def as_fp8(tensors: dict[str, Tensor], scale: str, suffix: str) -> dict[str, Tensor]:
@@ -331,7 +326,7 @@ def test_float8_checkpoints_load_with_and_without_staying_float8(
     quantised = as_fp8(tensors, scale, suffix)
     path = write_layout(tmp_path, quantised, "prefix")
     assert check_dit_file(path, PARAMS).is_fp8
-    wide, small = load(path), load(path, fp8=True)
+    wide, small = load(path), load(path, fp8_base=True)
     factors = quantised.get(f"{TARGET}.{suffix}", torch.ones(()))
     expected = dequantise(quantised[f"{TARGET}.weight"], factors, torch.float32)
     assert torch.equal(wide.get_submodule(TARGET).weight, expected)
@@ -341,7 +336,7 @@ def test_float8_checkpoints_load_with_and_without_staying_float8(
     torch.testing.assert_close(run(small), run(wide), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("held", [{}, {"fp8": True}, {"int8": True}], ids=["wide", "fp8", "int8"])
+@pytest.mark.parametrize("held", [{}, {"fp8_base": True}, {"int8_base": True}], ids=["wide", "fp8", "int8"])
 def test_a_checkpoint_cast_to_float8_as_a_whole_loads_with_its_norms_and_biases(
     tensors: dict[str, Tensor], tmp_path: Path, held: dict[str, bool]
 ) -> None:
@@ -379,7 +374,7 @@ def test_a_float8_scale_of_a_vector_is_found_in_the_header(
         check_dit_file(write_layout(tmp_path, changed, "file"), PARAMS)
 
 
-@pytest.mark.parametrize("held", [{}, {"fp8": True}], ids=["wide", "fp8"])
+@pytest.mark.parametrize("held", [{}, {"fp8_base": True}], ids=["wide", "fp8"])
 def test_float8_scales_that_are_not_finite_are_found_by_name(
     tensors: dict[str, Tensor], tmp_path: Path, held: dict[str, bool]
 ) -> None:
@@ -387,7 +382,7 @@ def test_float8_scales_that_are_not_finite_are_found_by_name(
     path = write_layout(tmp_path, row_scaled(tensors, scale), "prefix")
     with pytest.raises(ModelFileError, match=rf"hold NaN or infinite values: .*{TARGET}\.scale_weight"):
         load(path, **held)
-    load(path, check_finite=False, **held)
+    load(path, no_weight_check=True, **held)
 
 
 @pytest.mark.parametrize("scale", ["none", "row", "block"])
@@ -399,7 +394,7 @@ def test_float8_checkpoints_become_int8_with_a_warning(
     path = write_layout(tmp_path, as_fp8(tensors, scale, "scale_weight"), "prefix")
     wide = load(path).get_submodule(TARGET)
     assert not messages
-    small = load(path, int8=True).get_submodule(TARGET)
+    small = load(path, int8_base=True).get_submodule(TARGET)
     assert isinstance(small, Int8Linear)
     weight8, factors = Int8Linear.quantise(wide.weight)  # type: ignore[arg-type]
     assert torch.equal(small.weight, weight8)
@@ -442,11 +437,11 @@ def test_merging_while_loading_equals_applying_at_run_time(
 def test_a_multiplier_of_zero_is_bit_equal_to_no_lora(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     path = write_layout(tmp_path, tensors, "file")
     lora = make_lora(tmp_path, 1).with_multiplier(0.0)
-    for held in ({}, {"fp8": True}, {"int8": True}):
+    for held in ({}, {"fp8_base": True}, {"int8_base": True}):
         assert torch.equal(run(load(path, loras=(lora,), **held)), run(load(path, **held)))
 
 
-@pytest.mark.parametrize("how", ["fp8", "int8"])
+@pytest.mark.parametrize("how", ["fp8_base", "int8_base"])
 def test_in_eight_bits_a_lora_keeps_its_effect(tensors: dict[str, Tensor], tmp_path: Path, how: str) -> None:
     """Merged before quantisation: what the weights gain equals what was asked for, within the rounding."""
     path = write_layout(tmp_path, tensors, "file")
@@ -507,7 +502,7 @@ def test_the_published_sizes_are_built_without_memory() -> None:
     assert not any(buffer.is_meta for buffer in dit.buffers())
 
 
-@pytest.mark.parametrize("how", [{}, {"fp8": True}, {"int8": True}], ids=["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("how", [{}, {"fp8_base": True}, {"int8_base": True}], ids=["bf16", "fp8", "int8"])
 def test_a_loaded_model_has_let_go_of_its_file(
     tensors: dict[str, Tensor], tmp_path: Path, how: dict[str, bool]
 ) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kandinsky5.configs.text_encoders import TextEncodersConfig
+from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.model.checkpoints import load_dit
 from kandinsky5.model.conditioning import TextConditioning, VelocityModel, pad_text
 from kandinsky5.model.dit import DiffusionTransformer3D
@@ -35,12 +37,12 @@ NUM_TOKENS = 4 * 16 * 16
 """So many that the smallest activation, [NUM_TOKENS, WIDTH], is larger than any weight or latent."""
 HELD = [
     pytest.param({}, id="bf16"),
-    pytest.param({"fp8": True}, id="fp8"),
-    pytest.param({"int8": True}, id="int8"),
+    pytest.param({"fp8_base": True}, id="fp8"),
+    pytest.param({"int8_base": True}, id="int8"),
 ]
 FAST = [
-    pytest.param({"fp8": True, "fp8_fast": True}, id="fp8_fast", marks=needs_float8_products),
-    pytest.param({"int8": True, "int8_fast": True}, id="int8_fast"),
+    pytest.param({"fp8_base": True, "fp8_fast": True}, id="fp8_fast", marks=needs_float8_products),
+    pytest.param({"int8_base": True, "int8_fast": True}, id="int8_fast"),
 ]
 
 
@@ -54,7 +56,7 @@ def wide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(path: Path, held: dict[str, bool]) -> tuple[DiffusionTransformer3D, LoRANetwork]:
     params = tiny_dit(model_dim=WIDTH, num_text_blocks=1, num_visual_blocks=2).dit_params
-    dit = load_dit(path, params, device=CPU, compute_dtype=torch.bfloat16, **held)  # type: ignore[arg-type]
+    dit = load_dit(path, params, WeightsConfig(**held), device=CPU, compute_dtype=torch.bfloat16)
     network = create_network(
         dit, network_dim=4, network_alpha=4, network_dropout=None, network_args={}, seed=0
     )
@@ -161,7 +163,7 @@ def test_gradients_with_and_without_checkpointing_are_equal_to_the_bit(
 
 
 def test_norms_of_int8_weights_are_those_of_the_weights_they_stand_for(wide_file: Path) -> None:
-    exact, rounded = (weight_norms(load(wide_file, held)[1], CPU) for held in ({}, {"int8": True}))
+    exact, rounded = (weight_norms(load(wide_file, held)[1], CPU) for held in ({}, {"int8_base": True}))
     assert rounded == pytest.approx(exact, rel=1e-3)
 
 
@@ -253,9 +255,9 @@ def test_sample_prompts_are_encoded_by_qwen_in_fewer_bits(
 ) -> None:
     asked = []
 
-    def load_and_note(*names: str, **settings: Any) -> TextEncoders:
-        asked.append(settings["quantization"])
-        return load_text_encoders(*names, **settings)
+    def load_and_note(config: TextEncodersConfig, **settings: Any) -> TextEncoders:
+        asked.append(config.quantization)
+        return load_text_encoders(config, **settings)
 
     monkeypatch.setattr(train_samples, "load_text_encoders", load_and_note)
     prompts = tmp_path / "prompts.txt"

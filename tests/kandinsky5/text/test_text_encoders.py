@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kandinsky5.configs.text_encoders import TextEncodersConfig
 from kandinsky5.text.encoders import (
     TextEncoders,
     check_text_dims,
@@ -25,6 +26,7 @@ from modules.errors import ConfigError, ModelFileError
 from modules.fp8 import Fp8Linear
 from modules.tensor_files import read_tensors, write_tensors
 from tests.hub_cache import make_hub_cache
+from tests.tiny import tiny_encoders
 
 CAPTIONS = [
     "A cat walks on the grass, realistic style.",
@@ -38,8 +40,9 @@ CAPTIONS = [
 
 
 def _load(folder: Path, **settings: Any) -> TextEncoders:
-    settings = {"device": "cpu", "dtype": torch.float32, **settings}
-    return load_text_encoders(str(folder / "text_encoder"), str(folder / "text_encoder2"), **settings)
+    others = {name: settings.pop(name) for name in ("device", "dtype", "templates") if name in settings}
+    config = tiny_encoders(folder, **settings)
+    return load_text_encoders(config, **{"device": "cpu", "dtype": torch.float32, **others})
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +257,9 @@ def test_a_download_cache_of_symlinks_gives_the_same_numbers(
         make_hub_cache(tiny_models / name, tmp_path, f"someone/{name}")
         for name in ("text_encoder", "text_encoder2")
     ]
-    loaded = load_text_encoders(*map(str, snapshots), device="cpu", dtype=torch.float32)
+    qwen, clip = map(str, snapshots)
+    config = TextEncodersConfig(text_encoder_qwen=qwen, text_encoder_clip=clip)
+    loaded = load_text_encoders(config, device="cpu", dtype=torch.float32)
     assert loaded.fingerprint == encoders.fingerprint
     ours, theirs = (e.encode(["a cat"], "video")[0].text_embeds for e in (loaded, encoders))
     assert torch.equal(ours, theirs)
@@ -409,6 +414,4 @@ def test_a_hub_id_that_cannot_be_had_says_what_to_do(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelFileError, match="give the path of a local copy"):
-        load_text_encoders(
-            "nobody/nothing", str(tiny_models / "text_encoder2"), device="cpu", dtype=torch.float32
-        )
+        load_text_encoders(tiny_encoders(tiny_models, text_encoder_qwen="nobody/nothing"), device="cpu")
