@@ -1,4 +1,4 @@
-"""One clip from its request, stage by stage, with models that somebody else has loaded.
+"""One clip from its request, stage by stage, with loaded models.
 
 Generation and the samples while training both go through here: prompts to embeddings, images to latents,
 noise to latents, latents to frames.
@@ -49,6 +49,29 @@ class RequestText:
     positive: TextConditioning
     negative: TextConditioning | None
     """None when guidance is 1 and no second pass is run."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipInputs:
+    """A request with its encoded prompts and images."""
+
+    request: VideoRequest
+    text: RequestText
+    image_latents: Tensor | None
+    """What `encode_images` returned."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerSettings:
+    """The settings of a run that hold for all of its clips, and the cache of one."""
+
+    task: Task
+    nabla: NablaParams | None
+    device: torch.device
+    noise_device: torch.device
+    """"cpu" gives the same noise on every device."""
+    magcache: MagCache | None = None
+    """Made for one clip's steps and guidance; None runs all blocks."""
 
 
 def full_prompt(request: VideoRequest) -> str:
@@ -110,33 +133,25 @@ def _encode_image(vae: VideoVAE, request: VideoRequest, index: int, tile_px: int
 
 def sample_latents(
     dit: DiffusionTransformer3D,
-    request: VideoRequest,
-    text: RequestText,
+    inputs: ClipInputs,
+    settings: SamplerSettings,
     *,
-    task: Task,
-    nabla: NablaParams | None,
-    image_latents: Tensor | None,
-    device: torch.device,
-    noise_device: torch.device,
-    magcache: MagCache | None = None,
     on_step: StepCallback | None = None,
 ) -> Tensor:
     """Run the sampler for one request.
 
     Args:
-        image_latents: what `encode_images` returned.
-        magcache: made for this clip's steps and guidance; None runs all blocks.
-        noise_device: "cpu" gives the same noise whatever the device.
         on_step: called after every step.
     Returns:
-        [1, 16, F, H, W] float32 on `device`.
+        [1, 16, F, H, W] float32 on the device of the settings.
     Raises:
         DivergedError: the latents are no longer finite; the message names the step.
     """
+    request, text, device = inputs.request, inputs.text, settings.device
     frames = None
-    if image_latents is not None:
+    if inputs.image_latents is not None:
         mode = "first" if request.image_last is None else "first_last"
-        frames = condition_frames(image_latents.to(device), request.latent_shape[1], mode=mode)
+        frames = condition_frames(inputs.image_latents.to(device), request.latent_shape[1], mode=mode)
     batches = [
         None if one is None else pad_text([one], device=device, dtype=dit.compute_dtype)
         for one in (text.positive, text.negative)
@@ -150,15 +165,17 @@ def sample_latents(
         if on_step is not None:
             on_step(step, latents)
 
-    noise = initial_noise(request.seed, request.latent_shape, device=device, generator_device=noise_device)
+    noise = initial_noise(
+        request.seed, request.latent_shape, device=device, generator_device=settings.noise_device
+    )
     with torch.no_grad():
         velocity = GuidedVelocity(
-            VelocityModel(dit, task.scale_factor, nabla),
+            VelocityModel(dit, settings.task.scale_factor, settings.nabla),
             batches[0],
             batches[1],
             request.guidance,
             frames,
-            magcache,
+            settings.magcache,
             ModulationTable(dit, schedule[:-1], pooled, device),
         )
         latents = euler_sample(velocity, noise, schedule, frames=frames, on_step=after_step)
@@ -185,7 +202,7 @@ def decode_frames(vae: VideoVAE, latents: Tensor, *, tile_px: int | None = None)
     """
     while True:
         try:
-            return _decode(vae, latents, tile_px)
+            return decode_at_tile_size(vae, latents, tile_px)
         except torch.OutOfMemoryError as error:
             smaller = _FIRST_FALLBACK_TILE_PX if tile_px is None else tile_px // 2
             if smaller < MIN_TILE_PX:
@@ -200,7 +217,8 @@ def decode_frames(vae: VideoVAE, latents: Tensor, *, tile_px: int | None = None)
             torch.cuda.empty_cache()
 
 
-def _decode(vae: VideoVAE, latents: Tensor, tile_px: int | None) -> np.ndarray:
+def decode_at_tile_size(vae: VideoVAE, latents: Tensor, tile_px: int | None) -> np.ndarray:
+    """Decode once, without a fallback; see `decode_frames`."""
     pieces = []
     for pixels in vae.decode_windows(latents, tiles=square_tiles(tile_px)):
         if not bool(torch.isfinite(pixels).all()):

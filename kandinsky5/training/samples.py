@@ -22,7 +22,9 @@ from kandinsky5.model.offload import resident_weights_on_host
 from kandinsky5.model.precision import vae_dtype
 from kandinsky5.prompts import PromptSpec, read_prompt_file
 from kandinsky5.sampling.pipeline import (
+    ClipInputs,
     RequestText,
+    SamplerSettings,
     decode_frames,
     encode_images,
     encode_prompts,
@@ -248,23 +250,18 @@ class TrainingSamples:
             if should_stop():
                 raise Interrupted
 
+        model = self._config.model
+        settings = SamplerSettings(
+            task=model.task, nabla=model.nabla, device=self._device, noise_device=self._device
+        )
         done = []
         with _in_use(network):
             strength = network.multiplier
             for prompt in prompts:
                 own = prompt.request.lora_multiplier
                 network.set_multiplier(strength if own is None else own[0])
-                latents = sample_latents(
-                    dit,
-                    prompt.request,
-                    prompt.text,
-                    task=self._config.model.task,
-                    nabla=self._config.model.nabla,
-                    image_latents=prompt.image_latents,
-                    device=self._device,
-                    noise_device=self._device,
-                    on_step=after_step,
-                )
+                inputs = ClipInputs(prompt.request, prompt.text, prompt.image_latents)
+                latents = sample_latents(dit, inputs, settings, on_step=after_step)
                 done.append((prompt, latents.cpu()))
         return done
 

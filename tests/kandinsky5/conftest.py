@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import kandinsky5.generation.run as generation
+import kandinsky5.generation.session as generation
 from kandinsky5.text.encoders import TextEncoders, load_text_encoders
 from kandinsky5_generate_video import main
 from modules.tensor_files import write_tensors

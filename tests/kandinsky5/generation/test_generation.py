@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-import kandinsky5.generation.run as generation
+import kandinsky5.generation.clips as clips
+import kandinsky5.generation.session as generation
 import kandinsky5.sampling.pipeline as pipeline
 from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5_generate_video import main
@@ -27,8 +28,8 @@ def test_a_prompt_becomes_a_video_that_reads_back(
     script: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[np.ndarray] = []
-    decode = generation.decode_frames
-    monkeypatch.setattr(generation, "decode_frames", lambda *a, **k: made.append(decode(*a, **k)) or made[0])
+    decode = clips.decode_frames
+    monkeypatch.setattr(clips, "decode_frames", lambda *a, **k: made.append(decode(*a, **k)) or made[0])
     script("--prompt", "猫 cat", "--output", "新しい/動画.mp4", "--fps", 12)
     path = tmp_path / "新しい" / "動画.mp4"
     with av.open(str(path)) as container:

@@ -111,7 +111,7 @@ def test_running_out_of_memory_decodes_in_smaller_tiles_and_at_last_keeps_the_la
     run: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tried: list[int | None] = []
-    decode, limit = pipeline._decode, 128
+    decode, limit = pipeline.decode_at_tile_size, 128
 
     def decode_small_tiles_only(vae: Any, latents: Tensor, tile_px: int | None) -> np.ndarray:
         tried.append(tile_px)
@@ -119,7 +119,7 @@ def test_running_out_of_memory_decodes_in_smaller_tiles_and_at_last_keeps_the_la
             raise torch.OutOfMemoryError("patched")
         return decode(vae, latents, tile_px)
 
-    monkeypatch.setattr(pipeline, "_decode", decode_small_tiles_only)
+    monkeypatch.setattr(pipeline, "decode_at_tile_size", decode_small_tiles_only)
     run("--prompt", "x", "--output", "x.mp4", "--steps", 1)
     assert tried == [None, 512, 256, 128]
     limit = 0
@@ -205,7 +205,7 @@ def test_a_line_that_is_no_text_is_reported_and_the_session_goes_on(
             raise EOFError from None
         return line.decode("utf-8", "surrogateescape" if b"bad" in line else "strict")  # as locales differ
 
-    monkeypatch.setattr(interactive, "_console", lambda: read)
+    monkeypatch.setattr(interactive, "console_reader", lambda: read)
     run("--interactive", "--output", "out", "--output_type", "latent", "--steps", 1)
     assert "prompt: prompt: U+DCFF at character 5" in said.text
     assert "prompt: the line is no UTF-8 text" in said.text

@@ -11,10 +11,11 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+import kandinsky5.generation.clips as clips
 import kandinsky5.generation.interactive as interactive
 import kandinsky5.generation.models as generation_models
 import kandinsky5.generation.outputs as outputs
-import kandinsky5.generation.run as generation
+import kandinsky5.generation.session as generation
 import kandinsky5.sampling.video_files as video_files
 from modules.errors import ResourceError
 from modules.strays import stray_name
@@ -88,7 +89,7 @@ def test_an_error_after_sampling_leaves_all_latents_and_names_them(
             patched.setattr(generation_models, "load_vae", raising(torch.OutOfMemoryError("patched")))
             assert "loading the VAE" in refused(run, 5, capsys, *words)
         else:
-            patched.setattr(generation, "decode_frames", raising(RuntimeError("cudnn error")))
+            patched.setattr(clips, "decode_frames", raising(RuntimeError("cudnn error")))
             with pytest.raises(RuntimeError, match="cudnn error"):
                 run(*words)
     assert names_in(tmp_path / "out") == [f"{seed}_latent.safetensors" for seed in (1, 2, 3)]
@@ -141,7 +142,7 @@ def test_a_rescue_replaces_no_file_of_an_earlier_run(
     with monkeypatch.context() as patched:
         patched.setattr(outputs, "write_video", raising(OSError("disk full")))
         refused(run, 5, capsys, "--prompt", "x", "--output", "x.mp4", *QUICK)
-        patched.setattr(generation, "decode_frames", raising(ResourceError("no memory")))
+        patched.setattr(clips, "decode_frames", raising(ResourceError("no memory")))
         refused(run, 5, capsys, "--prompt", "x", "--output", "x.mp4", *QUICK)
     assert [path.read_bytes() for path in kept] == [b"mine", b"mine"]
     assert len(list((tmp_path / "x-1_frames").iterdir())) == 5
@@ -192,7 +193,8 @@ def signalled(
     """Exit code and messages of a run that gets a signal before the `call`-th call of a function."""
 
     def action() -> None:
-        setattr(generation, place, at_call(call, getattr(generation, place), send(number)))
+        module = generation if place == "sample_latents" else clips
+        setattr(module, place, at_call(call, getattr(module, place), send(number)))
         run(*words)
 
     code = fault_kit.wait(fault_kit.start(action, log))
@@ -249,7 +251,7 @@ def test_a_second_signal_ends_at_once_and_leaves_only_whole_files(
 ) -> None:
     def prepare_and_run() -> None:
         outputs.write_tensors = at_call(2, outputs.write_tensors, send(signal.SIGTERM))
-        generation.decode_frames = at_call(1, generation.decode_frames, send(signal.SIGTERM))
+        clips.decode_frames = at_call(1, clips.decode_frames, send(signal.SIGTERM))
         run("--from_file", prompts, "--output", "out", *QUICK)
 
     log = tmp_path / "log.txt"
@@ -268,7 +270,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
             return line
         raise EOFError
 
-    monkeypatch.setattr(interactive, "_console", lambda: read)
+    monkeypatch.setattr(interactive, "console_reader", lambda: read)
 
 
 def test_interactive_reports_missing_memory_and_notes_and_goes_on(

@@ -32,7 +32,14 @@ from torch.overrides import TorchFunctionMode
 from kandinsky5.model.checkpoints import load_dit
 from kandinsky5.model.conditioning import TextConditioning
 from kandinsky5.model.dit import DiffusionTransformer3D
-from kandinsky5.sampling.pipeline import RequestText, encode_images, encode_prompts, sample_latents
+from kandinsky5.sampling.pipeline import (
+    ClipInputs,
+    RequestText,
+    SamplerSettings,
+    encode_images,
+    encode_prompts,
+    sample_latents,
+)
 from kandinsky5.sampling.requests import VideoRequest
 from kandinsky5.sampling.sampler import initial_noise, sigma_schedule
 from kandinsky5.tasks import TINY_PARAMS, get_task
@@ -122,16 +129,9 @@ def image(tmp_path: Path, media: Path) -> Path:
 
 
 def our_latents(models: Models, request: VideoRequest, text: RequestText, kind: Kind) -> Tensor:
-    return sample_latents(
-        models.ours,
-        request,
-        text,
-        task=TASKS[kind],
-        nabla=None,
-        image_latents=encode_images(models.our_vae, request),
-        device=CPU,
-        noise_device=CPU,
-    )
+    inputs = ClipInputs(request, text, encode_images(models.our_vae, request))
+    settings = SamplerSettings(task=TASKS[kind], nabla=None, device=CPU, noise_device=CPU)
+    return sample_latents(models.ours, inputs, settings)
 
 
 class OfficialSchedule(FlowMatchEulerDiscreteScheduler):
