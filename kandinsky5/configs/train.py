@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.configs.text_encoders import Quantization
-from kandinsky5.configs.weights import WeightsConfig
+from kandinsky5.configs.weights import DEFAULT_RING_SIZE, WeightsConfig
 from kandinsky5.tasks import DitParams, NablaParams, Task
 from modules.attention_backends import DEFAULT_BACKEND
 from modules.errors import ConfigError
@@ -97,7 +97,7 @@ class ModelConfig(WeightsConfig):
     gradient_checkpointing_keep_attention: int = 0
     """Visual blocks whose attention outputs are kept instead of computed again."""
     gradient_checkpointing_cpu_offload: bool = False
-    block_swap_ring_size: int = 2
+    block_swap_ring_size: int = DEFAULT_RING_SIZE
     """Device buffers that the swapped blocks take turns in."""
     base_weights: tuple[Path, ...] = ()
     base_weights_multiplier: tuple[float, ...] = ()

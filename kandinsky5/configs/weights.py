@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+DEFAULT_RING_SIZE = 2
+"""Device buffers that the swapped blocks share in turn."""
+
 
 class WeightFormat(Enum):
     """The storage of the attention and feed-forward weights of the blocks."""

@@ -11,7 +11,6 @@ from kandinsky5.generation.models import (
     read_loras,
 )
 from kandinsky5.generation.outputs import OutputNames
-from kandinsky5.generation.report import generation_report
 from kandinsky5.generation.session import GenerationSession
 from kandinsky5.model.checkpoints import save_merged_model
 from kandinsky5.prompts import read_prompt_file
@@ -53,7 +52,7 @@ def generate(config: GenerateConfig) -> None:
     requests, problems = collect_requests(session)
     session.fit_budget(requests)
     if config.dry_run:
-        print_report(generation_report(session.planner(), requests))
+        print_report(session.plan_report(requests))
     else:
         check_free_space(names.folder, _bytes_needed(requests))
         session.make(requests)

@@ -25,12 +25,14 @@ from kandinsky5.generation.models import (
     trigger_words,
 )
 from kandinsky5.generation.outputs import OutputNames
-from kandinsky5.generation.plan import GenerationPlanner, budget_remark, fit_budget, largest_request
+from kandinsky5.generation.plan import GenerationPlanner, dry_run_remarks, largest_request
 from kandinsky5.generation.settings import (
     repeat_command,
     used_multipliers,
 )
 from kandinsky5.memory.advice import memory_advice
+from kandinsky5.memory.budget import choose
+from kandinsky5.memory.report import budget_report, plan_report
 from kandinsky5.model.magcache import MagCache
 from kandinsky5.prompts import PromptSpec
 from kandinsky5.sampling.pipeline import (
@@ -82,11 +84,21 @@ class GenerationSession:
         if self.config.vram_budget is None:
             return
         budget = int(self.config.vram_budget * GIB)
-        planner, largest = self.planner(), largest_request(requests)
-        chosen = fit_budget(planner, largest, budget)
-        log.info("%s", budget_remark(planner, chosen, largest, budget))
-        self.config = replace(self.config, dit=chosen)
+        choice = choose(self.planner(), largest_request(requests), budget)
+        log.info("%s", budget_report(choice, budget))
+        self.config = replace(self.config, dit=choice.options)
         self.loader = ModelLoader(self.config, self.loader.loras, self.device, self.templates)
+
+    def plan_report(self, requests: Sequence[VideoRequest]) -> str:
+        """The output of `--dry_run`."""
+        planner, dit = self.planner(), self.config.dit
+        return plan_report(
+            [planner.plan(dit, request) for request in requests],
+            planner.device,
+            planner.dtype,
+            uses_nabla=dit.nabla is not None,
+            remarks=dry_run_remarks(self.config),
+        )
 
     def resolve(self, spec: PromptSpec) -> VideoRequest:
         """One prompt with its settings, filled up from the command line and the task.

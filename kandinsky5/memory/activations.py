@@ -1,15 +1,15 @@
-"""Runs the real model on tensors without data and counts what it would hold: activations and their peak.
+"""Estimates the activations and the operations of a pass by running the real model on the meta device.
 
 Nothing here knows what a block computes. A model of two and of three visual blocks (three and four with
-offload) is run by the code that trains and samples, and the number for the whole depth follows, because all
-blocks are alike: what one more block adds is the difference of the two.
+offload) is run by the code that trains and samples, and the numbers of the whole depth follow, because all
+blocks are alike: one more block adds the difference of the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from kandinsky5.model.dit import BlockResidual, DiffusionTransformer3D
 from kandinsky5.model.flow_matching import flow_matching_loss
 from kandinsky5.tasks import Task
 from modules.activation_offload import ActivationOffload
+from modules.flops import FlopCounter
 from modules.live_bytes import LiveBytes
 from networks.lora import LoRANetwork
 
@@ -29,8 +30,8 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """The size of one forward pass."""
+class BatchShape:
+    """The sizes of one forward pass."""
 
     clips: int
     latent_frames: int
@@ -56,18 +57,22 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """What a pass makes beside weights, gradients of the LoRA and optimizer."""
+    """The memory of a pass beside weights, gradients of the LoRA and optimizer, and its operations."""
 
     device: int
     """Bytes at the peak."""
+    flops: int
+    """Of products and attention; a multiply and an add are two."""
+    self_attention_flops: int
+    """The share of dense self-attention, which NABLA computes in part."""
     host: int = 0
-    """Bytes of block inputs that wait in page-locked host memory."""
+    """Bytes of block inputs that wait in pinned host memory."""
     moved: int = 0
-    """The same without what an allocator adds: what travels there and back."""
+    """The same without the rounding of the allocator: the bytes that travel there and back."""
 
 
-class AnswerYes(TorchDispatchMode):
-    """Within it tensors without data are equal: a question that only quantised scales ask while loading."""
+class EqualOnMeta(TorchDispatchMode):
+    """Within it tensors on the meta device are equal: loading compares the scales of float8 weights."""
 
     def __torch_dispatch__(
         self,
@@ -107,7 +112,7 @@ def step_activations(
     dit: DiffusionTransformer3D,
     network: LoRANetwork,
     task: Task,
-    batch: Batch,
+    batch: BatchShape,
     *,
     velocity: Callable[[DiffusionTransformer3D], VelocityModel],
     offload_min_bytes: int | None = None,
@@ -130,8 +135,9 @@ def step_activations(
         with _shortened(dit, blocks, kept_blocks):
             if offload_min_bytes is not None:
                 dit.activation_offload = ActivationOffload(ledger, min_bytes=offload_min_bytes)
-            peak = peak_of_step(velocity(dit), network, task, batch)
-        return Activations(peak, ledger.bytes, ledger.moved)
+            with FlopCounter() as flops:
+                peak = peak_of_step(velocity(dit), network, task, batch)
+        return Activations(peak, flops.total, flops.self_attention, ledger.bytes, ledger.moved)
 
     # With offload the first block's input stays, the last one's returns when it is needed, and only with a
     # third block is there one that returns ahead.
@@ -139,45 +145,53 @@ def step_activations(
     if depth <= few + 1:
         return run(depth, kept)
     if kept == depth:
-        return _extended(run(few, few), run(few + 1, few + 1), depth - few)
+        shorter, longer = run(few, few), run(few + 1, few + 1)
+        return _extended(shorter, shorter, longer, depth - few)
     shorter, longer = run(few, 0), run(few + 1, 0)
-    plain = _extended(shorter, longer, depth - few)
+    plain = _extended(shorter, shorter, longer, depth - few)
     if not kept:
         return plain
-    one_kept = run(few + 1, 1)
-    return replace(plain, device=plain.device + kept * (one_kept.device - longer.device))
+    return _extended(plain, longer, run(few + 1, 1), kept)
 
 
 def sampling_activations(
     dit: DiffusionTransformer3D,
     task: Task,
-    batch: Batch,
+    batch: BatchShape,
     *,
     velocity: Callable[[DiffusionTransformer3D], VelocityModel],
     passes: int = 1,
     keeps_residuals: bool = False,
 ) -> Activations:
-    """Activations of the forward passes of one sampling step; they do not grow with the depth.
+    """Activations of the forward passes of one sampling step, whose peak does not grow with the depth.
 
     Args:
         passes: two with guidance: the first one's velocity waits for the second's.
         keeps_residuals: every pass keeps what its blocks added, for steps that skip them.
     """
-    blocks = min(2, dit.dit_params.num_visual_blocks)
-    with _shortened(dit, blocks, 0), torch.no_grad(), LiveBytes() as counted:
-        inputs = make_inputs(dit, task, batch)
-        residuals = [BlockResidual() if keeps_residuals else None for _ in range(passes)]
-        done = [velocity(dit)(*inputs, residual) for residual in residuals]
-        del done
-    return Activations(counted.peak)
+
+    def run(blocks: int) -> Activations:
+        with _shortened(dit, blocks, 0), torch.no_grad(), FlopCounter() as flops, LiveBytes() as counted:
+            inputs = make_inputs(dit, task, batch)
+            residuals = [BlockResidual() if keeps_residuals else None for _ in range(passes)]
+            done = [velocity(dit)(*inputs, residual) for residual in residuals]
+            del done
+        return Activations(counted.peak, flops.total, flops.self_attention)
+
+    depth = dit.dit_params.num_visual_blocks
+    if depth <= 2:
+        return run(depth)
+    two, three = run(2), run(3)
+    return replace(_extended(two, two, three, depth - 2), device=two.device)
 
 
-def _extended(shorter: Activations, longer: Activations, steps: int) -> Activations:
-    return Activations(
-        shorter.device + steps * (longer.device - shorter.device),
-        shorter.host + steps * (longer.host - shorter.host),
-        shorter.moved + steps * (longer.moved - shorter.moved),
-    )
+def _extended(start: Activations, less: Activations, more: Activations, steps: int) -> Activations:
+    """start + steps * (more - less), number by number."""
+    return Activations(**{
+        field.name: getattr(start, field.name)
+        + steps * (getattr(more, field.name) - getattr(less, field.name))
+        for field in fields(Activations)
+    })
 
 
 @contextmanager
@@ -193,7 +207,7 @@ def _shortened(dit: DiffusionTransformer3D, blocks: int, kept: int) -> Iterator[
         dit.kept_attention_blocks, dit.activation_offload = before
 
 
-def peak_of_step(model: VelocityModel, network: LoRANetwork, task: Task, batch: Batch) -> int:
+def peak_of_step(model: VelocityModel, network: LoRANetwork, task: Task, batch: BatchShape) -> int:
     """Bytes at the peak of forward and backward; gradients that stay with the LoRA are not among them."""
     with LiveBytes() as counted:
         handles = [
@@ -217,7 +231,7 @@ def peak_of_step(model: VelocityModel, network: LoRANetwork, task: Task, batch: 
 
 
 def make_inputs(
-    dit: DiffusionTransformer3D, task: Task, batch: Batch
+    dit: DiffusionTransformer3D, task: Task, batch: BatchShape
 ) -> tuple[Tensor, Tensor, TextBatch, FrameConditioning | None]:
     """Latents, noise levels, captions and given frames of a batch, without data on the model's device."""
     device = next(dit.parameters()).device

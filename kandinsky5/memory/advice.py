@@ -10,7 +10,7 @@ import torch
 
 from dataset.geometry import pixel_size
 from kandinsky5.configs.train import ModelConfig
-from kandinsky5.memory.activations import Batch
+from kandinsky5.memory.activations import BatchShape
 from kandinsky5.memory.plan import TrainingPlanner
 from kandinsky5.model.offload import max_blocks_to_swap
 from modules.byte_sizes import size_text
@@ -20,7 +20,7 @@ _SHOWN = 3
 
 
 def out_of_memory_message(
-    planner: TrainingPlanner, batch: Batch, where: str, error: torch.OutOfMemoryError
+    planner: TrainingPlanner, batch: BatchShape, where: str, error: torch.OutOfMemoryError
 ) -> str:
     """The message of a training that ran out of device memory.
 
@@ -28,7 +28,7 @@ def out_of_memory_message(
         batch: the largest that was being computed.
         where: "step 12", or what else ran.
     """
-    plan = planner.plan(planner.config.model, batch)
+    plan = planner.plan(planner.given, batch)
     width, height = pixel_size(batch.latent_height, batch.latent_width)
     lines = [
         f"out of device memory in {where}: {str(error).splitlines()[0]}",
@@ -69,9 +69,9 @@ def out_of_memory_while_loading(error: torch.OutOfMemoryError) -> str:
     )
 
 
-def helping_options(planner: TrainingPlanner, batch: Batch) -> list[tuple[str, int]]:
+def helping_options(planner: TrainingPlanner, batch: BatchShape) -> list[tuple[str, int]]:
     """Options that are not in use and what each takes off the peak of a step, in bytes; the largest three."""
-    given = planner.config.model
+    given = planner.given
     peak = planner.plan(given, batch).peak
     found = [(words, peak - planner.plan(model, batch).peak) for words, model in _unused_options(given)]
     if batch.clips > 1:

@@ -16,19 +16,16 @@ An option that was given is kept as it is. A base that is stored in 8 bits anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Generic
 
 from kandinsky5.configs.train import ModelConfig
 from kandinsky5.configs.weights import WeightsConfig
-from kandinsky5.memory.activations import Batch
-from kandinsky5.memory.plan import MemoryPlan, TrainingPlanner
+from kandinsky5.memory.plan import Job, MemoryPlan, Options, Planner
 from kandinsky5.model.offload import max_blocks_to_swap
 from modules.byte_sizes import GIB
 from modules.errors import ConfigError
-
-Options = TypeVar("Options")
 
 CHOSEN_OPTIONS = (
     "fp8_base",
@@ -45,10 +42,10 @@ FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Generic[Options]):
     """Options that fit, and the plan under them."""
 
-    model: ModelConfig
+    options: Options
     plan: MemoryPlan
     added: tuple[str, ...]
     """As a user would type them."""
@@ -59,34 +56,26 @@ def with_reserve(planned: int) -> int:
     return CONTEXT_BYTES + int(planned * (1 + FRAGMENTATION))
 
 
-def choose(planner: TrainingPlanner, batch: Batch, budget: int) -> Choice:
-    """The cheapest options under which a step with `batch` fits into `budget` bytes with the reserve.
+def choose(planner: Planner[Options, Job], job: Job, budget: int) -> Choice[Options]:
+    """The cheapest options under which `job` fits into `budget` bytes with the reserve.
 
     Raises:
-        ConfigError: none do; the message tells the smallest peak and what helps.
+        ConfigError: none do; the message gives the smallest peak and what helps.
     """
-    given = planner.config.model
-    smallest: Choice | None = None
-    for model in _candidates(planner, batch, budget):
-        plan = planner.plan(model, batch)
-        choice = Choice(model, plan, added_options(given, model))
+    smallest: Choice[Options] | None = None
+    for options in _candidates(planner, job, budget):
+        plan = planner.plan(options, job)
+        choice = Choice(options, plan, added_options(planner.given, options))
         if with_reserve(plan.peak) <= budget:
             return choice
         if smallest is None or plan.peak < smallest.plan.peak:
             smallest = choice
     assert smallest is not None
-    what = f"a batch of {batch.clips} x {batch.size}"
-    raise too_little_memory(budget, what, smallest.plan.peak, smallest.added, what_else_helps(smallest.plan))
-
-
-def too_little_memory(
-    budget: int, what: str, smallest_peak: int, added: Sequence[str], helps: str
-) -> ConfigError:
-    """The error when nothing fits: the smallest peak there is, the options for it, and what else helps."""
-    return ConfigError(
-        f"--vram_budget {budget / GIB:g}: {what} does not fit; the least it needs is "
-        f"{with_reserve(smallest_peak) / GIB:.1f} GiB ({smallest_peak / GIB:.1f} planned, the rest reserve), "
-        f"with {' '.join(added) or 'the options given'}.\n{helps}"
+    peak = smallest.plan.peak
+    raise ConfigError(
+        f"--vram_budget {budget / GIB:g}: {smallest.plan.label} does not fit; the least it needs is "
+        f"{with_reserve(peak) / GIB:.1f} GiB ({peak / GIB:.1f} planned, the rest reserve), "
+        f"with {' '.join(smallest.added) or 'the options given'}.\n{planner.advice(smallest.plan)}"
     )
 
 
@@ -114,55 +103,46 @@ def added_options(given: WeightsConfig, chosen: WeightsConfig) -> tuple[str, ...
     return tuple(words)
 
 
-def what_else_helps(plan: MemoryPlan) -> str:
-    """Advice beyond memory options, by what the plan consists of."""
-    words = []
-    if plan.batch.clips > 1:
-        words.append("batch_size = 1 in the dataset file")
-    if plan.batch.latent_frames > 1:
-        words.append("fewer frames")
-    words.append("a smaller resolution")
-    held = plan.held.device
-    if held["LoRA"] + held["gradients"] + held["optimizer"] > plan.peak / 4:
-        words.append("a smaller --network_dim or --optimizer_type AdamW8bit")
-    return f"What helps: {', '.join(words)}."
-
-
-def _candidates(planner: TrainingPlanner, batch: Batch, budget: int) -> Iterator[ModelConfig]:
-    given = planner.config.model
-    can_quantise = not given.has_one_byte_weights
+def _candidates(planner: Planner[Options, Job], job: Job, budget: int) -> Iterator[Options]:
+    given = planner.given
     yield given
-    if can_quantise:
-        yield replace(given, fp8_base=True)
-    checkpointed = replace(given, gradient_checkpointing=True)
-    if not given.gradient_checkpointing:
-        yield checkpointed
-    base = replace(checkpointed, fp8_base=True) if can_quantise else checkpointed
-    if can_quantise:
+    base = given
+    if not given.has_one_byte_weights:
+        base = replace(given, fp8_base=True)
         yield base
-    yield from _with_transfers(planner, base, batch, budget)
+    if isinstance(given, ModelConfig):
+        checkpointed = replace(given, gradient_checkpointing=True)
+        if not given.gradient_checkpointing:
+            yield checkpointed
+        base = replace(base, gradient_checkpointing=True)
+        if not given.has_one_byte_weights:
+            yield base
+    yield from _with_transfers(planner, base, job, budget)
 
 
 def _with_transfers(
-    planner: TrainingPlanner, base: ModelConfig, batch: Batch, budget: int
-) -> Iterator[ModelConfig]:
+    planner: Planner[Options, Job], base: Options, job: Job, budget: int
+) -> Iterator[Options]:
     """Swap, offload or both: those that fit by the bytes they move, then the one with the smallest peak."""
-    offloads = [base]
-    if not base.gradient_checkpointing_cpu_offload:
-        offloads.append(replace(base, gradient_checkpointing_cpu_offload=True))
+    bases = [base]
+    if isinstance(base, ModelConfig) and not base.gradient_checkpointing_cpu_offload:
+        bases.append(replace(base, gradient_checkpointing_cpu_offload=True))
+    most = max_blocks_to_swap(planner.params)
     found = []
-    for model in offloads:
-        found.append(model)
-        if base.blocks_to_swap == 0 and max_blocks_to_swap(base.dit_params) > 0:
+    for options in bases:
+        found.append(options)
+        if base.blocks_to_swap == 0 and most > 0:
             found.append(
                 fewest_that_fit(
-                    max_blocks_to_swap(base.dit_params),
-                    lambda count, model=model: replace(model, blocks_to_swap=count),
-                    lambda options: with_reserve(planner.plan(options, batch).peak) <= budget,
+                    most,
+                    lambda count, options=options: replace(options, blocks_to_swap=count),
+                    lambda swapped: with_reserve(planner.plan(swapped, job).peak) <= budget,
                 )
             )
-    plans = [(planner.plan(model, batch), model) for model in found]
-    fitting = [(plan.held.moved_bytes, model) for plan, model in plans if with_reserve(plan.peak) <= budget]
+    plans = [(planner.plan(options, job), options) for options in found]
+    fitting = [
+        (plan.usage.moved_bytes, options) for plan, options in plans if with_reserve(plan.peak) <= budget
+    ]
     if fitting:
         yield min(fitting, key=lambda pair: pair[0])[1]
         return

@@ -1,45 +1,54 @@
-"""What a training run will hold, before anything is loaded: device and host memory and work, part by part.
+"""Plans the memory and the operations of a run, part by part, before anything is loaded.
 
-The model is put together by the code that trains it, on the meta device from the checkpoint's header alone.
-Sizes are added up by the rules of `offload.py` and `modules/block_swap.py` for what streams, and activations
-are counted in a rehearsal (`memory_rehearsal.py`). A CUDA context, the workspaces of libraries and the
-allocator's roundings are not in the numbers: `memory_budget.py` keeps a reserve for them.
+The model is assembled by the code that trains or samples with it, on the meta device from the checkpoint's
+header alone. Sizes are added up by the rules of `kandinsky5.model.offload` and `modules.block_swap` for
+weights that stream; activations are counted by a run on the meta device (`kandinsky5.memory.activations`).
+A CUDA context, the workspaces of libraries and the allocator's roundings are not in the numbers:
+`kandinsky5.memory.budget` keeps a reserve for them.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 import torch
 
 from dataset.cache.cached_dataset import BatchPlan, CachedDataset
 from kandinsky5.configs.train import ModelConfig, TrainConfig
-from kandinsky5.memory.activations import META, Activations, AnswerYes, Batch, step_activations
+from kandinsky5.configs.weights import WeightsConfig
+from kandinsky5.memory.activations import META, Activations, BatchShape, EqualOnMeta, step_activations
 from kandinsky5.memory.optimizer import OptimizerMemory, optimizer_memory
-from kandinsky5.memory.roofline import NABLA_DENSITY, Work, training_work
 from kandinsky5.model import assembly
 from kandinsky5.model.conditioning import VelocityModel
 from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.model.offload import StreamedGroup, choose_page_locking, streamed_groups
-from kandinsky5.tasks import DitParams
+from kandinsky5.tasks import DitParams, Task
 from modules.host_buffer import page_locked_buffer_size
 from modules.staged_copies import STAGING_BUFFERS, staging_size
 from networks.lora import LoRANetwork
 
+Options = TypeVar("Options", bound=WeightsConfig)
+Job = TypeVar("Job")
+
+NABLA_DENSITY = 0.2
+"""The assumed share of block pairs that NABLA keeps. It depends on the clip; the log of a run reports it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Held:
-    """Bytes by the name of the part, in three kinds of memory, and what of them travels."""
+class MemoryUsage:
+    """Bytes by the name of the part, in three kinds of memory, and the bytes that are transferred."""
 
     device: Mapping[str, int] = field(default_factory=dict)
     pageable: Mapping[str, int] = field(default_factory=dict)
     """Host memory."""
-    page_locked: Mapping[str, int] = field(default_factory=dict)
-    """Host memory that the device reads by itself; as the host's allocator rounds it."""
+    pinned: Mapping[str, int] = field(default_factory=dict)
+    """Page-locked host memory, as the host's allocator rounds it."""
     moved: Mapping[str, int] = field(default_factory=dict)
-    """What crosses the bus; in a step with gradient checkpointing, weights and activations do so twice."""
+    """Transfers to the device; in a step with gradient checkpointing, weights and activations make two."""
 
     @property
     def device_bytes(self) -> int:
@@ -47,38 +56,48 @@ class Held:
 
     @property
     def host_bytes(self) -> int:
-        return sum(self.pageable.values()) + sum(self.page_locked.values())
+        return sum(self.pageable.values()) + sum(self.pinned.values())
 
     @property
     def moved_bytes(self) -> int:
         return sum(self.moved.values())
 
-    def __add__(self, other: Held) -> Held:
-        return Held(
+    def __add__(self, other: MemoryUsage) -> MemoryUsage:
+        return MemoryUsage(
             device={**self.device, **other.device},
             pageable={**self.pageable, **other.pageable},
-            page_locked={**self.page_locked, **other.page_locked},
+            pinned={**self.pinned, **other.pinned},
             moved={**self.moved, **other.moved},
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """One kind of training step."""
+    """One kind of training step, or one clip that is generated."""
 
-    batch: Batch
-    held: Held
-    """At its peak."""
-    work: Work
+    shape: BatchShape
+    usage: MemoryUsage
+    """At the peak of the DiT's stage."""
+    flops: float
+    """Operations of the step, or of all passes of the clip."""
     video_tokens: int
     """Of one clip."""
+    passes: int = 1
+    """Forward passes of a clip."""
+    decoding: MemoryUsage = field(default_factory=MemoryUsage)
+    """Of the VAE, after the DiT has been freed."""
 
     @property
     def peak(self) -> int:
-        return self.held.device_bytes
+        """Bytes on the device in the DiT's stage."""
+        return self.usage.device_bytes
+
+    @property
+    def label(self) -> str:
+        return f"{self.shape.clips} x {self.shape.size}"
 
 
-def hold_weights(
+def weights_usage(
     dit: DiffusionTransformer3D,
     device: torch.device,
     *,
@@ -86,8 +105,8 @@ def hold_weights(
     modulation_on_host: bool,
     ring_size: int,
     force_pin: bool = False,
-) -> Held:
-    """Where the frozen model lies once it is loaded and its weights stream.
+) -> MemoryUsage:
+    """The memory of the frozen model once it is loaded and its weights stream.
 
     Args:
         dit: on the meta device, with the dtypes of the loaded model.
@@ -98,43 +117,43 @@ def hold_weights(
         dit, blocks_to_swap, wants_modulation=is_streaming_modulation, ring_size=ring_size
     )
     streamed: set[int] = set()
-    held = Held()
-    for group, is_locked in zip(groups, choose_page_locking(groups, device, force=force_pin), strict=True):
+    usage = MemoryUsage()
+    for group, is_pinned in zip(groups, choose_page_locking(groups, device, force=force_pin), strict=True):
         streamed.update(id(tensor) for tensor in group.tensors())
-        held += _hold_group(group, device, is_page_locked=is_locked)
+        usage += _group_usage(group, device, is_pinned=is_pinned)
     resident: Counter[str] = Counter()
     for name, tensor in (*dit.named_parameters(), *dit.named_buffers()):
         if id(tensor) not in streamed:
             resident["modulation" if "modulation" in name else "weights"] += tensor.nbytes
-    return Held(device=dict(resident)) + held
+    return MemoryUsage(device=dict(resident)) + usage
 
 
-def _hold_group(group: StreamedGroup, device: torch.device, *, is_page_locked: bool) -> Held:
+def _group_usage(group: StreamedGroup, device: torch.device, *, is_pinned: bool) -> MemoryUsage:
     """Host copies and buffers of weights that stream."""
     sizes = group.packed_sizes()
     largest = max(sizes)
     buffers = {f"buffers of {group.what}": largest * min(group.ring_size, len(sizes))}
     moved = {group.what: sum(sizes)}
-    if is_page_locked:
+    if is_pinned:
         locked = {group.what: sum(map(page_locked_buffer_size, sizes))}
-        return Held(device=buffers, page_locked=locked, moved=moved)
-    held = Held(device=buffers, pageable=moved, moved=moved)
+        return MemoryUsage(device=buffers, pinned=locked, moved=moved)
+    usage = MemoryUsage(device=buffers, pageable=moved, moved=moved)
     if device.type != "cuda":
-        return held
+        return usage
     staging = STAGING_BUFFERS * staging_size(largest)
-    return held + Held(page_locked={f"staging of {group.what}": staging})
+    return usage + MemoryUsage(pinned={f"staging of {group.what}": staging})
 
 
-def batches_of(data: CachedDataset, text_tokens: int) -> list[Batch]:
+def batches_of(data: CachedDataset, text_tokens: int) -> list[BatchShape]:
     """Every kind of batch in the first epoch, the largest first; captions are taken as `text_tokens` long."""
     batches = {batch_of(data, plan, text_tokens) for plan in data.epoch_batches(1)}
     return sorted(batches, key=lambda batch: (batch_elements(batch), batch.latent_height), reverse=True)
 
 
-def batch_of(data: CachedDataset, plan: BatchPlan, text_tokens: int) -> Batch:
+def batch_of(data: CachedDataset, plan: BatchPlan, text_tokens: int) -> BatchShape:
     """The size of one batch of a dataset."""
     frames, height, width = data.items[plan.items[0]].shape
-    return Batch(
+    return BatchShape(
         clips=len(plan.items),
         latent_frames=frames,
         latent_height=height,
@@ -143,141 +162,195 @@ def batch_of(data: CachedDataset, plan: BatchPlan, text_tokens: int) -> Batch:
     )
 
 
-def largest_batch(data: CachedDataset, plans: Iterable[BatchPlan], text_tokens: int) -> Batch:
+def largest_batch(data: CachedDataset, plans: Iterable[BatchPlan], text_tokens: int) -> BatchShape:
     """The size of the batch that needs most of several."""
     return max((batch_of(data, plan, text_tokens) for plan in plans), key=batch_elements)
 
 
-def batch_elements(batch: Batch) -> tuple[int, int]:
+def batch_elements(batch: BatchShape) -> tuple[int, int]:
     """Sorts batches by what they need: latent positions of all clips, then of one."""
     clip = batch.latent_frames * batch.latent_height * batch.latent_width
     return batch.clips * clip, clip
 
 
-@dataclass(slots=True)
-class _Assembled:
-    """A model without data, its LoRA and what the optimizer will hold."""
-
-    dit: DiffusionTransformer3D
-    network: LoRANetwork
-    optimizer: OptimizerMemory
-
-
-class TrainingPlanner:
-    """Plans of one run under any memory options; models are put together once per form of storage.
+class Planner(ABC, Generic[Options, Job]):
+    """Plans of one run under any memory options. The model is assembled once per format of its weights.
 
     Args:
-        device: what the run computes on.
+        given: the memory options of the command line.
+        params: of the task, with `--override_dit` merged in.
+        device: what the run computes on; nothing is allocated there.
+    """
+
+    def __init__(
+        self,
+        given: Options,
+        task: Task,
+        params: DitParams,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.given, self.task, self.params = given, task, params
+        self.device, self.dtype = device, dtype
+        self._models: dict[tuple[str, bool], AssembledModel] = {}
+        self._activations: dict[tuple[object, ...], Activations] = {}
+
+    @abstractmethod
+    def plan(self, options: Options, job: Job) -> MemoryPlan:
+        """A job under these memory options."""
+
+    @abstractmethod
+    def advice(self, plan: MemoryPlan) -> str:
+        """What helps beyond memory options."""
+
+    @abstractmethod
+    def assemble(self, options: Options) -> AssembledModel:
+        """The model on the meta device, with the code that the run uses."""
+
+    @property
+    def text_tokens(self) -> int:
+        """Of the longest possible caption; all captions are planned with it."""
+        return self.task.qwen_max_length
+
+    def model(self, options: Options) -> AssembledModel:
+        """The assembled model, ready for a run on the meta device."""
+        key = options.storage_form
+        if key not in self._models:
+            with EqualOnMeta():
+                model = self.assemble(options)
+            # The attention of other libraries has the same inputs and outputs as torch's.
+            model.dit.set_attention_backend("sdpa")
+            model.dit.nabla_observer = None
+            self._models[key] = model
+        return self._models[key]
+
+    def weights_usage(self, options: Options, *, ring_size: int) -> MemoryUsage:
+        return weights_usage(
+            self.model(options).dit,
+            self.device,
+            blocks_to_swap=options.blocks_to_swap,
+            modulation_on_host=options.modulation_on_host,
+            ring_size=ring_size,
+            force_pin=options.use_pinned_memory_for_block_swap,
+        )
+
+    def activations(
+        self, key: tuple[object, ...], count: Callable[[], Activations], *, uses_nabla: bool
+    ) -> Activations:
+        """Activations and operations of a pass, counted once per key; with NABLA at `NABLA_DENSITY`.
+
+        Args:
+            count: runs the model on the meta device, where NABLA counts as dense attention.
+        """
+        if key not in self._activations:
+            counted = count()
+            if uses_nabla:
+                left_out = int((1 - NABLA_DENSITY) * counted.self_attention_flops)
+                counted = replace(counted, flops=counted.flops - left_out)
+            self._activations[key] = counted
+        return self._activations[key]
+
+
+@dataclass(frozen=True, slots=True)
+class AssembledModel:
+    """A model without data, with its LoRAs."""
+
+    dit: DiffusionTransformer3D
+    networks: tuple[LoRANetwork, ...]
+
+
+class TrainingPlanner(Planner[ModelConfig, BatchShape]):
+    """Plans the steps of a training run.
+
+    Args:
         num_processes: with several, gradients are exchanged through buckets of their size.
     """
 
     def __init__(
         self, config: TrainConfig, device: torch.device, dtype: torch.dtype, *, num_processes: int = 1
     ) -> None:
+        model = config.model
+        super().__init__(model, model.task, model.dit_params, device=device, dtype=dtype)
         self.config = config
-        self.device = device
-        self.dtype = dtype
         self._num_processes = num_processes
-        self._assembled: dict[tuple[bool, ...], _Assembled] = {}
         self._optimizer: OptimizerMemory | None = None
-        self._activations: dict[tuple[object, ...], Activations] = {}
 
-    def plan(self, model: ModelConfig, batch: Batch) -> MemoryPlan:
-        """A step with this batch under the memory options of `model`."""
-        parts = self._assemble(model)
-        held = hold_weights(
-            parts.dit,
-            self.device,
-            blocks_to_swap=model.blocks_to_swap,
-            modulation_on_host=model.modulation_on_host,
-            ring_size=model.block_swap_ring_size,
-            force_pin=model.use_pinned_memory_for_block_swap,
-        )
-        activations = self._rehearse(model, parts, batch)
-        held += self._hold_lora(parts)
+    def plan(self, options: ModelConfig, job: BatchShape) -> MemoryPlan:
+        optimizer = self._optimizer_memory(options)
+        activations = self._step_activations(options, job)
+        usage = self.weights_usage(options, ring_size=options.block_swap_ring_size)
+        usage += self._lora_usage(options, optimizer)
         # Weights move when the activations are gone.
-        held += Held(device={"activations": max(activations.device, parts.optimizer.scratch)})
+        usage += MemoryUsage(device={"activations": max(activations.device, optimizer.scratch)})
         if activations.host:
-            is_locked = self.device.type == "cuda"
+            is_pinned = self.device.type == "cuda"
             away = {"activations": activations.host}
-            held += Held(page_locked=away) if is_locked else Held(pageable=away)
-            held += Held(moved={"activations": activations.moved})
+            usage += MemoryUsage(pinned=away) if is_pinned else MemoryUsage(pageable=away)
+            usage += MemoryUsage(moved={"activations": activations.moved})
         return MemoryPlan(
-            batch=batch,
-            held=held,
-            work=self._work(model, parts, batch),
-            video_tokens=batch.video_tokens(model.dit_params.patch_size),
+            shape=job,
+            usage=usage,
+            flops=activations.flops,
+            video_tokens=job.video_tokens(self.params.patch_size),
         )
 
-    @property
-    def text_tokens(self) -> int:
-        """Of the longest caption there can be, as which all are taken."""
-        return self.config.model.task.qwen_max_length
+    def assemble(self, options: ModelConfig) -> AssembledModel:
+        plain = replace(options, base_weights=(), base_weights_multiplier=(), no_weight_check=True)
+        dit = assembly.load_model(plain, META, self.dtype)
+        network = assembly.build_network(
+            self.config.network, dit, 0, allow_partial=options.lora_allow_partial, device=META
+        )
+        # Dropout would draw masks; they are as small as the LoRA's inner activations.
+        network.train(False)
+        return AssembledModel(dit, (network,))
 
-    def _assemble(self, model: ModelConfig) -> _Assembled:
-        key = model.storage_form
-        if key not in self._assembled:
-            plain = replace(model, base_weights=(), base_weights_multiplier=(), no_weight_check=True)
-            with AnswerYes():
-                dit = assembly.load_model(plain, META, self.dtype)
-            # Attention of other libraries has the same inputs and outputs as torch's.
-            dit.set_attention_backend("sdpa")
-            dit.nabla_observer = None
-            network = assembly.build_network(
-                self.config.network, dit, 0, allow_partial=model.lora_allow_partial, device=META
-            )
-            # Dropout would draw masks; they are as small as the LoRA's inner activations.
-            network.train(False)
-            if self._optimizer is None:  # the same for every form of the frozen weights
-                groups = network.parameter_groups(1.0)
-                self._optimizer = optimizer_memory(self.config.optimizer, groups, self.device)
-            self._assembled[key] = _Assembled(dit, network, self._optimizer)
-        return self._assembled[key]
+    def advice(self, plan: MemoryPlan) -> str:
+        options = []
+        if plan.shape.clips > 1:
+            options.append("batch_size = 1 in the dataset file")
+        if plan.shape.latent_frames > 1:
+            options.append("fewer frames")
+        options.append("a smaller resolution")
+        device = plan.usage.device
+        if device["LoRA"] + device["gradients"] + device["optimizer"] > plan.peak / 4:
+            options.append("a smaller --network_dim or --optimizer_type AdamW8bit")
+        return f"What helps: {', '.join(options)}."
 
-    def _hold_lora(self, parts: _Assembled) -> Held:
-        lora = sum(parameter.nbytes for parameter in parts.network.parameters())
-        device = {"LoRA": lora, "gradients": lora, "optimizer": parts.optimizer.on_device}
+    def _optimizer_memory(self, options: ModelConfig) -> OptimizerMemory:
+        if self._optimizer is None:  # the same for every format of the frozen weights
+            groups = self.model(options).networks[0].parameter_groups(1.0)
+            self._optimizer = optimizer_memory(self.config.optimizer, groups, self.device)
+        return self._optimizer
+
+    def _lora_usage(self, options: ModelConfig, optimizer: OptimizerMemory) -> MemoryUsage:
+        lora = sum(parameter.nbytes for parameter in self.model(options).networks[0].parameters())
+        device = {"LoRA": lora, "gradients": lora, "optimizer": optimizer.on_device}
         if self.config.network.ema_decay is not None:
             device["average of the LoRA"] = lora
         if self._num_processes > 1 and not self.config.run.ddp_gradient_as_bucket_view:
             device["exchanged gradients"] = lora
-        return Held(
-            device=device, pageable={"optimizer": parts.optimizer.on_host} if parts.optimizer.on_host else {}
+        return MemoryUsage(
+            device=device, pageable={"optimizer": optimizer.on_host} if optimizer.on_host else {}
         )
 
-    def _rehearse(self, model: ModelConfig, parts: _Assembled, batch: Batch) -> Activations:
-        offloads = model.gradient_checkpointing_cpu_offload
-        kept = model.gradient_checkpointing_keep_attention
-        size = (batch.clips, batch.video_tokens(model.dit_params.patch_size), batch.text_tokens)
-        key = (model.storage_form, model.gradient_checkpointing, kept, offloads, size)
-        if key not in self._activations:
-            dit = parts.dit
-            dit.gradient_checkpointing, dit.kept_attention_blocks = model.gradient_checkpointing, kept
-            self._activations[key] = step_activations(
+    def _step_activations(self, options: ModelConfig, shape: BatchShape) -> Activations:
+        model, offloads = self.model(options), options.gradient_checkpointing_cpu_offload
+        kept = options.gradient_checkpointing_keep_attention
+        size = (shape.clips, shape.video_tokens(self.params.patch_size), shape.text_tokens)
+        key = (options.storage_form, options.gradient_checkpointing, kept, offloads, size)
+
+        def count() -> Activations:
+            dit, (network,) = model.dit, model.networks
+            dit.gradient_checkpointing, dit.kept_attention_blocks = options.gradient_checkpointing, kept
+            return step_activations(
                 dit,
-                parts.network,
-                model.task,
-                batch,
-                velocity=lambda short: VelocityModel(
-                    short, model.task.scale_factor, model.nabla, parts.network
-                ),
+                network,
+                self.task,
+                shape,
+                velocity=lambda short: VelocityModel(short, self.task.scale_factor, options.nabla, network),
                 offload_min_bytes=assembly.OFFLOADED_BYTES if offloads else None,
                 host_rounding=page_locked_buffer_size if self.device.type == "cuda" else int,
             )
-        return self._activations[key]
 
-    def _work(self, model: ModelConfig, parts: _Assembled, batch: Batch) -> Work:
-        params: DitParams = model.dit_params
-        return training_work(
-            params,
-            clips=batch.clips,
-            video_tokens=batch.video_tokens(params.patch_size),
-            text_tokens=batch.text_tokens,
-            lora_elements={
-                path: sum(parameter.numel() for parameter in adapter.parameters())
-                for path, adapter in parts.network.adapters.items()
-            },
-            gradient_checkpointing=model.gradient_checkpointing,
-            kept_attention_blocks=model.gradient_checkpointing_keep_attention,
-            density=1.0 if model.nabla is None else NABLA_DENSITY,
-        )
+        return self.activations(key, count, uses_nabla=options.nabla is not None)

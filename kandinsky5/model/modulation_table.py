@@ -52,6 +52,7 @@ class ModulationTable:
         activated_time = F.silu(dit.embed_time(timesteps, captions))  # [passes, E]
         self._widths = _widths(dit)
         self._table = host_empty((passes, sum(self._widths)), torch.float32, pin=device.type == "cuda")
+        self.nbytes = self._table.nbytes
         for layer, part in zip(self._layers, self._table.split(self._widths, dim=1), strict=True):
             part.copy_(layer(activated_time).flatten(1))
 

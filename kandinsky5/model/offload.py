@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from kandinsky5.configs.weights import DEFAULT_RING_SIZE
 from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.tasks import DitParams
 from modules.block_swap import BlockSwap, CopyEngine, packed_sizes, spread, travelling_tensors
@@ -131,7 +132,7 @@ def stream_weights(
     count: int,
     device: torch.device,
     *,
-    ring_size: int = 2,
+    ring_size: int = DEFAULT_RING_SIZE,
     force_pin: bool = False,
     engine: CopyEngine | None = None,
 ) -> None:

@@ -11,8 +11,7 @@ from dataset.cache.cached_dataset import CachedDataset
 from kandinsky5.configs.train import TrainConfig
 from kandinsky5.memory.budget import CHOSEN_OPTIONS, choose
 from kandinsky5.memory.plan import TrainingPlanner, batches_of
-from kandinsky5.memory.report import budget_report, host_memory_shortage, training_report
-from kandinsky5.memory.roofline import card_of
+from kandinsky5.memory.report import budget_report, host_memory_shortage, plan_report
 from kandinsky5.training import setup as train_setup
 from modules.byte_sizes import GIB
 from modules.logs import get_logger
@@ -40,8 +39,8 @@ def fit_budget(config: TrainConfig, data: CachedDataset, accelerator: Accelerato
     choice = choose(planner, batches_of(data, planner.text_tokens)[0], budget)
     if accelerator.is_main_process:
         log.info("%s", budget_report(choice, budget))
-    chosen = {name: getattr(choice.model, name) for name in CHOSEN_OPTIONS}
-    return replace(config, model=choice.model, options={**config.options, **chosen})
+    chosen = {name: getattr(choice.options, name) for name in CHOSEN_OPTIONS}
+    return replace(config, model=choice.options, options={**config.options, **chosen})
 
 
 def warn_of_host_memory(planner: TrainingPlanner, data: CachedDataset, device: torch.device) -> None:
@@ -49,14 +48,14 @@ def warn_of_host_memory(planner: TrainingPlanner, data: CachedDataset, device: t
 
     Only where a GPU computes: what a run keeps in host memory, and not on the device, is what options choose.
     """
-    model = planner.config.model
+    model = planner.given
     is_using_host = (
         model.blocks_to_swap or model.modulation_on_host or model.gradient_checkpointing_cpu_offload
     )
     if device.type != "cuda" or not is_using_host:
         return
-    held = planner.plan(model, batches_of(data, planner.text_tokens)[0]).held
-    shortage = host_memory_shortage(held)
+    usage = planner.plan(model, batches_of(data, planner.text_tokens)[0]).usage
+    shortage = host_memory_shortage(usage)
     if shortage is not None:
         log.warning("%s", shortage)
 
@@ -65,5 +64,5 @@ def dry_run_report(config: TrainConfig, data: CachedDataset, accelerator: Accele
     """What `--dry_run` prints: the plan of every kind of batch."""
     planner = planner_for(config, accelerator)
     plans = [planner.plan(config.model, batch) for batch in batches_of(data, planner.text_tokens)]
-    card = card_of(accelerator.device)
-    return training_report(plans, config.model, planner.device, planner.dtype, card)
+    uses_nabla = config.model.nabla is not None
+    return plan_report(plans, planner.device, planner.dtype, uses_nabla=uses_nabla)

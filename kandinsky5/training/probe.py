@@ -10,7 +10,7 @@ import torch
 
 from dataset.cache.cached_dataset import BatchPlan, CachedDataset
 from kandinsky5.configs.train import RunConfig
-from kandinsky5.memory.activations import Batch
+from kandinsky5.memory.activations import BatchShape
 from kandinsky5.memory.advice import out_of_memory_message
 from kandinsky5.memory.plan import TrainingPlanner, batch_elements, batch_of
 from kandinsky5.training.loss.objective import Objective
@@ -65,9 +65,9 @@ def largest_plan(data: CachedDataset) -> BatchPlan:
     return max(data.epoch_batches(1), key=lambda plan: batch_elements(batch_of(data, plan, 0)))
 
 
-def _result(planner: TrainingPlanner, batch: Batch, measured: int | None) -> str:
-    plan = planner.plan(planner.config.model, batch)
-    optimizer = plan.held.device["optimizer"]
+def _result(planner: TrainingPlanner, batch: BatchShape, measured: int | None) -> str:
+    plan = planner.plan(planner.given, batch)
+    optimizer = plan.usage.device["optimizer"]
     predicted = plan.peak - optimizer
     words = (
         f"probe of {batch.clips} x {batch.size}: {size_text(predicted)} predicted "

@@ -21,14 +21,15 @@ import torch  # noqa: E402
 
 from kandinsky5.cli.train import parse_train  # noqa: E402
 from kandinsky5.configs.train import TrainConfig  # noqa: E402
+from kandinsky5.memory.activations import BatchShape  # noqa: E402
 from kandinsky5.memory.budget import with_reserve  # noqa: E402
-from kandinsky5.memory.plan import Batch, TrainingPlanner  # noqa: E402
+from kandinsky5.memory.plan import TrainingPlanner  # noqa: E402
 from kandinsky5.model import offload  # noqa: E402
 from kandinsky5.tasks import PRO_PARAMS  # noqa: E402
 from modules.byte_sizes import GIB  # noqa: E402
 from tests.sparse_models import write_sparse_dit  # noqa: E402
 
-BATCH = Batch(clips=1, latent_frames=5, latent_height=64, latent_width=64, text_tokens=256)
+BATCH = BatchShape(clips=1, latent_frames=5, latent_height=64, latent_width=64, text_tokens=256)
 CARDS, HOST, SYSTEM = (12, 16, 24), 32, 4
 """GiB of device memory, of host memory, and what of that the system and the script are taken to need."""
 
@@ -53,7 +54,7 @@ def _print_rows(dit: Path, name: str, rank: int) -> None:
     planner = TrainingPlanner(config, torch.device("cuda"), torch.bfloat16)
     for swapped in (0, 20, 50):
         plan = planner.plan(replace(config.model, blocks_to_swap=swapped), BATCH)
-        needed, host = with_reserve(plan.peak) / GIB, plan.held.host_bytes / GIB
+        needed, host = with_reserve(plan.peak) / GIB, plan.usage.host_bytes / GIB
         cards = [f"{card} GB" for card in CARDS if needed <= card and host <= HOST - SYSTEM]
         print(f"| {name} | {rank} | {swapped} | {plan.peak / GIB:.2f} | {needed:.2f} | {host:.2f} | "
               f"{', '.join(cards) or 'none of 12, 16, 24 GB'} |")  # fmt: skip

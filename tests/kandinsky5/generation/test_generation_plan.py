@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,9 @@ import torch
 from kandinsky5.cli.generate import parse_generate
 from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.generation.models import ModelLoader
-from kandinsky5.generation.plan import GenerationPlanner, fit_budget
-from kandinsky5.memory.activations import Batch, make_inputs
-from kandinsky5.memory.budget import added_options, with_reserve
+from kandinsky5.generation.plan import GenerationPlanner
+from kandinsky5.memory.activations import BatchShape, make_inputs
+from kandinsky5.memory.budget import choose, with_reserve
 from kandinsky5.model.conditioning import VelocityModel
 from kandinsky5.model.modulation_table import ModulationTable
 from kandinsky5.sampling.requests import VideoRequest
@@ -52,8 +51,10 @@ def test_a_dry_run_prints_every_prompt_and_writes_nothing(
         patch.setattr(ModelLoader, "dit", LOAD_DIT)
         script("--from_file", prompts, "--output", tmp_path / "out", "--dry_run")
     printed = capsys.readouterr().out
-    assert re.search(r" 1  32x48x5 +\d+ +4 ", printed)  # two steps, two passes each
-    assert re.search(r" 2  32x48x1 +\d+ +2 ", printed)
+    rows = [line.split() for line in printed.splitlines()]
+    (passes,) = (row.index("passes") for row in rows if "decoding" in row and "tokens" in row)
+    found = {row[0]: row[passes] for row in rows if row and row[0].startswith("32x48x")}
+    assert found == {"32x48x5": "4", "32x48x1": "2"}  # two steps, with two passes each for the first
     assert "predicted peak" in printed
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -81,7 +82,7 @@ def test_planned_sampling_and_decoding_are_those_of_real_runs(models: dict[str, 
     loader = ModelLoader(config, (), CPU, None)
     dit, task = loader.dit().dit, config.task
     _, frames, height, width = wanted.latent_shape
-    batch = Batch(
+    batch = BatchShape(
         clips=1,
         latent_frames=frames,
         latent_height=height,
@@ -92,12 +93,12 @@ def test_planned_sampling_and_decoding_are_those_of_real_runs(models: dict[str, 
         inputs = make_inputs(dit, task, batch)
         kept = [VelocityModel(dit, task.scale_factor)(*inputs) for _ in range(2)]
         del kept
-    assert plan.sampling.device["activations"] == pytest.approx(sampling.peak, rel=0.03)
+    assert plan.usage.device["activations"] == pytest.approx(sampling.peak, rel=0.03)
     assert plan.passes == 4
     pooled = torch.zeros(1, task.dit_params.in_text_dim2)
     with torch.no_grad():
         table = ModulationTable(dit, torch.ones(wanted.steps), [pooled, pooled], CPU)
-    assert plan.sampling.pageable["modulation of all passes"] == table._table.nbytes
+    assert plan.usage.pageable["modulation of all passes"] == table.nbytes
     vae = loader.vae()
     assert plan.decoding.device["VAE"] == vae.weight_bytes
     with LiveBytes() as decoding:
@@ -115,8 +116,8 @@ def test_tiles_and_magcache_show_in_the_plan(models: dict[str, Path]) -> None:
         plans.append(GenerationPlanner(config, (), CPU).plan(config.dit, wanted))
     whole, tiled, cached = plans
     assert tiled.decoding.device["decoding"] < 0.5 * whole.decoding.device["decoding"]
-    added = cached.sampling.device["activations"] - whole.sampling.device["activations"]
-    assert added >= whole.tokens * 128 * 4  # at least one pass's residual beside the peak
+    added = cached.usage.device["activations"] - whole.usage.device["activations"]
+    assert added >= whole.video_tokens * 128 * 4  # at least one pass's residual beside the peak
 
 
 @pytest.mark.slow
@@ -127,11 +128,11 @@ def test_the_budget_of_a_generation_quantises_before_it_swaps(tmp_path: Path) ->
     config = parse_generate([*words, "--dtype", "bfloat16"])
     planner = GenerationPlanner(config, (), torch.device("cuda"))
     wanted = request(512, 512, 17)
-    assert added_options(config.dit, fit_budget(planner, wanted, 48 * GIB)) == ()
-    assert added_options(config.dit, fit_budget(planner, wanted, 24 * GIB)) == ("--fp8_base",)
-    chosen = fit_budget(planner, wanted, 12 * GIB)
+    assert choose(planner, wanted, 48 * GIB).added == ()
+    assert choose(planner, wanted, 24 * GIB).added == ("--fp8_base",)
+    chosen = choose(planner, wanted, 12 * GIB).options
     assert chosen.fp8_base
     assert chosen.blocks_to_swap > 0
     assert with_reserve(planner.plan(chosen, wanted).peak) <= 12 * GIB
     with pytest.raises(ConfigError, match=r"the least it needs is \d+\.\d GiB"):
-        fit_budget(planner, wanted, GIB)
+        choose(planner, wanted, GIB)

@@ -17,10 +17,10 @@ from dataset.cache.cached_dataset import CachedBatch, CachedDataset
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import ModelConfig, TrainConfig
 from kandinsky5.memory import report
+from kandinsky5.memory.activations import BatchShape
 from kandinsky5.memory.advice import helping_options
 from kandinsky5.memory.budget import Choice, added_options, choose, with_reserve
-from kandinsky5.memory.plan import Batch, Held, MemoryPlan, TrainingPlanner
-from kandinsky5.memory.roofline import Work
+from kandinsky5.memory.plan import MemoryPlan, MemoryUsage, TrainingPlanner
 from kandinsky5.model import assembly
 from kandinsky5.model.offload import max_blocks_to_swap
 from kandinsky5.tasks import PRO_PARAMS
@@ -33,7 +33,7 @@ from networks.lora import LoRANetwork
 from tests.kandinsky5.training.training_runs import lora_bytes, train, write_dataset, write_dit
 from tests.sparse_models import write_sparse_dit
 
-SHORT = Batch(clips=1, latent_frames=5, latent_height=64, latent_width=64, text_tokens=256)
+SHORT = BatchShape(clips=1, latent_frames=5, latent_height=64, latent_width=64, text_tokens=256)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_resumed_run_compares_what_its_budget_chose(
     said: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def chosen(planner: TrainingPlanner, batch: Batch, budget: int) -> Choice:
+    def chosen(planner: TrainingPlanner, batch: BatchShape, budget: int) -> Choice:
         given = planner.config.model
         model = replace(given, fp8_base=budget < 16 * GIB)
         return Choice(model, planner.plan(model, batch), added_options(given, model))
@@ -153,7 +153,7 @@ def test_the_budget_adds_the_cheapest_options_that_fit(
     if budget >= 48:
         assert len(words) == len(wanted)
     if "--blocks_to_swap" in words:  # one block less does not fit
-        fewer = replace(choice.model, blocks_to_swap=choice.model.blocks_to_swap - 1)
+        fewer = replace(choice.options, blocks_to_swap=choice.options.blocks_to_swap - 1)
         assert with_reserve(pro.plan(fewer, SHORT).peak) > budget * GIB
 
 
@@ -162,7 +162,7 @@ def test_the_budget_keeps_what_was_given(pro: TrainingPlanner) -> None:
     given = replace(pro.config.model, gradient_checkpointing=True, blocks_to_swap=40)
     planner = TrainingPlanner(replace(pro.config, model=given), pro.device, pro.dtype)
     choice = choose(planner, SHORT, 24 * GIB)
-    assert choice.model.blocks_to_swap == 40
+    assert choice.options.blocks_to_swap == 40
     assert not any("blocks_to_swap" in words for words in choice.added)
 
 
@@ -170,14 +170,14 @@ def test_of_two_ways_to_fit_the_budget_takes_the_one_that_moves_less(pro: Traini
     """Whatever host memory each takes: it is rounded, and an optimizer may lie there too."""
 
     class Planned(TrainingPlanner):
-        def plan(self, model: ModelConfig, batch: Batch) -> MemoryPlan:
-            swaps, offloads = model.blocks_to_swap, model.gradient_checkpointing_cpu_offload
-            held = Held(
+        def plan(self, options: ModelConfig, job: BatchShape) -> MemoryPlan:
+            swaps, offloads = options.blocks_to_swap, options.gradient_checkpointing_cpu_offload
+            usage = MemoryUsage(
                 device={"all": GIB if swaps or offloads else 99 * GIB},
-                page_locked={"blocks": 8 * GIB if swaps else 0, "activations": 6 * GIB if offloads else 0},
+                pinned={"blocks": 8 * GIB if swaps else 0, "activations": 6 * GIB if offloads else 0},
                 moved={"blocks": 4 * GIB if swaps else 0, "activations": 5 * GIB if offloads else 0},
             )
-            return MemoryPlan(batch=batch, held=held, work=Work(linear=0, other=0), video_tokens=1)
+            return MemoryPlan(shape=job, usage=usage, flops=0, video_tokens=1)
 
     choice = choose(Planned(pro.config, pro.device, pro.dtype), SHORT, 24 * GIB)
     assert choice.added == ("--fp8_base", "--gradient_checkpointing", "--blocks_to_swap 1")

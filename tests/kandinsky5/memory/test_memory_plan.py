@@ -9,8 +9,8 @@ import torch
 
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import ModelConfig, TrainConfig
-from kandinsky5.memory.activations import META, AnswerYes, HostLedger, peak_of_step
-from kandinsky5.memory.plan import Batch, Held, TrainingPlanner, hold_weights
+from kandinsky5.memory.activations import META, BatchShape, EqualOnMeta, HostLedger, peak_of_step
+from kandinsky5.memory.plan import MemoryUsage, TrainingPlanner, weights_usage
 from kandinsky5.model import assembly, offload
 from kandinsky5.model.conditioning import VelocityModel
 from kandinsky5.model.offload import stream_weights
@@ -26,8 +26,8 @@ from tests.tiny import tiny_dit
 CPU = torch.device("cpu")
 ACTIVATION_TOLERANCE = 0.03
 BATCHES = (
-    Batch(clips=1, latent_frames=3, latent_height=16, latent_width=16, text_tokens=20),
-    Batch(clips=2, latent_frames=2, latent_height=8, latent_width=12, text_tokens=9),
+    BatchShape(clips=1, latent_frames=3, latent_height=16, latent_width=16, text_tokens=20),
+    BatchShape(clips=2, latent_frames=2, latent_height=8, latent_width=12, text_tokens=9),
 )
 BLOCKS = 6
 
@@ -72,11 +72,11 @@ def test_weights_ring_and_host_copies_are_planned_to_the_byte(
     assembly.build_network(config.network, dit, 0, allow_partial=False)
     assembly.finish_model(model, dit, CPU)
     resident = size([*dit.parameters(), *dit.buffers()])  # what streams is nowhere before the first pass
-    held = plan.held.device
-    assert held["weights"] + held["modulation"] == resident
+    usage = plan.usage.device
+    assert usage["weights"] + usage["modulation"] == resident
     streams = dit.weight_streams
-    assert held.get("buffers of blocks", 0) == sum(stream.device_bytes for stream in streams)
-    assert plan.held.pageable.get("blocks", 0) == sum(stream.host_bytes for stream in streams)
+    assert usage.get("buffers of blocks", 0) == sum(stream.device_bytes for stream in streams)
+    assert plan.usage.pageable.get("blocks", 0) == sum(stream.host_bytes for stream in streams)
     assert bool(streams) == (swapped > 0)
 
 
@@ -85,22 +85,22 @@ def test_streamed_modulation_is_planned_to_the_byte(
 ) -> None:
     monkeypatch.setattr(offload, "available_memory", lambda: 0)
     model = replace(config.model, fp8_base=True, blocks_to_swap=2)
-    held = hold(model, torch.device("cuda"))
+    usage = planned_usage(model, torch.device("cuda"))
     dit = assembly.load_model(model, CPU, torch.bfloat16)
     stream_weights(dit, 2, CPU, engine=DirectCopies())
     blocks, modulation = dit.weight_streams
-    assert held.device["weights"] == size([*dit.parameters(), *dit.buffers()])
-    assert "modulation" not in held.device
-    assert held.device["buffers of blocks"] == blocks.device_bytes
-    assert held.device["buffers of modulation layers"] == modulation.device_bytes
-    assert held.pageable == {"blocks": blocks.host_bytes, "modulation layers": modulation.host_bytes}
-    assert set(held.page_locked) == {"staging of blocks", "staging of modulation layers"}
+    assert usage.device["weights"] == size([*dit.parameters(), *dit.buffers()])
+    assert "modulation" not in usage.device
+    assert usage.device["buffers of blocks"] == blocks.device_bytes
+    assert usage.device["buffers of modulation layers"] == modulation.device_bytes
+    assert usage.pageable == {"blocks": blocks.host_bytes, "modulation layers": modulation.host_bytes}
+    assert set(usage.pinned) == {"staging of blocks", "staging of modulation layers"}
 
 
-def hold(model: ModelConfig, device: torch.device) -> Held:
-    with AnswerYes():
+def planned_usage(model: ModelConfig, device: torch.device) -> MemoryUsage:
+    with EqualOnMeta():
         dit = assembly.load_model(model, META, torch.bfloat16)
-    return hold_weights(
+    return weights_usage(
         dit,
         device,
         blocks_to_swap=model.blocks_to_swap,
@@ -112,10 +112,10 @@ def hold(model: ModelConfig, device: torch.device) -> Held:
 
 def test_page_locked_copies_are_planned_as_the_allocator_takes_them(config: TrainConfig) -> None:
     model = replace(config.model, fp8_base=True, blocks_to_swap=2, use_pinned_memory_for_block_swap=True)
-    held = hold(model, torch.device("cuda"))
-    assert not held.pageable
-    assert held.page_locked["blocks"].bit_count() == 1  # two blocks of one size, each a power of two
-    assert held.page_locked["blocks"] >= held.device["buffers of blocks"]
+    usage = planned_usage(model, torch.device("cuda"))
+    assert not usage.pageable
+    assert usage.pinned["blocks"].bit_count() == 1  # two blocks of one size, each a power of two
+    assert usage.pinned["blocks"] >= usage.device["buffers of blocks"]
 
 
 @pytest.mark.parametrize(
@@ -131,15 +131,15 @@ def test_lora_and_optimizer_are_planned_to_the_byte(
     )
     network_config = replace(config.network, network_module=module, ema_decay=0.9)
     changed = replace(config, optimizer=optimizer_config, network=network_config)
-    held = TrainingPlanner(changed, CPU, torch.float32).plan(changed.model, BATCHES[1]).held
+    usage = TrainingPlanner(changed, CPU, torch.float32).plan(changed.model, BATCHES[1]).usage
     network = real_network(changed)
     optimizer = build_optimizer(kind, network.parameter_groups(1e-3), 1e-3, arguments)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    assert held.device["LoRA"] == held.device["gradients"] == size(network.parameters())
-    assert held.device["average of the LoRA"] == size(network.parameters())
-    assert held.device["optimizer"] == size(t for t in moments_on_device(optimizer) if t.ndim)
+    assert usage.device["LoRA"] == usage.device["gradients"] == size(network.parameters())
+    assert usage.device["average of the LoRA"] == size(network.parameters())
+    assert usage.device["optimizer"] == size(t for t in moments_on_device(optimizer) if t.ndim)
 
 
 def real_network(config: TrainConfig) -> LoRANetwork:
@@ -163,7 +163,7 @@ def real_network(config: TrainConfig) -> LoRANetwork:
 )
 def test_planned_activations_are_those_of_a_real_step(
     config: TrainConfig,
-    batch: Batch,
+    batch: BatchShape,
     dtype: torch.dtype,
     options: dict[str, object],
     monkeypatch: pytest.MonkeyPatch,
@@ -171,7 +171,7 @@ def test_planned_activations_are_those_of_a_real_step(
     """The plan runs two and three blocks without data and extends them; here all six compute, as on a GPU."""
     monkeypatch.setattr(fused_ops, "_kernel_rounds_once", lambda x: x.dtype == torch.float32)
     changed = with_model(config, **options)
-    planned = TrainingPlanner(changed, CPU, dtype).plan(changed.model, batch).held.device["activations"]
+    planned = TrainingPlanner(changed, CPU, dtype).plan(changed.model, batch).usage.device["activations"]
     dit = assembly.load_model(changed.model, CPU, dtype)
     network = assembly.build_network(changed.network, dit, 0, allow_partial=False)
     model = VelocityModel(dit, changed.model.task.scale_factor, None, network)
@@ -189,7 +189,7 @@ def test_offloaded_block_inputs_are_planned_in_host_memory(
     plans = [TrainingPlanner(c, CPU, torch.float32).plan(c.model, batch) for c in (kept, away)]
     tokens = batch.video_tokens(TINY_PARAMS.patch_size) * TINY_PARAMS.model_dim * 4
     # The first block's input needs no gradient; the text blocks' second input and the rest of it do.
-    assert plans[1].held.pageable["activations"] >= (BLOCKS - 1) * tokens
+    assert plans[1].usage.pageable["activations"] >= (BLOCKS - 1) * tokens
     saved = plans[0].peak - plans[1].peak
     assert saved >= (BLOCKS - 4) * tokens
 
@@ -205,7 +205,7 @@ def test_the_block_input_that_returns_ahead_is_planned_once_and_not_per_block(
         gradient_checkpointing_cpu_offload=True,
         gradient_checkpointing_keep_attention=kept,
     )
-    planned = TrainingPlanner(changed, CPU, torch.float32).plan(changed.model, BATCHES[0]).held
+    planned = TrainingPlanner(changed, CPU, torch.float32).plan(changed.model, BATCHES[0]).usage
     dit = assembly.load_model(changed.model, CPU, torch.float32)
     network = assembly.build_network(changed.network, dit, 0, allow_partial=False)
     ledger = HostLedger()
@@ -229,7 +229,7 @@ def test_what_travels_is_counted_without_the_roundings_of_host_memory(
     )
     clips = replace(BATCHES[1], clips=3)
     on_cuda, on_cpu = (
-        TrainingPlanner(changed, device, torch.bfloat16).plan(changed.model, clips).held
+        TrainingPlanner(changed, device, torch.bfloat16).plan(changed.model, clips).usage
         for device in (torch.device("cuda"), CPU)
     )
     dit = assembly.load_model(changed.model, CPU, torch.bfloat16)
@@ -241,16 +241,16 @@ def test_what_travels_is_counted_without_the_roundings_of_host_memory(
         "modulation layers": modulation.host_bytes,
         "activations": activations,
     }
-    assert on_cuda.page_locked["activations"] > activations > 0
+    assert on_cuda.pinned["activations"] > activations > 0
     assert on_cuda.moved_bytes == sum(on_cuda.moved.values()) < on_cuda.host_bytes
 
 
 def test_nabla_is_planned_without_computing_its_blocks(config: TrainConfig) -> None:
     task = TASKS["k5-tiny-nabla"]
     changed = with_model(config, task=task, nabla=task.nabla, gradient_checkpointing=True)
-    batch = Batch(clips=1, latent_frames=2, latent_height=16, latent_width=16, text_tokens=9)
+    batch = BatchShape(clips=1, latent_frames=2, latent_height=16, latent_width=16, text_tokens=9)
     plan = TrainingPlanner(changed, CPU, torch.float32).plan(changed.model, batch)
     dense = with_model(config, gradient_checkpointing=True)
     other = TrainingPlanner(dense, CPU, torch.float32).plan(dense.model, batch)
-    assert plan.held.device["activations"] > 0
-    assert plan.work.total < other.work.total
+    assert plan.usage.device["activations"] > 0
+    assert plan.flops < other.flops
