@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -83,6 +84,20 @@ def _existing(folder: Path, names: list[str]) -> tuple[Path, ...]:
             "Download them again."
         )
     return tuple(folder / name for name in names)
+
+
+class WeightSource(Protocol):
+    """Where the tensors of a model come from, by name."""
+
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> Tensor:
+        """A private copy of one tensor in the dtype that `tensors` gives."""
+        ...
+
+    def view(self, name: str) -> Tensor:
+        """One tensor that is only valid until the next is asked for."""
+        ...
 
 
 class WeightFiles:

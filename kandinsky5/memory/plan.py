@@ -29,6 +29,7 @@ from kandinsky5.model.offload import StreamedGroup, choose_page_locking, streame
 from kandinsky5.tasks import DitParams, Task
 from modules.host_buffer import page_locked_buffer_size
 from modules.staged_copies import STAGING_BUFFERS, staging_size
+from modules.weight_files import WeightSource
 from networks.lora import LoRANetwork
 
 Options = TypeVar("Options", bound=WeightsConfig)
@@ -265,15 +266,23 @@ class TrainingPlanner(Planner[ModelConfig, BatchShape]):
 
     Args:
         num_processes: with several, gradients are exchanged through buckets of their size.
+        source: names, shapes and dtypes instead of those of the files of `--dit`.
     """
 
     def __init__(
-        self, config: TrainConfig, device: torch.device, dtype: torch.dtype, *, num_processes: int = 1
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        num_processes: int = 1,
+        source: WeightSource | None = None,
     ) -> None:
         model = config.model
         super().__init__(model, model.task, model.dit_params, device=device, dtype=dtype)
         self.config = config
         self._num_processes = num_processes
+        self._source = source
         self._optimizer: OptimizerMemory | None = None
 
     def plan(self, options: ModelConfig, job: BatchShape) -> MemoryPlan:
@@ -297,7 +306,7 @@ class TrainingPlanner(Planner[ModelConfig, BatchShape]):
 
     def assemble(self, options: ModelConfig) -> AssembledModel:
         plain = replace(options, base_weights=(), base_weights_multiplier=(), no_weight_check=True)
-        dit = assembly.load_model(plain, META, self.dtype)
+        dit = assembly.load_model(plain, META, self.dtype, source=self._source)
         network = assembly.build_network(
             self.config.network, dit, 0, allow_partial=options.lora_allow_partial, device=META
         )

@@ -11,6 +11,7 @@ from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.model.nabla import DensityReport
 from kandinsky5.model.offload import stream_weights
 from modules.activation_offload import ActivationOffload, tensor_mover
+from modules.weight_files import WeightSource
 from networks.lora import LoRANetwork
 from networks.lora_files import LoadedLora, load_weights, read_lora
 from networks.lora_kandinsky import (
@@ -36,15 +37,19 @@ def read_base_weights(model: ModelConfig) -> list[LoadedLora]:
     ]
 
 
-def load_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer3D:
+def load_model(
+    model: ModelConfig, device: torch.device, dtype: torch.dtype, *, source: WeightSource | None = None
+) -> DiffusionTransformer3D:
     """The frozen model with `--base_weights` merged in; on the meta device all of it without data.
 
+    Args:
+        source: gives the tensors instead of the files of `--dit`.
     Raises:
         ModelFileError: see `load_dit` and `read_base_weights`.
     """
     params = model.dit_params
     loras = read_base_weights(model)
-    dit = load_dit(model.dit, params, model, device=device, compute_dtype=dtype, loras=loras)
+    dit = load_dit(source or model.dit, params, model, device=device, compute_dtype=dtype, loras=loras)
     dit.requires_grad_(False)
     dit.set_attention_backend(model.attention)
     if model.nabla is not None:

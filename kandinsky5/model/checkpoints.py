@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from modules.logs import get_logger
 from modules.messages import names_in_short
 from modules.quantised_linear import QuantisedLinear, dequantise, normalise_scale
 from modules.tensor_files import TensorInfo
-from modules.weight_files import WeightFiles, find_weight_files, open_weight_files
+from modules.weight_files import WeightSource, find_weight_files, open_weight_files
 from networks.lora_files import LoadedLora
 from networks.lora_kandinsky import is_target_name
 from networks.merging import (
@@ -179,7 +180,7 @@ def file_name_warning(path: Path, *, is_i2v: bool) -> str | None:
 
 
 def load_dit(
-    path: Path,
+    source: Path | WeightSource,
     params: DitParams,
     weights: WeightsConfig = _DEFAULT_WEIGHTS,
     *,
@@ -190,6 +191,7 @@ def load_dit(
     """Load a DiT, frozen, with every weight cast, merged and quantised on `device` as it is read.
 
     Args:
+        source: the files, see `check_dit_file`, or what gives the tensors in their place.
         weights: format and place; in float8 and int8 the attention and feed-forward layers of the blocks
             become `Fp8Linear` or `Int8Linear` (for fast products call `check_fast_products` first).
         device: where tensors are cast and quantised; on "meta" only headers are read, and the model that
@@ -203,8 +205,12 @@ def load_dit(
     placement = host_placement(
         params, device, blocks_to_swap=weights.blocks_to_swap, modulation_on_host=weights.modulation_on_host
     )
-    files = find_weight_files(path, subfolder="transformer")
-    with open_weight_files(files, use_mmap=not weights.disable_numpy_memmap) as opened:
+    if isinstance(source, Path):
+        path, files = source, find_weight_files(source, subfolder="transformer")
+        opening = open_weight_files(files, use_mmap=not weights.disable_numpy_memmap)
+    else:
+        path, files, opening = Path(type(source).__name__), (), nullcontext(source)
+    with opening as opened:
         info = _check_tensors(path, files, opened.tensors, params)
         dit = build_meta_dit(params, compute_dtype)
         reader = _WeightReader(opened, info, device, check_finite=not weights.no_weight_check)
@@ -259,7 +265,7 @@ class _WeightReader:
     """
 
     def __init__(
-        self, weights: WeightFiles, info: DitFileInfo, device: torch.device, *, check_finite: bool
+        self, weights: WeightSource, info: DitFileInfo, device: torch.device, *, check_finite: bool
     ) -> None:
         self._weights, self._info, self._device = weights, info, device
         self._finite = FiniteCheck() if check_finite else None
