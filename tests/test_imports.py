@@ -20,7 +20,7 @@ PACKAGE_ORDER = {
         ("sampling",),
         ("memory",),
         ("caching", "generation", "training"),
-        ("tiny_models", "prompt_templates"),
+        ("tiny_models", "prompt_templates", "gpu_check"),
         ("small_world",),
     ),
     "kandinsky5/training": (("loss", "results"), ("tracking",), ("validation",), ("*",)),

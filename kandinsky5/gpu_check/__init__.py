@@ -1,0 +1,1 @@
+"""Tries on this machine's GPU what training and generation need: `python -m kandinsky5.gpu_check`."""
