@@ -1,238 +1,259 @@
-"""The GPU goals G1 to G9 on random weights of Pro's and Lite's sizes. Written without a GPU and not run on one yet.
+"""What training, generation and caching take on a GPU, with random weights of the real sizes, in one short call.
 
-    python bench_gpu.py [--only G1 G8 ...] [--rounds 5]
-    python bench_gpu.py --rehearse          # every case at tiny size on the CPU: shows that the script runs
+    python bench_gpu.py --budget 480          # seconds; what does not fit is left out, the most telling rows are first
+    python bench_gpu.py --estimate            # without a GPU: what each row should take on an H100
+    python bench_gpu.py --rehearse            # every row at tiny size on the CPU: shows that they run
 
-Each case is a process of its own. Where a goal is about memory the process may use no more than a card of 24,
-16 or 12 GB leaves free (22.5, 14.5, 10.5 GiB), by torch.cuda.set_per_process_memory_fraction: a case that does
-not fit ends with 'out of memory', which is its result. Times are CUDA events, medians over rounds after two
-warm-up steps; the floor is bench_dit's: only the matrix products and attentions.
+Every row is a process of its own, so that what it does to memory, or a crash, ends with it. A row that fails says
+how; one that does not fit its card is out of memory. Beside each measurement stands what the memory planner and
+counted operations had predicted. The table is written anew after every row, as Markdown and as JSON.
 """
 
 import argparse
-import ast
-import statistics
+import json
 import sys
-from dataclasses import asdict, dataclass, replace
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-
-import common as C
-import torch
-from bench_dit import Floor
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from kandinsky5.model.assembly import OFFLOADED_BYTES
-from kandinsky5.model.checkpoints import build_meta_dit
-from kandinsky5.model.conditioning import TextBatch, VelocityModel
-from kandinsky5.model.offload import host_placement, stream_weights
-from kandinsky5.tasks import LITE_PARAMS, PRO_PARAMS, TINY_PARAMS
-from modules.activation_offload import ActivationOffload, tensor_mover
-from modules.fp8 import Fp8Linear, quantise_rows
-from networks.lora_kandinsky import create_network, is_target_name
+import gpu_child
+import torch
+from gpu_cases import CASES, Case, tiny
+from gpu_plans import Planned, Plans
 
-MODELS = {"pro": PRO_PARAMS, "lite": LITE_PARAMS, "tiny": TINY_PARAMS}
-SHORT, SHORT_HD, LONG = (5, 64, 64), (5, 96, 96), (31, 64, 96)
-"""Latent sizes: 17 frames at 512x512 and at 768x768 (11.5k tokens), 121 at 512x768."""
-TEXT_TOKENS = 256
-CARDS = {24: 22.5, 16: 14.5, 12: 10.5}
-"""GB of a card: GiB of it that a process may use here."""
+from modules.child_process import CallFailed, ChildProcess
+from modules.errors import ConfigError
+from modules.files import atomic_writer
 
-
-@dataclass(frozen=True)
-class Case:
-    """One measurement: a model, a clip, a way to keep memory, and what is run."""
-
-    model: str = "pro"
-    shape: tuple = SHORT
-    blocks: int | None = None
-    what: str = "step"
-    fp8: str | None = None
-    swap: int = 0
-    kept_attention: bool = False
-    offload: bool = False
-    rank: int = 16
-    cap_gib: float | None = None
+H100 = {"name": "NVIDIA H100 (datasheet)", "gib": 79.2, "flops": 989e12}
+SHORTEST_LIMIT = 90.0
+"""Seconds that a row may take at least, and `PATIENCE` times its estimate otherwise."""
+PATIENCE = 3.0
+HEADERS = ("", "what", "added", "planned s", "s", "first s", "to", "ratio", "goal", "planned GiB", "GiB", "reserved",
+           "host GiB planned", "page-locked", "row took", "estimated", "result")  # fmt: skip
 
 
-def fill(dit, case, place):
-    """Random weights where the model's own loading would put them, float8 where it would make them so."""
-    for name, layer in list(dit.named_modules()):
-        for key, parameter in list(layer.named_parameters(recurse=False)):
-            device = place(f"{name}.{key}")
-            values = torch.full(parameter.shape, 1.0 if "norm" in name and key == "weight" else 0.0)
-            if parameter.ndim == 2:
-                values = torch.randn(parameter.shape, device=device) * (0.5 / parameter.shape[1] ** 0.5)
-            setattr(layer, key, nn.Parameter(values.to(device, torch.bfloat16), requires_grad=False))
-        if case.fp8 and is_target_name(name):
-            weight, scale = quantise_rows(layer.weight)
-            use_fast = case.fp8 == "fast"
-            small = Fp8Linear(weight, scale, layer.bias, compute_dtype=torch.bfloat16, use_fast=use_fast)
-            dit.set_submodule(name, small)
+@dataclass
+class Row:
+    """What is known of one case, before and after it ran."""
+
+    case: Case
+    planned: Planned | None = None
+    measured: dict = field(default_factory=dict)
+    seconds: float = 0.0
+    """The whole row."""
+    estimate: float = 0.0
+    failure: str = ""
+
+    def ratio(self, rows):
+        """(with what, how many times its seconds), where both were measured."""
+        other = self.case.beside or self.case.to
+        ours = self.measured.get("ours_seconds")
+        theirs = self.measured.get("beside_seconds")
+        if other in rows:
+            theirs = rows[other].measured.get("ours_seconds")
+        return (other, ours / theirs) if ours and theirs else (other, None)
+
+    def result(self, rows):
+        """In words: how it failed, or whether the goals are met."""
+        if self.failure or not self.measured:
+            return self.failure or "not run"
+        ratio, peak = self.ratio(rows)[1], self.measured.get("peak_gib")
+        misses = []
+        if ratio is not None and self.case.at_most is not None and ratio > self.case.at_most:
+            misses.append(f"ratio above {self.case.at_most:g}")
+        if peak is not None and self.case.at_most_gib is not None and peak > self.case.at_most_gib:
+            misses.append(f"above {self.case.at_most_gib:g} GiB")
+        parts = "".join(f"; {name} {seconds:.3g} s" for name, seconds in self.measured["parts"].items())
+        return (", ".join(misses) or "ok") + parts
 
 
-def build(case, device):
-    params = MODELS[case.model]
-    if case.blocks:
-        params = replace(params, num_visual_blocks=case.blocks, num_text_blocks=1)
-    dit = build_meta_dit(params, torch.bfloat16)
-    on_host = bool(case.fp8 or case.swap)
-    fill(dit, case, host_placement(params, device, blocks_to_swap=case.swap, modulation_on_host=on_host))
-    dit.reset_buffers(device)
-    dit.requires_grad_(False)
-    dit.gradient_checkpointing = True
-    dit.kept_attention_blocks = params.num_visual_blocks if case.kept_attention else 0
-    if case.offload:
-        dit.activation_offload = ActivationOffload(tensor_mover(device), min_bytes=OFFLOADED_BYTES)
-    network = create_network(
-        dit, network_dim=case.rank, network_alpha=case.rank, network_dropout=None, network_args={}, seed=0
-    ).to(device)
-    if case.swap or on_host:
-        stream_weights(dit, case.swap, device)
-    return dit, network
+class Table:
+    """All rows so far, as text and as files."""
 
+    def __init__(self, card, output, flops):
+        self.card, self.output, self.flops, self.rows = card, output, flops, {}
 
-def runner(case, device):
-    """What is timed, as a function."""
-    dit, network = build(case, device)
-    params, gen = dit.dit_params, torch.Generator(device=device).manual_seed(0)
-    noisy = torch.randn(1, params.in_visual_dim, *case.shape, device=device, generator=gen)
-    embeds = torch.randn(1, TEXT_TOKENS, params.in_text_dim, device=device, generator=gen).bfloat16()
-    pooled = torch.randn(1, params.in_text_dim2, device=device, generator=gen).bfloat16()
-    text, sigma = TextBatch(embeds, pooled, None), torch.tensor([0.5], device=device)
-    model = VelocityModel(dit, (1.0, 2.0, 2.0))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)
+    def add(self, row):
+        self.rows[row.case.name] = row
+        print(self.line(row), flush=True)
+        if self.output is not None:
+            with atomic_writer(self.output.with_suffix(".md")) as stream:
+                stream.write(self.markdown().encode())
+            with atomic_writer(self.output.with_suffix(".json")) as stream:
+                stream.write(json.dumps(self.facts(), indent=1).encode())
 
-    @torch.no_grad()
-    def forward():
-        model(noisy, sigma, text)
-
-    def step():
-        model(noisy, sigma, text).float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return forward if case.what == "forward" else step
-
-
-def floor_runner(case, device):
-    """The floor of the same case."""
-    p = MODELS[case.model]
-    cfg = C.DitConfig(
-        p.model_dim, p.ff_dim, p.time_dim, p.axes_dims, 1, case.blocks or p.num_visual_blocks,
-        in_text_dim=p.in_text_dim, in_text_dim2=p.in_text_dim2,
-    )  # fmt: skip
-    weights = C.make_weights(cfg, torch.bfloat16, device)
-    floor = Floor(cfg, weights, C.tokens(case.shape, cfg), TEXT_TOKENS, torch.bfloat16, device)
-    return floor.forward if case.what == "forward" else lambda: floor.step(2)
-
-
-def child(case, rounds, device):
-    is_cuda = device.type == "cuda"
-    try:
-        if is_cuda and case.cap_gib:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap_gib * 2**30 / total), device)
-        fns = {"ours": runner(case, device)}
-        if case.blocks:
-            fns["floor"] = floor_runner(case, device)
-        for fn in fns.values():
-            fn()
-        C.reset_peak(str(device))
-        times = C.interleave(fns, rounds, 1, str(device))
-    except torch.OutOfMemoryError as error:
-        return C.tell({"failed": f"out of memory: {str(error).splitlines()[0]}"})
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    peak = torch.cuda.max_memory_reserved(device) / 2**30 if is_cuda else 0.0
-    return C.tell({"seconds": medians, "peak": peak})
-
-
-G = {
-    "G1": [("Pro 121f 512x768 forward, to the floor", 1.40, Case(shape=LONG, blocks=4, what="forward"), "floor")],
-    "G2": [
-        ("the same, LoRA step, to the floor", 1.45, Case(shape=LONG, blocks=4), "floor"),
-        ("attention kept, to not kept", 0.87, Case(shape=LONG, blocks=4, kept_attention=True), Case(shape=LONG, blocks=4)),
-    ],
-    "G3": [("Pro 17f 512x512 LoRA step, to the floor", 1.35, Case(blocks=4), "floor")],
-    "G4": [
-        ("Lite 17f 512x512 LoRA step, to the floor", 1.6, Case(model="lite", blocks=32), "floor"),
-        ("Lite 121f 512x768 LoRA step, to the floor", 1.45, Case(model="lite", shape=LONG, blocks=32), "floor"),
-    ],
-    "G5": [("Pro 17f step, float8 products, to bf16", 0.78, Case(blocks=4, fp8="fast"), Case(blocks=4))],
-    "G6": [("Pro 17f step, float8 weights, to bf16", 1.06, Case(blocks=4, fp8="weights"), Case(blocks=4))],
-    "G7": [
-        ("Pro float8, 50 of 60 swapped, 5k tokens, to resident", 1.15, Case(fp8="weights", swap=50), Case(fp8="weights")),
-        (
-            "the same, 11.5k tokens", 1.03,
-            Case(fp8="weights", swap=50, shape=SHORT_HD), Case(fp8="weights", shape=SHORT_HD),
-        ),
-    ],
-    "G8": [
-        ("Pro float8, 17f 512x512, GiB on a 24 GB card", 22.0, Case(fp8="weights", cap_gib=CARDS[24]), "memory"),
-        ("the same, 50 blocks swapped, on a 16 GB card", 14.5, Case(fp8="weights", swap=50, cap_gib=CARDS[16]), "memory"),
-        ("the same, on a 12 GB card", 10.0, Case(fp8="weights", swap=50, cap_gib=CARDS[12]), "memory"),
-    ],
-    "G9": [
-        ("Lite 121f, inputs of blocks offloaded, GiB", 11.0, Case(model="lite", shape=LONG, offload=True), "memory"),
-        ("the same, to not offloaded", 1.05, Case(model="lite", shape=LONG, offload=True), Case(model="lite", shape=LONG)),
-    ],
-}  # fmt: skip
-
-
-def tiny(case):
-    return replace(
-        case, model="tiny", shape=(2, 8, 8), blocks=4 if case.blocks else None,
-        swap=min(case.swap, 2), fp8="weights" if case.fp8 else None,
-    )  # fmt: skip
-
-
-def measured(case, args):
-    words = [word for key, value in asdict(case).items() for word in (f"--{key}", repr(value))]
-    words += ["--device", "cpu"] if args.rehearse else []
-    return C.run_alone([Path(__file__), "--child", "--rounds", args.rounds, *words])
-
-
-def value_of(result, other):
-    """The number that the goal is about, or why there is none."""
-    for one in (result, other):
-        if isinstance(one, dict) and "failed" in one:
-            return one["failed"]
-    if other == "memory":
-        return f"{result['peak']:.3g}"
-    reference = result["seconds"]["floor"] if other == "floor" else other["seconds"]["ours"]
-    return f"{result['seconds']['ours'] / reference:.3g}"
-
-
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="*", choices=G, default=list(G))
-    p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--rehearse", action="store_true")
-    p.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
-    p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    for key in asdict(Case()):
-        p.add_argument(f"--{key}", type=ast.literal_eval, help=argparse.SUPPRESS)
-    args = p.parse_args()
-    if args.child:
-        return child(
-            Case(**{key: getattr(args, key) for key in asdict(Case())}),
-            args.rounds,
-            torch.device(args.device),
+    def head(self):
+        day = datetime.now(UTC).date().isoformat()
+        facts = ", ".join(
+            f"{key} {value}" for key, value in self.card.items() if key not in {"name", "flops"} and value
         )
-    if not (args.rehearse or torch.cuda.is_available()):
-        raise SystemExit("no CUDA device; --rehearse runs every case at tiny size on the CPU")
+        speed = f"{self.flops / 1e12:.3g} TFLOP/s in one large bf16 product"
+        rule = "|".join(" --- " for _ in HEADERS)
+        return f"{day}, {self.card['name']}, {facts}; {speed}\n\n| {' | '.join(HEADERS)} |\n|{rule}|"
+
+    def line(self, row):
+        planned, measured, case = row.planned, row.measured, row.case
+        other, ratio = row.ratio(self.rows)
+        cells = [
+            case.name, case.what, " ".join(planned.chosen) if planned else "",
+            _number(planned and planned.run_seconds(self.flops)), _number(measured.get("ours_seconds")),
+            _number(measured.get("first_seconds")), other, _number(ratio), _number(case.at_most),
+            _number(planned and planned.gib), _number(measured.get("peak_gib")), _number(measured.get("reserved_gib")),
+            _number(planned and planned.host_gib), _number(measured.get("page_locked_gib")),
+            _number(row.seconds), _number(row.estimate), row.result(self.rows),
+        ]  # fmt: skip
+        return f"| {' | '.join(cell or '' for cell in cells)} |"
+
+    def markdown(self):
+        return "\n".join([self.head(), *map(self.line, self.rows.values()), ""])
+
+    def facts(self):
+        return {
+            "card": self.card,
+            "rows": [asdict(row) | {"result": row.result(self.rows)} for row in self.rows.values()],
+        }
+
+
+def _number(value):
+    return "" if value is None else f"{value:.3g}"
+
+
+class Children:
+    """Processes that measure. The next is started before it is needed, so that its imports take no time.
+
+    `keep` lets one of them serve for case after case, as long as it lives.
+    """
+
+    def __init__(self, function, *, keep):
+        self.function, self.keep = function, keep
+        self.next = ChildProcess(function)
+
+    def call(self, *arguments, timeout):
+        child = self.next
+        if not self.keep:
+            self.next = ChildProcess(self.function)
+        try:
+            return child.call(*arguments, timeout=timeout)
+        finally:
+            if not self.keep:
+                child.close()
+            elif not child.is_alive:
+                self.next = ChildProcess(self.function)
+
+    def close(self):
+        self.next.close()
+
+
+def estimate(row, flops):
+    """Fill in the row's estimate."""
+    row.estimate = row.planned.seconds(row.case, flops) if row.planned else SHORTEST_LIMIT
+
+
+def run_row(case, plan, children, left, card, flops, device):
+    """One row, whatever happens to it; `left` seconds remain for all."""
+    row = Row(case)
+    try:
+        row.planned = plan.result()
+    except ConfigError as error:
+        row.failure = f"not planned: {str(error).splitlines()[0]}"
+        return row
+    estimate(row, flops)
+    if card["gib"] is not None and row.planned.gib > card["gib"]:
+        row.failure = f"not run: the plan is larger than the card's {card['gib']:.3g} GiB"
+        return row
+    if row.estimate > left:
+        row.failure = f"left out: {row.estimate:.0f} s estimated, {left:.0f} s left"
+        return row
+    begin = time.monotonic()
+    limit = min(left, max(SHORTEST_LIMIT, PATIENCE * row.estimate))
+    try:
+        row.measured = children.call(case, row.planned.chosen, device, timeout=limit)
+    except CallFailed as error:
+        row.failure = str(error)
+        if error.details:
+            print(error.details, file=sys.stderr)
+    row.seconds = time.monotonic() - begin
+    return row
+
+
+def run_all(cases, *, budget, output, device, is_rehearsal):
+    """Measure the cases in order within the budget; the rows."""
+    end = time.monotonic() + budget
+    first = ChildProcess(gpu_child.card)
+    children = Children(gpu_child.measure, keep=is_rehearsal)
+    with ThreadPoolExecutor(1) as planning:
+        plans = Plans(torch.device(device))
+        planned: list[Future] = [planning.submit(plans.plan, case) for case in cases]
+        try:
+            card = first.call(device, timeout=budget)
+            table = Table(card, output, card["flops"])
+            print(table.head(), flush=True)
+            for case, plan in zip(cases, planned):
+                left = end - time.monotonic()
+                table.add(run_row(case, plan, children, left, card, card["flops"], device))
+        except CallFailed as error:
+            raise SystemExit(f"the device cannot be used: {error}") from error
+        finally:
+            planning.shutdown(wait=False, cancel_futures=True)
+            first.close()
+            children.close()
+    return list(table.rows.values())
+
+
+def print_estimate(cases, budget):
+    """What the rows should take on an H100, and which of them fit into the budget."""
+    plans = Plans(torch.device("cuda"))
+    flops, left = H100["flops"], budget
+    print(f"{H100['name']}, estimated; budget {budget:.0f} s\n")
     print(
-        f"\n{'rehearsal on the CPU' if args.rehearse else torch.cuda.get_device_name()}, torch {torch.__version__}\n"
+        "|  | what | added | GiB | host GiB | PFLOP | s | whole row, s | fits |\n|---|---|---|---|---|---|---|---|---|"
     )
-    print("| # | what | goal at most | value | seconds |\n| --- | --- | ---: | ---: | ---: |")
-    for number in args.only:
-        for what, goal, case, other in G[number]:
-            cases = [c for c in (case, other) if isinstance(c, Case)]
-            results = [measured(tiny(c) if args.rehearse else c, args) for c in cases]
-            value = value_of(results[0], other if isinstance(other, str) else results[1])
-            seconds = results[0].get("seconds", {}).get("ours", float("nan"))
-            print(f"| {number} | {what} | {goal:g} | {value} | {seconds:.3g} |", flush=True)
+    for case in cases:
+        row = Row(case, plans.plan(case))
+        estimate(row, flops)
+        fits = row.estimate <= left
+        left -= row.estimate if fits else 0.0
+        plan = row.planned
+        cells = [
+            case.name, case.what, " ".join(plan.chosen), f"{plan.gib:.1f}", f"{plan.host_gib:.1f}",
+            f"{plan.work / 1e15:.3g}", f"{plan.run_seconds(flops):.3g}", f"{row.estimate:.0f}", "yes" if fits else "no",
+        ]  # fmt: skip
+        print(f"| {' | '.join(cells)} |", flush=True)
+    print(f"\n{budget - left:.0f} of {budget:.0f} s are planned")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--budget", type=float, default=480.0, metavar="SECONDS", help="for the whole call (default: 480)"
+    )
+    p.add_argument("--only", nargs="*", metavar="NAME", help="rows, or letters of parts")
+    p.add_argument(
+        "--output", type=Path, default=Path("bench_gpu"), help="of the two files, without a suffix"
+    )
+    p.add_argument("--rehearse", action="store_true")
+    p.add_argument("--estimate", action="store_true")
+    args = p.parse_args(argv)
+    wanted = args.only or [case.part for case in CASES]
+    cases = [case for case in CASES if case.name in wanted or case.part in wanted]
+    if args.estimate:
+        return print_estimate(cases, args.budget)
+    if not (args.rehearse or torch.cuda.is_available()):
+        raise SystemExit("no CUDA device; --rehearse runs every row at tiny size on the CPU")
+    if args.rehearse:
+        cases = [tiny(case) for case in cases]
+    return run_all(
+        cases,
+        budget=args.budget,
+        output=args.output,
+        device="cpu" if args.rehearse else "cuda",
+        is_rehearsal=args.rehearse,
+    )
 
 
 if __name__ == "__main__":
