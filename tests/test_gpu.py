@@ -172,8 +172,9 @@ def test_ways_to_keep_memory_low_change_no_number(cuda: torch.device, prepare: P
     dit, network = lora_model(cuda, torch.bfloat16, fp8=fp8)
     prepare(dit, cuda)
     for _ in range(3):  # later passes find the buffers in another state
-        # Some backward kernels of attention add in no fixed order.
-        assert_near(step(dit, network, cuda), expected, 1e-3)
+        # Some backward kernels of attention add in no fixed order, which bfloat16 shows; a weight or an
+        # activation of another block would be wrong by about 1.
+        assert_near(step(dit, network, cuda), expected, 1e-2)
 
 
 @pytest.mark.parametrize("prepare", [pinned, activations_on_host], ids=lambda prepare: prepare.__name__)
