@@ -43,8 +43,8 @@ def only_warnings(is_quiet: bool) -> Iterator[None]:
 
 
 @contextmanager
-def unsaid() -> Iterator[None]:
-    """Within the block nothing is logged: what is done there is done again later, and said then."""
+def quiet_logging() -> Iterator[None]:
+    """Within the block nothing is logged: what is done there is done again later, and logged then."""
     before = _LOG.level
     _LOG.setLevel(logging.CRITICAL)
     try:

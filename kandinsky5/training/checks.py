@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+
+import torch
 
 from dataset.cache.cached_dataset import CachedDataset
 from dataset.config.config import DatasetConfig
@@ -14,7 +16,7 @@ from kandinsky5.model.checkpoints import check_dit_file, file_name_warning
 from kandinsky5.model.compilation import check_compile_backend
 from kandinsky5.model.offload import max_blocks_to_swap
 from kandinsky5.tasks import TASKS, Task
-from kandinsky5.training.results.names import OutputNames
+from kandinsky5.training.results.names import ResultNames
 from kandinsky5.training.results.ownership import delete_result, find_results, maker
 from kandinsky5.training.samples import sample_model_problems
 from kandinsky5.training.tracking.trackers import check_trackers
@@ -95,7 +97,7 @@ def check_memory_options(model: ModelConfig) -> None:
 
 
 def check_schedule_name(config: OptimizerConfig) -> None:
-    """Check the name alone; `train_rehearsal.py` builds the schedule.
+    """Check the name alone; `dry_build` builds the schedule.
 
     Raises:
         ConfigError: unknown, or not for this optimizer.
@@ -120,7 +122,7 @@ def check_output(config: TrainConfig, *, is_resuming: bool) -> tuple[Path, ...]:
     fallback = saving.output_dir_fallback
     if fallback is not None and fallback.resolve() == saving.output_dir.resolve():
         raise ConfigError("--output_dir_fallback is --output_dir itself; choose a folder on another disk")
-    names = OutputNames(saving.output_dir, saving.output_name)
+    names = ResultNames(saving.output_dir, saving.output_name)
     found = find_results(names, with_average=config.network.ema_decay is not None)
     if found.foreign:
         first = found.foreign[0]
@@ -166,7 +168,7 @@ def prepare_output(config: TrainConfig, held: ExitStack, *, is_resuming: bool) -
         ResourceError: the folder cannot be made or written, or another run of this name goes on.
     """
     saving = config.saving
-    names = OutputNames(saving.output_dir, saving.output_name)
+    names = ResultNames(saving.output_dir, saving.output_name)
     check_output(config, is_resuming=is_resuming)
     make_writable_folder(saving.output_dir, "--output_dir")
     if saving.output_dir_fallback is not None:
@@ -187,7 +189,7 @@ def remove_replaced(config: TrainConfig, *, is_resuming: bool) -> None:
     log.info("--overwrite: removing %d results of earlier runs named %s", len(existing), saving.output_name)
     for path in existing:
         delete_result(path, saving.output_name)
-    OutputNames(saving.output_dir, saving.output_name).validation_plot.unlink(missing_ok=True)
+    ResultNames(saving.output_dir, saving.output_name).validation_plot.unlink(missing_ok=True)
 
 
 def check_sizes(config: TrainConfig, data: CachedDataset) -> None:
@@ -241,6 +243,38 @@ def _hint_at_other_scale(task: Task, sizes: Iterable[tuple[int, int]]) -> None:
         "%d of the sizes, such as %dx%d pixels, belong to the other rotary scale: %s",
         len(wrong), *pixel_size(height, width), fitting,
     )  # fmt: skip
+
+
+def log_notes(config: TrainConfig, num_processes: int, device: torch.device) -> None:
+    """Log the options that have no effect beside the others, and on this machine."""
+    for note in (*config.notes, *machine_notes(config, num_processes, device)):
+        log.info("%s", note)
+
+
+def machine_notes(config: TrainConfig, num_processes: int, device: torch.device) -> Iterator[str]:
+    """One line for each option that requires several processes or CUDA, where there are none."""
+    run, model = config.run, config.model
+    if num_processes == 1:
+        yield from _without_effect(
+            "there is one process; start several with accelerate launch --num_processes N",
+            ddp_timeout=run.ddp_timeout is not None,
+            ddp_gradient_as_bucket_view=run.ddp_gradient_as_bucket_view,
+            ddp_static_graph=run.ddp_static_graph,
+        )
+    if device.type != "cuda":
+        yield from _without_effect(
+            f"the run computes on {device.type}; it belongs to CUDA",
+            cuda_allow_tf32=model.cuda_allow_tf32,
+            cuda_cudnn_benchmark=model.cuda_cudnn_benchmark,
+            no_probe=run.no_probe,
+            use_pinned_memory_for_block_swap=(
+                model.use_pinned_memory_for_block_swap and model.blocks_to_swap > 0
+            ),
+        )
+
+
+def _without_effect(why: str, **is_given: bool) -> Iterator[str]:
+    yield from (f"--{name} has no effect: {why}" for name, given in is_given.items() if given)
 
 
 def describe_model(model: ModelConfig) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
-from kandinsky5.training.results.names import OutputNames
+from kandinsky5.training.results.names import ResultNames
 from modules.interruption import StopRequest
 from modules.logs import get_logger
 
@@ -23,7 +23,7 @@ class TrainingControl:
     """
 
     def __init__(
-        self, stop: StopRequest, names: OutputNames, accelerator: Accelerator, *, makes_samples: bool
+        self, stop: StopRequest, names: ResultNames, accelerator: Accelerator, *, makes_samples: bool
     ) -> None:
         self._stop, self._names, self._accelerator = stop, names, accelerator
         self._makes_samples = makes_samples
@@ -63,7 +63,7 @@ class TrainingControl:
             self._stop.exit_code = stop_code
 
 
-def remove_old_word(names: OutputNames) -> None:
+def remove_old_word(names: ResultNames) -> None:
     """Remove a word that was written before this run began: it was meant for an earlier run."""
     try:
         names.control.unlink()
@@ -75,7 +75,7 @@ def remove_old_word(names: OutputNames) -> None:
     log.info("%s: older than this run, removed", names.control.name)
 
 
-def take_control_word(names: OutputNames) -> str:
+def take_control_word(names: ResultNames) -> str:
     """The word in the run's control file, which is then deleted; "" without one."""
     try:
         word = _read(names)
@@ -92,7 +92,7 @@ def take_control_word(names: OutputNames) -> str:
     return word
 
 
-def is_stop_written(names: OutputNames) -> bool:
+def is_stop_written(names: ResultNames) -> bool:
     """Whether the word is `stop`; the file stays, so other words wait for the end of the next step."""
     try:
         return _read(names) == "stop"
@@ -100,5 +100,5 @@ def is_stop_written(names: OutputNames) -> bool:
         return False
 
 
-def _read(names: OutputNames) -> str:
+def _read(names: ResultNames) -> str:
     return names.control.read_text(encoding="utf-8").strip().lower()

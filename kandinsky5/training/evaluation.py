@@ -9,7 +9,7 @@ from kandinsky5.training.control import TrainingControl
 from kandinsky5.training.loading import TrainedModel
 from kandinsky5.training.preparation import PreparedRun
 from kandinsky5.training.progress import Progress
-from kandinsky5.training.results.names import OutputNames
+from kandinsky5.training.results.names import ResultNames
 from kandinsky5.training.sample_files import SampleNames
 from kandinsky5.training.samples import TrainingSamples
 from kandinsky5.training.training_log import TrainingLog
@@ -89,5 +89,5 @@ def _validation_checks(run: PreparedRun, model: TrainedModel) -> ValidationCheck
         settings = model_settings(config, dtype_name(model.dtype))
         objective = model.objective(is_local=True)
         validation = Validation(run.validation_data, objective, model.network, model_settings=settings)
-    names = OutputNames(config.saving.output_dir, config.saving.output_name)
+    names = ResultNames(config.saving.output_dir, config.saving.output_name)
     return ValidationChecks(config.data, validation, names.validation_plot)

@@ -9,9 +9,9 @@ from pathlib import Path
 from kandinsky5.configs.train import SavingConfig
 from kandinsky5.training.effects import EffectReporter
 from kandinsky5.training.result_writer import ResultWriter
-from kandinsky5.training.results.names import OutputNames, Unit, average_path, expired
+from kandinsky5.training.results.names import ResultNames, Unit, average_path, expired
 from kandinsky5.training.results.ownership import delete_result
-from kandinsky5.training.results.state import RunState
+from kandinsky5.training.results.state import TrainingState
 from modules.errors import ResourceError
 from modules.logs import get_logger
 
@@ -23,10 +23,10 @@ class Output:
 
     def __init__(self, saving: SavingConfig, writer: ResultWriter, effects: EffectReporter) -> None:
         self._saving, self._writer, self._effects = saving, writer, effects
-        self._names = OutputNames(saving.output_dir, saving.output_name)
+        self._names = ResultNames(saving.output_dir, saving.output_name)
         self._is_final_written = False
 
-    def begin_branch(self, run: RunState) -> None:
+    def begin_branch(self, run: TrainingState) -> None:
         """Save the state that a run has gone back to before anything else, so that `--resume auto` follows.
 
         At the end of a run the final files come first, as always.
@@ -39,7 +39,7 @@ class Output:
         if run.step < run.total_steps:
             self._writer.write_state(self._names.state("step", run.step), run)
 
-    def save_due(self, run: RunState, ended_epoch: int | None, *, is_stopping: bool) -> None:
+    def save_due(self, run: TrainingState, ended_epoch: int | None, *, is_stopping: bool) -> None:
         """Save what the options ask for after this step.
 
         Args:
@@ -59,16 +59,16 @@ class Output:
         for unit, number in self._due(step, ended_epoch) if step else ():
             self._delete_expired(unit, number)
 
-    def save_step(self, run: RunState) -> None:
+    def save_step(self, run: TrainingState) -> None:
         """Save LoRA and state of this step at once, without what takes long and can wait."""
         self._save("step", run.step, run, with_state=True, is_quick=True)
 
-    def save_stopped(self, run: RunState) -> None:
+    def save_stopped(self, run: TrainingState) -> None:
         """Save LoRA and state of a run that is asked to stop, unless this step's state has been written."""
         if self._writer.state_step != run.step:
             self.save_step(run)
 
-    def save_final(self, run: RunState, *, is_stopping: bool) -> Path:
+    def save_final(self, run: TrainingState, *, is_stopping: bool) -> Path:
         """Save the files at the end of a run; one that is asked to stop leaves out what takes long."""
         with self._rescued(run):
             self._write_final_lora(run)
@@ -86,7 +86,7 @@ class Output:
             due.append(("epoch", epoch))
         return due
 
-    def _save(self, unit: Unit, number: int, run: RunState, *, with_state: bool, is_quick: bool) -> None:
+    def _save(self, unit: Unit, number: int, run: TrainingState, *, with_state: bool, is_quick: bool) -> None:
         # The LoRA first: it is the smaller file and the one people want if the disk fills up.
         path = self._names.lora(unit, number)
         with self._rescued(run):
@@ -95,19 +95,19 @@ class Output:
                 self._write_state(self._names.state(unit, number), run)
         self._effects.report(path, run.step, is_quick=is_quick)
 
-    def _write_state(self, folder: Path, run: RunState) -> None:
+    def _write_state(self, folder: Path, run: TrainingState) -> None:
         if run.step >= run.total_steps:
             # Such a state says that nothing is left to do, which must be true whenever it is on the disk.
             self._write_final_lora(run)
         self._writer.write_state(folder, run)
 
-    def _write_final_lora(self, run: RunState) -> None:
+    def _write_final_lora(self, run: TrainingState) -> None:
         if not self._is_final_written:
             self._writer.write_lora(self._names.final_lora, run)
         self._is_final_written = True
 
     @contextmanager
-    def _rescued(self, run: RunState) -> Iterator[None]:
+    def _rescued(self, run: TrainingState) -> Iterator[None]:
         """When a result cannot be written, save LoRA and state to `--output_dir_fallback`, if there is one.
 
         Raises:
@@ -119,7 +119,7 @@ class Output:
             folder = self._saving.output_dir_fallback
             if folder is None:
                 raise
-            names = OutputNames(folder, self._saving.output_name)
+            names = ResultNames(folder, self._saving.output_name)
             lines = [*error.problems]
             for write, path in (
                 (self._writer.write_lora, names.lora("step", run.step)),

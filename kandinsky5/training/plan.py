@@ -21,7 +21,7 @@ _READ_AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunLength:
+class TrainingLength:
     """How steps, epochs and batches relate. Steps and epochs are counted from 0 here."""
 
     batches_per_epoch: int
@@ -71,7 +71,7 @@ class StepPlan:
 class PlanSequence:
     """The steps of a run for one process, in order, from any step on."""
 
-    def __init__(self, data: CachedDataset, length: RunLength, process_index: int) -> None:
+    def __init__(self, data: CachedDataset, length: TrainingLength, process_index: int) -> None:
         self._data = data
         self._length = length
         self._process_index = process_index
@@ -102,7 +102,7 @@ class PlanSequence:
 
 
 def batch_loader(
-    data: CachedDataset, length: RunLength, process_index: int, *, start_step: int, num_workers: int
+    data: CachedDataset, length: TrainingLength, process_index: int, *, start_step: int, num_workers: int
 ) -> Generator[CachedBatch, None, None]:
     """The batches of all steps from `start_step` on, in order; close it to stop reading ahead.
 

@@ -1,4 +1,4 @@
-"""What happens before a training run loads its model: checks, the run's length, its prompts and trackers."""
+"""Prepares a training run before its model is loaded: checks, length, prompts and trackers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from kandinsky5.training import checks as train_checks
 from kandinsky5.training import memory as train_memory
 from kandinsky5.training import setup as train_setup
 from kandinsky5.training.control import remove_old_word
+from kandinsky5.training.dry_build import check_dry_build
 from kandinsky5.training.loss.timesteps import rarity_warning
-from kandinsky5.training.machine_notes import machine_notes
-from kandinsky5.training.plan import RunLength
-from kandinsky5.training.rehearsal import rehearse
+from kandinsky5.training.plan import TrainingLength
 from kandinsky5.training.results.hub import HubUploads
-from kandinsky5.training.results.names import RESUME_HINT, OutputNames
+from kandinsky5.training.results.names import RESUME_HINT, ResultNames
 from kandinsky5.training.results.run_mark import RunMark, mark_run
 from kandinsky5.training.results.saved_config import shareable_options, write_config
 from kandinsky5.training.results.state import SavedState, remove_stray_states
@@ -41,7 +40,7 @@ from kandinsky5.training.tracking.trackers import Tracker, open_trackers
 from kandinsky5.training.validation.schedule import was_measured
 from modules.files import disk_errors, remove_strays
 from modules.interruption import StopRequest
-from modules.logs import get_logger, print_report, unsaid
+from modules.logs import get_logger, print_report, quiet_logging
 
 log = get_logger(__name__)
 
@@ -55,12 +54,12 @@ class PreparedRun:
     datasets: DatasetConfig
     data: CachedDataset
     validation_data: CachedDataset | None
-    length: RunLength
+    length: TrainingLength
     seed: int
     saved: SavedState | None
-    """Where it goes on from."""
+    """The state that the run continues."""
     contents: Mapping[str, str]
-    """See `RunState`."""
+    """See `TrainingState`."""
     prompts: Sequence[PreparedPrompt]
     """Of this process's samples, encoded."""
     num_prompts: int
@@ -71,27 +70,25 @@ class PreparedRun:
 
 
 def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> PreparedRun | None:
-    """Check everything; None if there is nothing to train.
+    """Check everything that can be checked before the model is loaded; None if there is nothing to train.
 
     Args:
         held: takes what the run holds until its end.
-        stop: what uploads heed.
+        stop: the request to stop that uploads obey.
+    Raises:
+        UserError: with everything that the user can fix, by its kind.
     """
     saved = resumed_state(config)
     config = without_replaced_weights(config, saved)
     train_checks.check_files(config)
     requests = read_requests(config)
     accelerator = train_setup.build_accelerator(config)
-    check_fast_products(config.model, accelerator.device)
-    if config.samples.sample_prompts is not None:
-        check_vae(config.samples.vae_dtype, accelerator.device)
-    is_main, is_dry = accelerator.is_main_process, config.run.dry_run
+    device, is_main = accelerator.device, accelerator.is_main_process
+    _check_device(config, device)
     if is_main:
         _take_output(config, held)
-        for note in (*config.notes, *machine_notes(config, accelerator.num_processes, accelerator.device)):
-            log.info("%s", note)
-    wants_uploads = config.hub.huggingface_repo_id is not None and is_main and not is_dry
-    uploads = HubUploads(config.hub, stop) if wants_uploads else None
+        train_checks.log_notes(config, accelerator.num_processes, device)
+    uploads = _open_uploads(config, stop) if is_main else None
     accelerator.wait_for_everyone()
     seed = train_setup.shared_seed(config.run, saved.run.seed if saved else None)
     datasets, data, validation_data = _open_data(config, seed)
@@ -101,25 +98,21 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
     contents = {**cache_contents(data), **model_contents(config.model)}
     if saved is not None:
         check_resumed(config, saved, data, length, seed, contents)
-        is_measured = validation_data is None or was_measured(config.saving, length.total_steps)
-        if branch == saved.run.branch and is_measured and _has_all_files(config, saved, length, requests):
+        is_validated = validation_data is not None
+        if branch == saved.run.branch and _has_all_results(config, saved, length, requests, is_validated):
             log.info("%s: all %d steps are done, nothing to do", saved.folder.name, length.total_steps)
             return None
-    _rehearse(config, saved, length, accelerator.device)
+    _check_dry_build(config, saved, length, device)
     if is_main:
-        _describe(config, datasets, data)
-    if is_dry:
-        if is_main:
-            print_report(train_memory.dry_run_report(config, data, accelerator))
+        _describe(config, datasets, data, accelerator)
+    if config.run.dry_run:
         return None
     mark = mark_run(config.tracking.log_prefix, saved.run if saved else None, branch)
-    trackers: list[Tracker] = []
+    trackers: Sequence[Tracker] = ()
     if is_main:
-        _write_options(config, seed, length, accelerator.device)
+        _write_options(config, seed, length, device)
         # Before a model is loaded: a key or a connection may be missing.
         trackers = open_trackers(config, mark, start_step=saved.run.step if saved else 0)
-    own = list(enumerate(requests))[accelerator.process_index :: accelerator.num_processes]
-    prompts = encode_requests(config, own, accelerator.device)
     return PreparedRun(
         config=config,
         accelerator=accelerator,
@@ -130,7 +123,7 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
         seed=seed,
         saved=saved,
         contents=contents,
-        prompts=prompts,
+        prompts=_encode_own(config, requests, accelerator),
         num_prompts=len(requests),
         mark=mark,
         trackers=trackers,
@@ -138,20 +131,31 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
     )
 
 
+def _check_device(config: TrainConfig, device: torch.device) -> None:
+    check_fast_products(config.model, device)
+    if config.samples.sample_prompts is not None:
+        check_vae(config.samples.vae_dtype, device)
+
+
+def _open_uploads(config: TrainConfig, stop: StopRequest) -> HubUploads | None:
+    is_asked = config.hub.huggingface_repo_id is not None and not config.run.dry_run
+    return HubUploads(config.hub, stop) if is_asked else None
+
+
 def _take_output(config: TrainConfig, held: ExitStack) -> None:
-    """Make the output folder this run's own, or in a dry run see that it could be."""
+    """Lock the output folder for this run; a dry run only checks that it could be written."""
     is_resuming = config.run.resume is not None
     if config.run.dry_run:
         train_checks.check_output_unwritten(config, is_resuming=is_resuming)
         return
     train_checks.prepare_output(config, held, is_resuming=is_resuming)
-    remove_old_word(OutputNames(config.saving.output_dir, config.saving.output_name))
+    remove_old_word(ResultNames(config.saving.output_dir, config.saving.output_name))
     remove_strays(config.saving.output_dir)
     remove_stray_states(config.saving.output_dir)
 
 
 def _open_data(config: TrainConfig, seed: int) -> tuple[DatasetConfig, CachedDataset, CachedDataset | None]:
-    """What is trained on and what is measured, of sizes that the model takes."""
+    """The caches to train on and to validate on, both of sizes that the model takes."""
     datasets, data = train_setup.open_datasets(config, seed)
     data, validation_data = train_setup.open_validation(config, data)
     for part in (data, validation_data):
@@ -160,32 +164,53 @@ def _open_data(config: TrainConfig, seed: int) -> tuple[DatasetConfig, CachedDat
     return datasets, data, validation_data
 
 
-def _has_all_files(
-    config: TrainConfig, saved: SavedState, length: RunLength, requests: Sequence[VideoRequest]
+def _has_all_results(
+    config: TrainConfig,
+    saved: SavedState,
+    length: TrainingLength,
+    requests: Sequence[VideoRequest],
+    is_validated: bool,
 ) -> bool:
-    """Whether the run has ended, with its last samples."""
-    epoch, rest = divmod(length.total_steps, length.steps_per_epoch)
-    lacks_samples = are_missing(config, length.total_steps, None if rest else epoch, len(requests))
-    return is_finished(config.saving, saved, length.total_steps) and not lacks_samples
+    """Whether the run has ended, with its final files, its last samples and its last validation."""
+    steps = length.total_steps
+    epoch, rest = divmod(steps, length.steps_per_epoch)
+    lacks_samples = are_missing(config, steps, None if rest else epoch, len(requests))
+    lacks_validation = is_validated and not was_measured(config.saving, steps)
+    return is_finished(config.saving, saved, steps) and not lacks_samples and not lacks_validation
 
 
-def _rehearse(config: TrainConfig, saved: SavedState | None, length: RunLength, device: torch.device) -> None:
-    """Build without data what is trained; a plan for a card need not step on a machine without one."""
-    is_dry = config.run.dry_run
-    is_elsewhere = is_dry and config.run.vram_budget is not None and device.type != "cuda"
-    with nullcontext() if is_dry else unsaid():
-        rehearse(config, saved, length.total_steps, None if is_elsewhere else device)
+def _check_dry_build(
+    config: TrainConfig, saved: SavedState | None, length: TrainingLength, device: torch.device
+) -> None:
+    """Build without data what is trained; a plan for a card takes no trial step on a machine without one."""
+    is_dry_run = config.run.dry_run
+    is_for_other_machine = is_dry_run and config.run.vram_budget is not None and device.type != "cuda"
+    with nullcontext() if is_dry_run else quiet_logging():
+        check_dry_build(config, saved, length.total_steps, None if is_for_other_machine else device)
 
 
-def _describe(config: TrainConfig, datasets: DatasetConfig, data: CachedDataset) -> None:
+def _encode_own(
+    config: TrainConfig, requests: Sequence[VideoRequest], accelerator: Accelerator
+) -> list[PreparedPrompt]:
+    """The encoded prompts of this process: processes take turns."""
+    own = list(enumerate(requests))[accelerator.process_index :: accelerator.num_processes]
+    return encode_requests(config, own, accelerator.device)
+
+
+def _describe(
+    config: TrainConfig, datasets: DatasetConfig, data: CachedDataset, accelerator: Accelerator
+) -> None:
+    """Log what is about to be trained, and in a dry run print the memory plan."""
     rarity = rarity_warning(config.timesteps, {item.shape[1:] for item in data.items})
     if rarity is not None:
         log.warning("%s", rarity)
     train_checks.log_datasets(datasets, data)
     log.info("%s", train_checks.describe_model(config.model))
+    if config.run.dry_run:
+        print_report(train_memory.dry_run_report(config, data, accelerator))
 
 
-def _write_options(config: TrainConfig, seed: int, length: RunLength, device: torch.device) -> None:
+def _write_options(config: TrainConfig, seed: int, length: TrainingLength, device: torch.device) -> None:
     """Replace what `--overwrite` allows, and leave the options of the run in its folder."""
     train_checks.remove_replaced(config, is_resuming=config.run.resume is not None)
     if config.tracking.log_config:
@@ -193,19 +218,19 @@ def _write_options(config: TrainConfig, seed: int, length: RunLength, device: to
     resolved = {"seed": seed, **train_setup.resolved_precision(config.model, device)}
     if config.run.max_train_epochs is None:
         resolved["max_train_steps"] = length.total_steps
-    settings = OutputNames(config.saving.output_dir, config.saving.output_name).config
+    settings = ResultNames(config.saving.output_dir, config.saving.output_name).config
     with disk_errors(settings, RESUME_HINT):
         write_config(settings, config, resolved)
 
 
 def _run_length(
     config: TrainConfig, data: CachedDataset, num_processes: int, saved: SavedState | None
-) -> RunLength:
+) -> TrainingLength:
     batches = len(data.epoch_batches(1))
     per_step = config.run.gradient_accumulation_steps * num_processes
     epochs = config.run.max_train_epochs
     asked = config.run.max_train_steps if epochs is None else epochs * -(-batches // per_step)
-    return RunLength(
+    return TrainingLength(
         batches_per_epoch=batches,
         gradient_accumulation_steps=config.run.gradient_accumulation_steps,
         num_processes=num_processes,

@@ -20,7 +20,7 @@ from modules.errors import ResourceError
 from networks.lora import LoRANetwork
 
 
-def is_wanted(config: RunConfig, device: torch.device) -> bool:
+def is_due(config: RunConfig, device: torch.device) -> bool:
     """Whether the first step is preceded by a probe: on CUDA, unless `--no_probe` is given."""
     return device.type == "cuda" and not config.no_probe
 

@@ -7,10 +7,10 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from kandinsky5.training.loading import TrainedModel
-from kandinsky5.training.plan import RunLength, data_order_hash
+from kandinsky5.training.plan import TrainingLength, data_order_hash
 from kandinsky5.training.preparation import PreparedRun
 from kandinsky5.training.results.saved_config import shareable_options
-from kandinsky5.training.results.state import RunState, SavedState
+from kandinsky5.training.results.state import SavedState, TrainingState
 from kandinsky5.training.resume import library_versions, network_identity
 from modules.optimizers import describe_optimizer
 
@@ -19,14 +19,14 @@ from modules.optimizers import describe_optimizer
 class Progress:
     """Optimizer steps done and the losses of the last epoch's worth of them."""
 
-    length: RunLength
+    length: TrainingLength
     step: int = 0
     """Optimizer steps done, those that were skipped included."""
     skipped_in_a_row: int = 0
     recent_losses: deque[float] = field(default_factory=deque)
 
     @classmethod
-    def at_start(cls, length: RunLength, saved: SavedState | None) -> Progress:
+    def at_start(cls, length: TrainingLength, saved: SavedState | None) -> Progress:
         """At the first step, or where a saved state stands."""
         recent = deque(saved.run.recent_losses if saved else (), maxlen=length.steps_per_epoch)
         if saved is None:
@@ -55,10 +55,10 @@ class Progress:
             self.recent_losses.append(loss)
 
 
-def starting_state(run: PreparedRun, model: TrainedModel) -> RunState:
+def starting_state(run: PreparedRun, model: TrainedModel) -> TrainingState:
     """The record of a run at its first step; only step, skipped steps and losses change after it."""
     config, length = run.config, run.length
-    return RunState(
+    return TrainingState(
         output_name=config.saving.output_name,
         task=config.model.task.name,
         seed=run.seed,

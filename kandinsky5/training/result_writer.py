@@ -7,9 +7,9 @@ from pathlib import Path
 
 from kandinsky5.training.loading import TrainedModel
 from kandinsky5.training.preparation import PreparedRun
-from kandinsky5.training.results.metadata import RunFacts, lora_metadata
+from kandinsky5.training.results.metadata import LoraFacts, lora_metadata
 from kandinsky5.training.results.names import RESUME_HINT, average_path
-from kandinsky5.training.results.state import RunState, write_state
+from kandinsky5.training.results.state import TrainingState, write_state
 from kandinsky5.training.setup import has_schedule_state, schedule_settings
 from modules.dtypes import dtype_from_word, dtype_name
 from modules.errors import DivergedError
@@ -31,7 +31,7 @@ class ResultWriter:
         self.state_step: int | None = None
         """Step of the last state that was written."""
 
-    def write_lora(self, path: Path, run: RunState) -> None:
+    def write_lora(self, path: Path, run: TrainingState) -> None:
         """Write a LoRA, and beside it the average of `--ema_decay`.
 
         Raises:
@@ -50,7 +50,7 @@ class ResultWriter:
                 decay = f"{model.average.decay:g}"
                 self._save_lora(average_path(path), {**metadata, "ss_ema_decay": decay})
 
-    def write_state(self, folder: Path, run: RunState) -> None:
+    def write_state(self, folder: Path, run: TrainingState) -> None:
         """Write a state directory.
 
         Raises:
@@ -96,10 +96,10 @@ class ResultWriter:
             )
 
 
-def _run_facts(run: PreparedRun, model: TrainedModel) -> RunFacts:
+def _run_facts(run: PreparedRun, model: TrainedModel) -> LoraFacts:
     optimizer, length = run.config.optimizer, run.length
     precision = dtype_name(model.dtype)
-    return RunFacts(
+    return LoraFacts(
         session_id=run.mark.session_id,
         started_at=run.mark.started_at,
         seed=run.seed,

@@ -13,13 +13,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.cache.cached_dataset import CachedDataset
 from kandinsky5.configs.train import DEFAULT_TRAIN_STEPS, OptimizerConfig, SavingConfig, TrainConfig
-from kandinsky5.training.plan import RunLength, data_order_hash
+from kandinsky5.training.plan import TrainingLength, data_order_hash
 from kandinsky5.training.results.hub import fetch_state
-from kandinsky5.training.results.names import OutputNames, effect_path
+from kandinsky5.training.results.names import ResultNames, effect_path
 from kandinsky5.training.results.saved_config import shareable_options
 from kandinsky5.training.results.state import (
-    RunState,
     SavedState,
+    TrainingState,
     find_state,
     list_states,
     read_mark,
@@ -90,7 +90,7 @@ def without_replaced_weights(config: TrainConfig, saved: SavedState | None) -> T
 
 def is_finished(saving: SavingConfig, saved: SavedState, total_steps: int) -> bool:
     """Whether a state is the last one of its run and the final files are there."""
-    names = OutputNames(saving.output_dir, saving.output_name)
+    names = ResultNames(saving.output_dir, saving.output_name)
     wants_state = saving.save_state or saving.save_state_on_train_end
     # The final LoRA is written before the last step's state; a final state may be that of a shorter run.
     last = read_mark(names.final_state)
@@ -136,7 +136,7 @@ def check_resumed(
     config: TrainConfig,
     saved: SavedState,
     data: CachedDataset,
-    length: RunLength,
+    length: TrainingLength,
     seed: int,
     contents: Mapping[str, str],
 ) -> None:
@@ -179,12 +179,12 @@ def check_resumed(
     _say_changes(config, saved, contents, length)
 
 
-def _epoch_problems(config: TrainConfig, before: RunState, length: RunLength) -> list[str]:
+def _epoch_problems(config: TrainConfig, before: TrainingState, length: TrainingLength) -> list[str]:
     """Other data may have fewer or more steps per epoch: the new numbers must not fall on old files."""
     every = config.saving.save_every_n_epochs
     if every is None or before.steps_per_epoch == length.steps_per_epoch:
         return []
-    names = OutputNames(config.saving.output_dir, config.saving.output_name)
+    names = ResultNames(config.saving.output_dir, config.saving.output_name)
     first = before.step // length.steps_per_epoch + 1
     last = (length.total_steps - 1) // length.steps_per_epoch  # what ends with the run has the final names
     epochs = [epoch for epoch in range(first, last + 1) if epoch % every == 0]
@@ -201,7 +201,7 @@ def _epoch_problems(config: TrainConfig, before: RunState, length: RunLength) ->
 
 
 def _say_changes(
-    config: TrainConfig, saved: SavedState, contents: Mapping[str, str], length: RunLength
+    config: TrainConfig, saved: SavedState, contents: Mapping[str, str], length: TrainingLength
 ) -> None:
     before = saved.run
     if before.learning_rate != config.optimizer.learning_rate and config.optimizer.lr_scheduler_type:

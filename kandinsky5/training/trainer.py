@@ -34,8 +34,8 @@ from kandinsky5.training.preparation import PreparedRun, prepare_run
 from kandinsky5.training.progress import Progress, starting_state
 from kandinsky5.training.result_writer import ResultWriter
 from kandinsky5.training.results.hub import HubUploads
-from kandinsky5.training.results.names import OutputNames
-from kandinsky5.training.results.state import RunState
+from kandinsky5.training.results.names import ResultNames
+from kandinsky5.training.results.state import TrainingState
 from kandinsky5.training.step_values import LocalStep, StepReport, gather_step
 from kandinsky5.training.training_log import TrainingLog
 from kandinsky5.training.validation.prediction_change import PredictionChange
@@ -103,7 +103,7 @@ class Trainer:
         self.objective = model.objective()
         self.prior = prior.PriorPreservation(self.objective, model.network, config.loss.prior_loss_weight)
         self.norm_limit = NormLimit(model.network, config.network.scale_weight_norms, model.device)
-        names = OutputNames(config.saving.output_dir, config.saving.output_name)
+        names = ResultNames(config.saving.output_dir, config.saving.output_name)
         makes_samples = config.samples.sample_prompts is not None
         self.control = TrainingControl(stop, names, accelerator, makes_samples=makes_samples)
         self.run_log = TrainingLog(config, run.trackers, self.progress)
@@ -140,7 +140,7 @@ class Trainer:
             self.run_log.close(is_failed=sys.exception() is not None)
 
     def _probe_memory(self) -> None:
-        if memory_probe.is_wanted(self.config.run, self.model.device):
+        if memory_probe.is_due(self.config.run, self.model.device):
             local = self.model.objective(is_local=True)
             with self.accelerator.no_sync(self.model.runner):
                 result = memory_probe.probe(
@@ -323,7 +323,7 @@ class Trainer:
             step, self.progress.length.total_steps, f" with its {' and '.join(missing)}" if missing else "",
         )  # fmt: skip
 
-    def run_state(self) -> RunState:
+    def run_state(self) -> TrainingState:
         """Where the run stands, for a state directory."""
         return replace(
             self.starting_state,

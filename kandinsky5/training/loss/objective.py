@@ -25,7 +25,7 @@ from modules.transfers import send
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class NoiseDraw:
     """All that chance decides for a batch, on the CPU."""
 
     noise: Tensor
@@ -48,25 +48,25 @@ class Objective:
     device: torch.device
     loss: LossConfig = field(default_factory=LossConfig)
 
-    def draw(self, batch: CachedBatch, step: int) -> Draws:
+    def draw(self, batch: CachedBatch, step: int) -> NoiseDraw:
         """Noise, noise levels and conditioned clips of a batch in a step."""
         size = (batch.latents.shape[-2], batch.latents.shape[-1])
         quantiles = batch.timestep_quantiles
-        return Draws(
+        return NoiseDraw(
             draw_noise(self.seed, step, batch.item_keys, batch.latents.shape[1:]),
             draw_sigmas(self.timesteps, self.seed, step, batch.item_keys, size, quantiles),
             self._draw_conditioned(batch.item_keys, step),
         )
 
-    def training_losses(self, batch: CachedBatch, draws: Draws) -> Tensor:
+    def training_losses(self, batch: CachedBatch, draw: NoiseDraw) -> Tensor:
         """One forward pass for the whole batch: weighted losses [B], float32 on the device."""
         weights = batch.loss_mask
         if weights is not None:
             weights = send(weights.clamp_min(self.loss.mask_min_weight), self.device)
-        losses = self.losses(batch, draws.noise, draws.sigma, draws.use, weights)
-        return losses * self.level_weight(draws.sigma)
+        losses = self.losses(batch, draw.noise, draw.sigma, draw.use, weights)
+        return losses * self.sigma_weight(draw.sigma)
 
-    def level_weight(self, sigma: Tensor) -> Tensor:
+    def sigma_weight(self, sigma: Tensor) -> Tensor:
         """What each clip counts by its noise level, [B] on the device."""
         return send(loss_weight(self.timesteps, sigma), self.device)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dataset.cache.cached_dataset import CachedBatch
 from kandinsky5.model.conditioning import TextBatch, TextConditioning, pad_text
 from kandinsky5.model.flow_matching import add_noise, mean_squared_error
-from kandinsky5.training.loss.objective import Draws, Objective
+from kandinsky5.training.loss.objective import NoiseDraw, Objective
 from modules.transfers import send
 from networks.lora import LoRANetwork
 
@@ -38,7 +38,7 @@ class PriorPreservation:
     network: LoRANetwork
     weight: float
 
-    def losses(self, batch: CachedBatch, draws: Draws) -> Tensor:
+    def losses(self, batch: CachedBatch, draw: NoiseDraw) -> Tensor:
         """Weighted squared difference from the base model per clip, [B], float32 on the device.
 
         One forward pass without the LoRA and without gradients, then one with both. Masks are left out:
@@ -46,17 +46,17 @@ class PriorPreservation:
         """
         objective = self.objective
         device = objective.device
-        sigma = send(draws.sigma, device)
-        noisy = add_noise(send(batch.latents, device), send(draws.noise, device), sigma)
+        sigma = send(draw.sigma, device)
+        noisy = add_noise(send(batch.latents, device), send(draw.noise, device), sigma)
         text = self._text(batch)
-        frames = objective.frames(batch, draws.use)
+        frames = objective.frames(batch, draw.use)
         # Around the wrapper for several processes: nothing is exchanged in this pass.
         base = replace(objective.model, runner=None)
         with torch.no_grad(), self.network.disabled():
             target = base(noisy, sigma, text, frames).float()
         predicted = objective.model(noisy, sigma, text, frames)
         losses = mean_squared_error(predicted, target, None if frames is None else frames.predicted_frames())
-        return self.weight * losses * objective.level_weight(draws.sigma)
+        return self.weight * losses * objective.sigma_weight(draw.sigma)
 
     def _text(self, batch: CachedBatch) -> TextBatch:
         if batch.prior_text is None:  # a dataset marked is_prior: its own captions

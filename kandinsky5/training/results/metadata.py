@@ -45,7 +45,7 @@ _DATASET_KEYS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunFacts:
+class LoraFacts:
     """What the metadata tells of a run beyond its configuration."""
 
     session_id: str
@@ -65,7 +65,7 @@ class RunFacts:
 def lora_metadata(
     config: TrainConfig,
     datasets: DatasetConfig,
-    facts: RunFacts,
+    facts: LoraFacts,
     network: LoRANetwork,
     *,
     step: int,
@@ -87,7 +87,7 @@ def lora_metadata(
     }
 
 
-def _run_values(facts: RunFacts, *, step: int, epoch: int) -> dict[str, Any]:
+def _run_values(facts: LoraFacts, *, step: int, epoch: int) -> dict[str, Any]:
     return {
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
@@ -136,7 +136,7 @@ def _option_values(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _rate_values(config: OptimizerConfig, facts: RunFacts) -> dict[str, Any]:
+def _rate_values(config: OptimizerConfig, facts: LoraFacts) -> dict[str, Any]:
     """Learning rate and schedule that act; None for what the optimizer goes without."""
     rate, schedule, warmup = config.learning_rate, config.lr_scheduler, facts.warmup_steps
     if is_schedule_free(config.optimizer_type):
@@ -183,7 +183,7 @@ def _dataset_entry(dataset: AnyDatasetConfig) -> dict[str, Any]:
     }
 
 
-def _model_spec(config: TrainConfig, datasets: DatasetConfig, facts: RunFacts) -> dict[str, str]:
+def _model_spec(config: TrainConfig, datasets: DatasetConfig, facts: LoraFacts) -> dict[str, str]:
     given = config.metadata
     width, height = given.metadata_reso or datasets.datasets[0].resolution
     now = datetime.datetime.fromtimestamp(facts.started_at, tz=datetime.UTC).replace(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kandinsky5.training.results.names import (
-    OutputNames,
+    ResultNames,
     effect_path,
     is_average_name,
     is_lora_name,
@@ -32,7 +32,7 @@ class FoundResults:
     """Others, which the run might want to replace: of another run, or without a word of whose they are."""
 
 
-def find_results(names: OutputNames, *, with_average: bool) -> FoundResults:
+def find_results(names: ResultNames, *, with_average: bool) -> FoundResults:
     """Sort what lies under the names of a run by who wrote it.
 
     Args:
@@ -47,7 +47,7 @@ def find_results(names: OutputNames, *, with_average: bool) -> FoundResults:
     return FoundResults(tuple(own), tuple(foreign))
 
 
-def _named_alike(names: OutputNames) -> Iterator[Path]:
+def _named_alike(names: ResultNames) -> Iterator[Path]:
     for path in names.output_dir.iterdir() if names.output_dir.is_dir() else ():
         name, run = path.name, names.output_name
         if is_lora_name(name, run) or is_average_name(name, run) or is_state_name(name, run):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from accelerate.utils import broadcast_object_list
 
-from kandinsky5.training.results.state import RunState
+from kandinsky5.training.results.state import TrainingState
 
 
 def shared_session(resumed: str | None) -> str:
@@ -26,10 +26,10 @@ class RunMark:
     tracker_run: str
     """Name of its folder of TensorBoard curves."""
     branch: int
-    """See `RunState`."""
+    """See `TrainingState`."""
 
 
-def mark_run(log_prefix: str, resumed: RunState | None, branch: int) -> RunMark:
+def mark_run(log_prefix: str, resumed: TrainingState | None, branch: int) -> RunMark:
     """The mark of a resumed run, or a new one, the same on all processes but for the branch."""
     started_at = resumed.started_at if resumed else time.time()
     stamp = time.strftime("%Y%m%d%H%M%S", time.localtime(started_at))

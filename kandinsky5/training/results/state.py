@@ -41,7 +41,7 @@ _REQUIRED = ("lora.safetensors", "optimizer.pt", "state.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunState:
+class TrainingState:
     """Where a run stands and what it was started with. All of it is JSON."""
 
     output_name: str
@@ -101,7 +101,7 @@ class SavedState:
     """A verified state directory, read into memory on the CPU."""
 
     folder: Path
-    run: RunState
+    run: TrainingState
     lora: Mapping[str, Tensor]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any] | None
@@ -110,7 +110,7 @@ class SavedState:
 
 def write_state(
     folder: Path,
-    run: RunState,
+    run: TrainingState,
     lora: Mapping[str, Tensor],
     optimizer: Mapping[str, Any],
     scheduler: Mapping[str, Any] | None = None,
@@ -244,11 +244,11 @@ def read_state(folder: Path) -> SavedState:
     )
 
 
-def _read_run(path: Path) -> RunState:
+def _read_run(path: Path) -> TrainingState:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        known = {item.name for item in fields(RunState)}
-        return RunState(**{key: value for key, value in values.items() if key in known})
+        known = {item.name for item in fields(TrainingState)}
+        return TrainingState(**{key: value for key, value in values.items() if key in known})
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFileError(f"{path}: not what this program writes ({error})") from error
 

@@ -25,7 +25,7 @@ _SEED = 0
 """Fixed, not the run's, so that runs with different seeds can be compared."""
 
 
-def draw_levels(item_keys: Sequence[str]) -> Tensor:
+def draw_validation_sigmas(item_keys: Sequence[str]) -> Tensor:
     """Noise levels [NUM_BINS, B]: for every clip one in each bin, a pure function of bin and clip.
 
     Stratified: over many clips they fill their bins evenly, where fixed ones would leave gaps.
@@ -124,7 +124,7 @@ class Validation:
             batch = self._data.load_batch(plan)
             use = torch.ones(len(batch.item_keys), dtype=torch.bool)
             columns = []
-            for part, sigma in enumerate(draw_levels(batch.item_keys)):
+            for part, sigma in enumerate(draw_validation_sigmas(batch.item_keys)):
                 if should_stop():
                     raise Interrupted
                 noise = draw_noise(_SEED, part, batch.item_keys, batch.latents.shape[1:])

@@ -26,7 +26,7 @@ from kandinsky5.model.offload import max_blocks_to_swap
 from kandinsky5.tasks import PRO_PARAMS
 from kandinsky5.training import memory as train_memory
 from kandinsky5.training import probe as memory_probe
-from kandinsky5.training.loss.objective import Draws, Objective
+from kandinsky5.training.loss.objective import NoiseDraw, Objective
 from modules.byte_sizes import GIB
 from modules.errors import ConfigError
 from networks.lora import LoRANetwork
@@ -216,7 +216,7 @@ def test_a_run_with_the_probe_ends_in_the_same_bytes(
         return result
 
     monkeypatch.setattr(memory_probe, "probe", watched)
-    monkeypatch.setattr(memory_probe, "is_wanted", lambda *_: True)
+    monkeypatch.setattr(memory_probe, "is_due", lambda *_: True)
     train(*files, tmp_path / "probed", *options)
     assert states
     assert "probe of 1 x 64x16x9" in said.text
@@ -263,7 +263,7 @@ def test_running_out_of_memory_tells_sizes_and_what_helps_most(
 ) -> None:
     draw = Objective.draw
 
-    def run_out(self: Objective, batch: CachedBatch, step: int) -> Draws:
+    def run_out(self: Objective, batch: CachedBatch, step: int) -> NoiseDraw:
         if step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return draw(self, batch, step)
@@ -292,7 +292,7 @@ def test_a_probe_that_runs_out_of_memory_ends_the_run_before_the_first_step(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(Objective, "training_losses", run_out)
-    monkeypatch.setattr(memory_probe, "is_wanted", lambda *_: True)
+    monkeypatch.setattr(memory_probe, "is_due", lambda *_: True)
     with pytest.raises(SystemExit) as stop:
         train(*files, tmp_path, "--max_train_steps", 1)
     assert stop.value.code == 5

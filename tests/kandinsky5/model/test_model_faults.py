@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kandinsky5.model.checkpoints import check_dit_file, load_dit, save_merged_model
 from kandinsky5.tasks import TINY_PARAMS
-from kandinsky5.training.results.state import RunState, read_state, write_state
+from kandinsky5.training.results.state import TrainingState, read_state, write_state
 from kandinsky5.vae.video_vae import load_vae
 from modules.errors import ModelFileError
 from modules.fp8 import FP8_DTYPE
@@ -93,10 +93,10 @@ def test_text_encoders_are_never_read_from_pickles(
 
 def test_a_training_state_is_read_without_running_code(tmp_path: Path) -> None:
     """Whole by its manifest, as a stranger's would be."""
-    values: dict[str, Any] = {field.name: 0 if field.type == "int" else "" for field in fields(RunState)}
+    values: dict[str, Any] = {field.name: 0 if field.type == "int" else "" for field in fields(TrainingState)}
     for part in ("optimizer", "scheduler"):
         parts: dict[str, Any] = {"optimizer": {}, part: {"x": Payload(tmp_path / "marker")}}
-        write_state(tmp_path / part, RunState(**values), {"w": torch.zeros(1)}, **parts)
+        write_state(tmp_path / part, TrainingState(**values), {"w": torch.zeros(1)}, **parts)
         with pytest.raises(ModelFileError, match=rf"{part}\.pt: holds more than tensors"):
             read_state(tmp_path / part)
     assert not (tmp_path / "marker").exists()

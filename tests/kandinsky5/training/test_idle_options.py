@@ -11,7 +11,7 @@ import torch
 from kandinsky5.cli.idle_options import OPTIMIZER_RULES, RUN_RULES, TIMESTEP_RULES
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import ShowTimestepsConfig, TrainConfig
-from kandinsky5.training.machine_notes import machine_notes
+from kandinsky5.training.checks import machine_notes
 from kandinsky5.training.results.saved_config import write_config
 from kandinsky5_train_network import main
 from tests.kandinsky5.training.training_runs import SMALLER, exit_code, train, write_word_while_loading

@@ -13,7 +13,7 @@ from dataset.cache.files import TextCache
 from kandinsky5.configs.train import ConditioningConfig, LossConfig, TimestepConfig
 from kandinsky5.model.conditioning import VelocityModel
 from kandinsky5.model.flow_matching import mean_squared_error
-from kandinsky5.training.loss.objective import Draws, Objective
+from kandinsky5.training.loss.objective import NoiseDraw, Objective
 from kandinsky5.training.loss.prior import PriorPreservation, passes
 from networks.lora import LoRANetwork
 from networks.lora_kandinsky import create_network
@@ -115,7 +115,7 @@ def test_black_positions_teach_nothing_unless_they_count_a_minimum() -> None:
     half[:, :, :2] = 1
     masked = objective.training_losses(replace(batch, loss_mask=half), draws)
     by_hand = objective.losses(batch, draws.noise, draws.sigma, draws.use, half.clamp_min(0.25))
-    assert torch.equal(masked, by_hand * objective.level_weight(draws.sigma))
+    assert torch.equal(masked, by_hand * objective.sigma_weight(draws.sigma))
 
 
 def with_prior(batch: CachedBatch, seed: int = 20) -> CachedBatch:
@@ -151,7 +151,7 @@ def test_the_prior_term_is_the_squared_difference_from_the_base_model(is_i2v: bo
         target = objective.model(noisy, draws.sigma, text, frames)
     first = 1 if is_i2v else 0  # a frame that is given is not held
     expected = (predicted - target.detach())[:, :, first:].square().mean(dim=(1, 2, 3, 4))
-    expected = 0.5 * expected * objective.level_weight(draws.sigma)
+    expected = 0.5 * expected * objective.sigma_weight(draws.sigma)
     torch.testing.assert_close(found, expected)
     assert found.min() > 0
     for name, value in gradients(network, expected).items():
@@ -187,6 +187,6 @@ def test_draws_are_a_pure_function_of_seed_step_and_item() -> None:
     batch = make_batch()
     other = replace(batch, item_keys=tuple(reversed(batch.item_keys)))
     first, again, swapped = (objective.draw(b, 4) for b in (batch, batch, other))
-    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in Draws.__slots__)
+    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in NoiseDraw.__slots__)
     assert torch.equal(first.noise, swapped.noise.flip(0))
     assert not torch.equal(first.noise, objective.draw(batch, 5).noise)

@@ -56,8 +56,8 @@ def test_weights_that_are_not_finite_are_loaded_when_told_not_to_look(
 @pytest.mark.parametrize(("words", "wants"), [("", True), ("--no_probe", False)])
 def test_the_probe_of_the_largest_batch_can_be_left_out(words: str, wants: bool) -> None:
     config = parse(words)
-    assert memory_probe.is_wanted(config.run, torch.device("cuda")) == wants
-    assert not memory_probe.is_wanted(config.run, torch.device("cpu"))
+    assert memory_probe.is_due(config.run, torch.device("cuda")) == wants
+    assert not memory_probe.is_due(config.run, torch.device("cpu"))
 
 
 def test_settings_of_several_processes_reach_their_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

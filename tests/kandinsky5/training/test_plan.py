@@ -13,12 +13,12 @@ import torch
 
 from dataset.cache.cached_dataset import BatchPlan, CachedBatch, CachedDataset
 from dataset.config.config import load_dataset_config
-from kandinsky5.training.plan import PlanSequence, RunLength, batch_loader
+from kandinsky5.training.plan import PlanSequence, TrainingLength, batch_loader
 from modules.errors import CacheError
 from tests.kandinsky5.training import fault_kit
 from tests.kandinsky5.training.training_runs import lora_bytes, train, write_dataset
 
-LENGTH = RunLength(batches_per_epoch=5, gradient_accumulation_steps=2, num_processes=1, total_steps=7)
+LENGTH = TrainingLength(batches_per_epoch=5, gradient_accumulation_steps=2, num_processes=1, total_steps=7)
 START = 2
 
 

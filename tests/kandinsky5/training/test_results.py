@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky5.training.results.names import OutputNames, is_lora_name, is_state_name
+from kandinsky5.training.results.names import ResultNames, is_lora_name, is_state_name
 from kandinsky5.training.results.ownership import delete_result, find_results
 from kandinsky5.training.results.state import find_state
 from tests.kandinsky5.training.training_runs import exit_code, train
@@ -18,7 +18,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_names_are_read_as_they_are_written_and_no_other_way() -> None:
-    names = OutputNames(Path(), "a[1]")
+    names = ResultNames(Path(), "a[1]")
     for unit, number in (("epoch", 3), ("epoch", 1234567), ("step", 40), ("step", 123456789)):
         assert is_lora_name(names.lora(unit, number).name, "a[1]")
         assert is_state_name(names.state(unit, number).name, "a[1]")
@@ -56,7 +56,7 @@ def test_what_another_run_wrote_under_a_name_of_this_one_is_never_touched(
 ) -> None:
     train(dit, dataset, tmp_path, "--output_name", "cat-000001", "--max_train_steps", 1, "--save_state")
     before = files(tmp_path)
-    names = OutputNames(tmp_path, "cat")
+    names = ResultNames(tmp_path, "cat")
     assert find_state(tmp_path, "cat", "auto") is None
     delete_result(tmp_path / "cat-000001.safetensors", "cat")
     delete_result(tmp_path / "cat-000001-state", "cat")

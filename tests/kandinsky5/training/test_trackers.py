@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kandinsky5.training import control
 from kandinsky5.training import trainer as training
-from kandinsky5.training.results.names import OutputNames
+from kandinsky5.training.results.names import ResultNames
 from kandinsky5.training.sample_files import SampleNames, write_sample
 from kandinsky5.training.tracking import trackers
 from kandinsky5.training.tracking.animation import animate
@@ -163,7 +163,7 @@ def test_a_resumed_run_continues_its_wandb_run_without_a_step_twice(
     with pytest.MonkeyPatch.context() as patch:
         steps = iter(range(1, 99))
 
-        def die(_names: OutputNames) -> str:
+        def die(_names: ResultNames) -> str:
             if next(steps) == 5:
                 raise KeyboardInterrupt
             return ""

@@ -9,7 +9,7 @@ import torch
 
 from kandinsky5.configs.train import ROOM_FOR_ENDINGS
 from kandinsky5.training import control
-from kandinsky5.training.results.names import OutputNames, average_path, effect_path
+from kandinsky5.training.results.names import ResultNames, average_path, effect_path
 from kandinsky5.training.results.state import read_state
 from kandinsky5.training.sample_files import SampleNames
 from modules.file_names import MAX_NAME_BYTES
@@ -130,7 +130,7 @@ def test_shares_without_sense_are_refused(
 
 def test_the_longest_output_name_leaves_room_for_every_file_of_a_run(tmp_path: Path) -> None:
     name = "x" * (MAX_NAME_BYTES - ROOM_FOR_ENDINGS)
-    outputs = OutputNames(tmp_path, name)
+    outputs = ResultNames(tmp_path, name)
     samples = SampleNames(tmp_path, name, "id")
     step = 10**9  # one digit more than the pattern has
     paths = [outputs.config, outputs.validation_plot, outputs.control, outputs.lock]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from kandinsky5.training import control
 from kandinsky5.training.validation import measure as validation
-from kandinsky5.training.validation.measure import NUM_BINS, Validation, draw_levels
+from kandinsky5.training.validation.measure import NUM_BINS, Validation, draw_validation_sigmas
 from kandinsky5.training.validation.plot import write_validation_plot
 from modules.errors import CacheError
 from modules.tensor_files import read_tensors, write_tensors
@@ -49,13 +49,13 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_levels_are_one_per_bin_and_clip_and_never_change() -> None:
     keys = [f"0/clip{number}" for number in range(400)]
-    levels = draw_levels(keys)
+    levels = draw_validation_sigmas(keys)
     assert levels.shape == (NUM_BINS, 400)
     for part in range(NUM_BINS):
         low, high = part / NUM_BINS, (part + 1) / NUM_BINS
         assert bool(((levels[part] >= low) & (levels[part] < high)).all())
         assert float(levels[part].mean()) == pytest.approx((low + high) / 2, abs=0.02)
-    assert torch.equal(draw_levels(keys[7:9]), levels[:, 7:9])
+    assert torch.equal(draw_validation_sigmas(keys[7:9]), levels[:, 7:9])
 
 
 def test_what_is_held_out_is_measured_and_never_trained_on(dit: Path, dataset: Path, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_a_state_whose_tensors_are_not_its_own_is_refused_before_a_model_loads(
     assert "its tensors do not fit what it says of itself" in capsys.readouterr().err
 
 
-def test_what_is_rehearsed_is_said_once(
+def test_the_dry_build_logs_nothing_twice(
     dit: Path, dataset: Path, tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
     words = ("--network_args", "verbose=True", "include_patterns=['.*to_query']")

@@ -1,7 +1,7 @@
-"""What a run will train, put together without data, so that what cannot work is refused before a model loads.
+"""A dry build of what a run trains, without data, which refuses what cannot work before a model is loaded.
 
-The functions are those that build the run itself. The model and its LoRA have no memory; the optimizer steps
-on a few small parameters.
+The functions are those that build the run itself. Model and LoRA lie on the meta device; the optimizer takes
+one trial step with a few small parameters.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _SMALL = 8
 """Side of the parameters of the trial step."""
 
 
-def rehearse(
+def check_dry_build(
     config: TrainConfig, saved: SavedState | None, total_steps: int, device: torch.device | None
 ) -> None:
-    """Build LoRA, optimizer and schedule as the run will, and let the two last step.
+    """Build LoRA, optimizer and schedule as the run will, and take a trial step with the last two.
 
     Args:
         device: where the optimizer makes its trial step; None for no such step.
