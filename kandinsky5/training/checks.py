@@ -55,7 +55,7 @@ def check_files(config: TrainConfig) -> None:
 
 
 def _model_file_problems(config: TrainConfig) -> list[str]:
-    """What the headers of all models tell, and which files are missing."""
+    """Problems in the headers of all models, and missing files."""
     model, problems = config.model, []
     try:
         check_dit_file(model.dit, model.dit_params)
@@ -115,7 +115,7 @@ def check_output(config: TrainConfig, *, is_resuming: bool) -> tuple[Path, ...]:
     """Results of the same name in the output folder; writes nothing.
 
     Raises:
-        ConfigError: there are some, and neither `--overwrite` nor `--resume` says what to do with them; or
+        ConfigError: there are some, and neither `--overwrite` nor `--resume` is given; or
             files that are none of them are in the way; or the second folder is the first.
     """
     saving = config.saving
@@ -164,8 +164,8 @@ def prepare_output(config: TrainConfig, held: ExitStack, *, is_resuming: bool) -
     Args:
         held: takes the lock on the output name.
     Raises:
-        ConfigError: there are results, and neither `--overwrite` nor `--resume` says what to do with them.
-        ResourceError: the folder cannot be made or written, or another run of this name goes on.
+        ConfigError: there are results, and neither `--overwrite` nor `--resume` is given.
+        ResourceError: the folder cannot be made or written, or another run of this name is active.
     """
     saving = config.saving
     names = ResultNames(saving.output_dir, saving.output_name)
@@ -193,7 +193,7 @@ def remove_replaced(config: TrainConfig, *, is_resuming: bool) -> None:
 
 
 def check_sizes(config: TrainConfig, data: CachedDataset) -> None:
-    """Check that the model can be trained on the sizes of the caches; says what only deserves a word.
+    """Check that the model can be trained on the sizes of the caches; warns where another task fits better.
 
     Raises:
         ConfigError: a bucket that block-sparse attention or first-and-last conditioning cannot take.
@@ -221,12 +221,12 @@ def check_sizes(config: TrainConfig, data: CachedDataset) -> None:
 
 def _text_width_problems(config: TrainConfig, data: CachedDataset) -> list[str]:
     params = config.model.dit_params
-    wanted = (params.in_text_dim, params.in_text_dim2)
-    if data.text_dims == wanted:
+    required = (params.in_text_dim, params.in_text_dim2)
+    if data.text_dims == required:
         return []
     return [
         f"the text caches are {data.text_dims[0]} and {data.text_dims[1]} wide, the model takes "
-        f"{wanted[0]} and {wanted[1]}: made with other encoders than those of {config.model.task.name}"
+        f"{required[0]} and {required[1]}: made with other encoders than those of {config.model.task.name}"
     ]
 
 

@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 
 def planner_for(config: TrainConfig, accelerator: Accelerator) -> TrainingPlanner:
-    """The planner of a run: for its device, or with `--vram_budget` for a CUDA card, wherever it is asked."""
+    """The planner of a run: for its device, or with `--vram_budget` for a CUDA card on any machine."""
     device = accelerator.device if config.run.vram_budget is None else torch.device("cuda")
     dtype = train_setup.training_dtype(config.model, device)
     return TrainingPlanner(config, device, dtype, num_processes=accelerator.num_processes)

@@ -1,4 +1,4 @@
-"""`--scale_weight_norms`: limits the changes after every step, and tells about it one step later."""
+"""`--scale_weight_norms`: limits the changes after every step, and reports it one step later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NormLimit:
         self._network, self._max_norm = network, max_norm
         self._nothing = torch.empty(0, device=device)
         self.waiting: Tensor = self._nothing
-        """[3] float32 on the device, in the order of NAMES; empty when there is nothing to tell."""
+        """[3] float32 on the device, in the order of NAMES; empty when there is nothing to report."""
 
     def apply(self) -> None:
         """After an optimizer step: cut every layer's change that is larger than the limit."""

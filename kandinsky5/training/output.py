@@ -44,7 +44,7 @@ class Output:
 
         Args:
             ended_epoch: the epoch that this step ended, if it did.
-            is_stopping: the run is asked to stop: LoRA and state are saved whatever the options say.
+            is_stopping: the run is asked to stop: LoRA and state are saved whatever the options.
         """
         # The final files follow the last step, and would repeat those of the last epoch.
         epoch = None if run.step == run.total_steps else ended_epoch
@@ -97,7 +97,7 @@ class Output:
 
     def _write_state(self, folder: Path, run: TrainingState) -> None:
         if run.step >= run.total_steps:
-            # Such a state says that nothing is left to do, which must be true whenever it is on the disk.
+            # Such a state means that nothing is left to do, which must be true whenever it is on the disk.
             self._write_final_lora(run)
         self._writer.write_state(folder, run)
 

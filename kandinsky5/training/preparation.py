@@ -138,8 +138,8 @@ def _check_device(config: TrainConfig, device: torch.device) -> None:
 
 
 def _open_uploads(config: TrainConfig, stop: StopRequest) -> HubUploads | None:
-    is_asked = config.hub.huggingface_repo_id is not None and not config.run.dry_run
-    return HubUploads(config.hub, stop) if is_asked else None
+    is_used = config.hub.huggingface_repo_id is not None and not config.run.dry_run
+    return HubUploads(config.hub, stop) if is_used else None
 
 
 def _take_output(config: TrainConfig, held: ExitStack) -> None:
@@ -229,10 +229,10 @@ def _run_length(
     batches = len(data.epoch_batches(1))
     per_step = config.run.gradient_accumulation_steps * num_processes
     epochs = config.run.max_train_epochs
-    asked = config.run.max_train_steps if epochs is None else epochs * -(-batches // per_step)
+    requested = config.run.max_train_steps if epochs is None else epochs * -(-batches // per_step)
     return TrainingLength(
         batches_per_epoch=batches,
         gradient_accumulation_steps=config.run.gradient_accumulation_steps,
         num_processes=num_processes,
-        total_steps=resolve_total_steps(asked, saved),
+        total_steps=resolve_total_steps(requested, saved),
     )

@@ -28,12 +28,12 @@ def is_due(config: RunConfig, device: torch.device) -> bool:
 def probe(
     planner: TrainingPlanner, objective: Objective, network: LoRANetwork, data: CachedDataset, step: int
 ) -> str:
-    """Run the largest batch of an epoch forward and backward; returns what there is to say about its peak.
+    """Run the largest batch of an epoch forward and backward; returns one line on its peak.
 
     Args:
         objective: around the bare network, so that no other process waits for this one's gradients.
         network: has no gradients before, and none afterwards.
-        step: the coming one, whose noise levels are as good as any.
+        step: the next one, whose sigmas are used.
     Raises:
         ResourceError: device memory ran out; the message names sizes and what would help.
     """
@@ -74,5 +74,5 @@ def _result(planner: TrainingPlanner, batch: BatchShape, measured: int | None) -
         f"(and {size_text(optimizer)} once the optimizer has its state)"
     )
     if measured is None:
-        return f"{words}; this device does not tell its peak"
+        return f"{words}; this device does not report its peak"
     return f"{words}, {size_text(measured)} measured, {measured / predicted:.0%} of it"

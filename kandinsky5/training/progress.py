@@ -27,7 +27,7 @@ class Progress:
 
     @classmethod
     def at_start(cls, length: TrainingLength, saved: SavedState | None) -> Progress:
-        """At the first step, or where a saved state stands."""
+        """At the first step, or at that of a saved state."""
         recent = deque(saved.run.recent_losses if saved else (), maxlen=length.steps_per_epoch)
         if saved is None:
             return cls(length, recent_losses=recent)

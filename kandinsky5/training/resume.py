@@ -1,4 +1,4 @@
-"""Continuing a run: does the state fit the run, and putting it back."""
+"""Continues a run: checks that the state fits it, and restores the state."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def is_finished(saving: SavingConfig, saved: SavedState, total_steps: int) -> bo
 
 
 def branch_of(config: TrainConfig, saved: SavedState | None) -> int:
-    """The branch of the run: a new one if it was told to go back to a state and leaves later ones behind."""
+    """The branch of the run: a new one if it goes back to an earlier state than the newest."""
     if saved is None:
         return 0
     if config.run.resume == "auto":
@@ -111,25 +111,25 @@ def branch_of(config: TrainConfig, saved: SavedState | None) -> int:
     return max(places)[0] + 1 if places and max(places) > here else saved.run.branch
 
 
-def resolve_total_steps(asked: int | None, saved: SavedState | None) -> int:
+def resolve_total_steps(requested: int | None, saved: SavedState | None) -> int:
     """A resumed run ends where the first one would have; only a larger number that is given moves the end.
 
     Args:
-        asked: what `--max_train_steps` or `--max_train_epochs` says; None without them.
+        requested: steps by `--max_train_steps` or `--max_train_epochs`; None without them.
     """
     if saved is None:
-        return DEFAULT_TRAIN_STEPS if asked is None else asked
+        return DEFAULT_TRAIN_STEPS if requested is None else requested
     original = saved.run.total_steps
-    if asked is None:
+    if requested is None:
         return original
-    if asked > original:
+    if requested > original:
         log.info(
             "resuming: the end moves from step %d to %d and the learning-rate schedule is stretched",
-            original, asked,
+            original, requested,
         )  # fmt: skip
-    elif asked < original:
-        log.info("resuming: the run still ends at its original step %d, not %d", original, asked)
-    return max(asked, original)
+    elif requested < original:
+        log.info("resuming: the run still ends at its original step %d, not %d", original, requested)
+    return max(requested, original)
 
 
 def check_resumed(
@@ -140,7 +140,7 @@ def check_resumed(
     seed: int,
     contents: Mapping[str, str],
 ) -> None:
-    """Refuse what would not be the same run any more; say what is taken over changed.
+    """Refuse what would no longer be the same run, and log what has changed.
 
     Raises:
         ConfigError: all differences at once.
@@ -176,7 +176,7 @@ def check_resumed(
     problems += _epoch_problems(config, before, length)
     if problems:
         raise ConfigError(problems)
-    _say_changes(config, saved, contents, length)
+    _log_changes(config, saved, contents, length)
 
 
 def _epoch_problems(config: TrainConfig, before: TrainingState, length: TrainingLength) -> list[str]:
@@ -200,7 +200,7 @@ def _epoch_problems(config: TrainConfig, before: TrainingState, length: Training
     ]
 
 
-def _say_changes(
+def _log_changes(
     config: TrainConfig, saved: SavedState, contents: Mapping[str, str], length: TrainingLength
 ) -> None:
     before = saved.run
@@ -229,7 +229,7 @@ def _say_changes(
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Options that changed and are used as they are now, so that the rest of the run is another one's."""
+    """One line for each option that has changed and is used with its new value."""
     # Options that are not given are missing there.
     names = [name for name in sorted({**before, **now}) if not name.startswith(_NOT_COMPARED)]
     pairs = [(name, before.get(name), now.get(name)) for name in names]
@@ -324,7 +324,7 @@ def restore(
         network.load_state_dict(dict(saved.lora))
         optimizer.load_state_dict(saved.optimizer)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ModelFileError(f"{saved.folder}: its tensors do not fit what it says of itself") from error
+        raise ModelFileError(f"{saved.folder}: its tensors do not fit its state.json") from error
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule = build_schedule(config, optimizer, total_steps, saved.run.step)

@@ -20,7 +20,7 @@ MODELS = {"dit": "--dit", "base_weights": "--base_weights"}
 
 
 def cache_contents(data: CachedDataset) -> dict[str, str]:
-    """A hash of each of `CACHES` that there are, from what the caches say of their origin.
+    """A hash of each of `CACHES` that there are, from the origins that the caches record.
 
     Files that are made again from the same sources, captions and encoders have the same.
     """

@@ -26,7 +26,7 @@ _MAX_COLUMNS = 64
 
 @dataclass(frozen=True, slots=True)
 class SampleNames:
-    """Names of the samples of one run: the folder, and what tells its files from those of other runs."""
+    """Names of the samples of one run: the folder, and what distinguishes its files from others."""
 
     folder: Path
     output_name: str

@@ -89,7 +89,7 @@ def _is_due_by_epoch(settings: SampleConfig, epoch: int | None) -> bool:
 
 
 def prompts_on_record(saving: SavingConfig, step: int) -> set[int]:
-    """Numbers of the prompts whose samples of `step` are made."""
+    """Numbers of the prompts whose samples of `step` have been made."""
     records = read_records(saving.output_dir / FILE_NAME, saving.output_name, KIND)
     return {record["prompt"] for record in records if record["step"] == step}
 
@@ -214,10 +214,10 @@ class TrainingSamples:
     ) -> list[Sample]:
         """Sample, decode and write the prompts that are not on record for `step`; returns what was written.
 
-        What goes wrong is said, and costs samples, not the run.
+        Errors are logged and cost samples, not the run.
 
         Args:
-            should_stop: asked after every sampling step and before every clip is decoded; the rest is then
+            should_stop: called after every sampling step and before every clip is decoded; the rest is then
                 left undone.
         """
         named_epoch = epoch if _is_due_by_epoch(self._config.samples, epoch) else None

@@ -41,7 +41,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises:
         ResourceError: the launcher started several processes that do not see each other.
-        ConfigError: the launcher was told to compile.
+        ConfigError: the launcher has a compile option.
     """
     run = config.run
     network = config.network
@@ -61,7 +61,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             f"accelerate was started with --dynamo_backend {launched_with}, which would compile the LoRA "
             "instead of the model: give the option to the training script, after its name"
         )
-    # Without a device accelerate must be told so: it would start processes that each believe to be alone.
+    # Without a device accelerate requires `cpu`: else it starts processes that do not know of each other.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=handlers
     )

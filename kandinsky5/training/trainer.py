@@ -324,7 +324,7 @@ class Trainer:
         )  # fmt: skip
 
     def run_state(self) -> TrainingState:
-        """Where the run stands, for a state directory."""
+        """The present position of the run, for a state directory."""
         return replace(
             self.starting_state,
             step=self.progress.step,

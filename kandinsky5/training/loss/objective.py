@@ -26,7 +26,7 @@ from modules.transfers import send
 
 @dataclass(frozen=True, slots=True)
 class NoiseDraw:
-    """All that chance decides for a batch, on the CPU."""
+    """Everything random that a batch is trained with, on the CPU."""
 
     noise: Tensor
     """[B, 16, F, H, W] float32."""
@@ -49,7 +49,7 @@ class Objective:
     loss: LossConfig = field(default_factory=LossConfig)
 
     def draw(self, batch: CachedBatch, step: int) -> NoiseDraw:
-        """Noise, noise levels and conditioned clips of a batch in a step."""
+        """Draw noise, sigmas and conditioned clips for a batch in a step."""
         size = (batch.latents.shape[-2], batch.latents.shape[-1])
         quantiles = batch.timestep_quantiles
         return NoiseDraw(
@@ -67,7 +67,7 @@ class Objective:
         return losses * self.sigma_weight(draw.sigma)
 
     def sigma_weight(self, sigma: Tensor) -> Tensor:
-        """What each clip counts by its noise level, [B] on the device."""
+        """The loss weight of each clip by its sigma, [B] on the device."""
         return send(loss_weight(self.timesteps, sigma), self.device)
 
     def losses(

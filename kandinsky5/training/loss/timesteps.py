@@ -1,4 +1,4 @@
-"""Noise levels of training: from a number in (0, 1) to sigma, the weight of its loss, pictures of both."""
+"""Sigmas of training: from a quantile in (0, 1) to sigma, its loss weight, and pictures of both."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def draw_sigmas(
     latent_size: tuple[int, int],
     quantiles: Sequence[float] | None = None,
 ) -> Tensor:
-    """Noise levels for the items of a batch, a pure function of (seed, step, item).
+    """Draw the sigmas of a batch, a pure function of (seed, step, item).
 
     Args:
         latent_size: latent height and width, for the modes that depend on them.
@@ -67,7 +67,7 @@ def draw_sigma(
     latent_size: tuple[int, int],
     quantile: float | None = None,
 ) -> float:
-    """One noise level within min_timestep..max_timestep (over 1000).
+    """Draw one sigma within min_timestep..max_timestep (over 1000).
 
     Args:
         quantile: used instead of the generator's first number.
@@ -85,7 +85,7 @@ def draw_sigma(
 
 
 def rarity_warning(config: TimestepConfig, latent_sizes: Iterable[tuple[int, int]]) -> str | None:
-    """What to say if hardly any of the distribution lies within the limits it is redrawn to.
+    """A warning if hardly any of the distribution lies within the limits it is redrawn to, else None.
 
     Args:
         latent_sizes: latent height and width of the clips, for the modes that depend on them.
@@ -114,7 +114,7 @@ def _share_within(config: TimestepConfig, latent_size: tuple[int, int], low: flo
 def sigma_at(
     config: TimestepConfig, quantile: float, latent_size: tuple[int, int], *, branch: float = 0.0
 ) -> float:
-    """The noise level at a quantile in (0, 1), before min and max; monotone in it.
+    """The sigma at a quantile in (0, 1), before min and max; monotone in it.
 
     Args:
         branch: a second number in (0, 1): which part of a mixture (qinglong_*) is taken.
@@ -248,7 +248,7 @@ def save_bars_image(path: Path, shares: Sequence[float], weights: Sequence[float
 
 
 def show_timesteps(config: ShowTimestepsConfig) -> None:
-    """Draw many noise levels as training would and show how often each occurs and what it weighs."""
+    """Draw many sigmas as training does, and show their distribution and loss weights."""
     for note in config.notes:
         log.info("%s", note)
     warning = rarity_warning(config.timesteps, [_SHOWN_SIZE])

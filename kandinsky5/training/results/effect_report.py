@@ -1,4 +1,4 @@
-"""What a saved LoRA does to the model, told in the log, in metrics.jsonl and in a text file beside it."""
+"""The effect of a saved LoRA on the model, for the log, metrics.jsonl and a text file beside it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EffectReport:
         return all(value == 0.0 for value in self.prediction.values())
 
     def log(self) -> None:
-        """Say it: a LoRA without effect must not go unnoticed."""
+        """Log the effect, and warn of a LoRA that has none."""
         weights, name = self.weights, self.file_name
         if weights.does_nothing:
             log.warning(

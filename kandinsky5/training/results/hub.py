@@ -1,6 +1,6 @@
 """The Hugging Face hub: what a run saves is uploaded as it appears, and a state can be fetched to go on from.
 
-Training does not depend on it: an upload that fails is said, tried once more at the end of the run, and only
+Training does not depend on it: an upload that fails is logged, tried again at the end of the run, and only
 then an error. Everything that is uploaded lies in the output folder as well.
 """
 
@@ -42,9 +42,9 @@ class HubUploads:
     A thread of its own uploads, so that a request to stop is never kept waiting by the hub.
 
     Args:
-        stop: a run that is asked to stop waits for uploads for a short time, and not at all if asked twice.
+        stop: after the first signal a run waits for uploads for a short time, after the second not at all.
     Raises:
-        ResourceError: the repository cannot be reached, made or written to; said before a model is loaded.
+        ResourceError: the repository cannot be reached, made or written to; raised before a model is loaded.
     """
 
     def __init__(self, config: HubConfig, stop: StopRequest) -> None:
@@ -95,17 +95,17 @@ class HubUploads:
         """Wait for what is on its way, and try again what failed, as far as a request to stop leaves time.
 
         Args:
-            is_failing: something else ends the run; what is missing is then said beside it.
+            is_failing: another error ends the run; what is missing is only logged.
         Raises:
             ResourceError: some results are not on the hub.
         """
         try:
             self._settle()
         except SystemExit:  # asked to stop once more
-            self._say_missing()
+            self._log_missing()
             raise
         if is_failing or self._stop.exit_code:
-            self._say_missing()
+            self._log_missing()
         elif self._missing:
             raise ResourceError(self._missing_message())
 
@@ -131,7 +131,7 @@ class HubUploads:
         while self.is_busy and not is_late():
             time.sleep(_POLL_SECONDS)
 
-    def _say_missing(self) -> None:
+    def _log_missing(self) -> None:
         if self._missing:
             log.error("%s", self._missing_message())
 

@@ -1,4 +1,4 @@
-"""What a trained LoRA file says about itself: kohya's `ss_*` keys and the model spec, and nothing private.
+"""The metadata of a trained LoRA file: kohya's `ss_*` keys and the model spec, and nothing private.
 
 Key names: kohya-ss/musubi-tuner. Model spec: https://github.com/Stability-AI/ModelSpec
 Folders and files appear by their own name only; no user, host, token or caption is written.
@@ -46,7 +46,7 @@ _DATASET_KEYS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraFacts:
-    """What the metadata tells of a run beyond its configuration."""
+    """What the metadata holds of a run beyond its configuration."""
 
     session_id: str
     started_at: float
@@ -137,7 +137,7 @@ def _option_values(config: TrainConfig) -> dict[str, Any]:
 
 
 def _rate_values(config: OptimizerConfig, facts: LoraFacts) -> dict[str, Any]:
-    """Learning rate and schedule that act; None for what the optimizer goes without."""
+    """Learning rate and schedule in effect; None for what the optimizer does not use."""
     rate, schedule, warmup = config.learning_rate, config.lr_scheduler, facts.warmup_steps
     if is_schedule_free(config.optimizer_type):
         schedule, warmup = None, 0

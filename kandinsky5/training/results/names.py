@@ -1,4 +1,4 @@
-"""Names of what a run leaves in its output folder, and which of it has had its time."""
+"""Names of the files of a run in its output folder, and which of them expire."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class ResultNames:
 
     @property
     def lock(self) -> Path:
-        """Held while a run of this name goes."""
+        """Locked while a run of this name is active."""
         return self.output_dir / f"{self.output_name}.lock"
 
     @property
     def control(self) -> Path:
-        """A text file the user may write a word into while the run goes."""
+        """A text file that the user may write a word into during the run."""
         return self.output_dir / f"{self.output_name}.control"
 
     @property
@@ -100,7 +100,7 @@ def _is_result_name(name: str, output_name: str, end: str) -> bool:
 
 
 def expired(saving: SavingConfig, unit: Unit, number: int, *, state: bool) -> int | None:
-    """The epoch or step whose file goes when that of `number` has been saved, by upstream's rules."""
+    """The epoch or step whose file expires when that of `number` has been saved, by musubi-tuner's rules."""
     if unit == "epoch":
         every = saving.save_every_n_epochs
         keep = saving.save_last_n_epochs_state if state else saving.save_last_n_epochs

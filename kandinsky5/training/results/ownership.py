@@ -1,4 +1,4 @@
-"""Whose results lie in an output folder: a run replaces and deletes only what a run of its name wrote."""
+"""Which run wrote the results in an output folder: a run replaces and deletes only those of its own name."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class FoundResults:
     """LoRAs and states that carry names of a run."""
 
     own: tuple[Path, ...]
-    """Written by a run of this output name, as they say themselves."""
+    """Written by a run of this output name, according to their metadata."""
     foreign: tuple[Path, ...]
-    """Others, which the run might want to replace: of another run, or without a word of whose they are."""
+    """Others that the run might replace: of another run, or without metadata that names one."""
 
 
 def find_results(names: ResultNames, *, with_average: bool) -> FoundResults:
@@ -70,10 +70,10 @@ def delete_result(path: Path, output_name: str) -> None:
     if not path.exists():
         return
     if maker(path) != output_name:
-        log.warning("%s is left alone: it does not say that a run named %s wrote it", path, output_name)
+        log.warning("%s is not deleted: its metadata does not name the run %s", path, output_name)
     elif path.is_dir():
         remove_state(path)
     else:
-        # The LoRA last: until it is gone it tells whose the others are.
+        # The LoRA last: its metadata names the run that wrote the other files.
         for file in (lora_config_path(path), effect_path(path), path):
             file.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ def shared_session(resumed: str | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RunMark:
-    """What tells a run from others, through every stop and resume."""
+    """What identifies a run, through every stop and resume."""
 
     session_id: str
     started_at: float

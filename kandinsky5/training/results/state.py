@@ -42,7 +42,7 @@ _REQUIRED = ("lora.safetensors", "optimizer.pt", "state.json")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingState:
-    """Where a run stands and what it was started with. All of it is JSON."""
+    """The position of a run and the settings it was started with. All of it is JSON."""
 
     output_name: str
     task: str
@@ -60,7 +60,7 @@ class TrainingState:
     optimizer: str
     learning_rate: float
     skipped_steps: int = 0
-    """Steps in a row whose numbers were not finite."""
+    """Consecutive steps whose numbers were not finite."""
     recent_losses: tuple[float, ...] = ()
     """The last epoch's worth, for the running average."""
     session_id: str = ""
@@ -84,7 +84,7 @@ class TrainingState:
 
 @dataclass(frozen=True, slots=True)
 class StateMark:
-    """Of which run and where in it a state is."""
+    """The run, branch and step of a state."""
 
     output_name: str
     branch: int
@@ -119,7 +119,7 @@ def write_state(
     """Write a whole state directory; an older one of that name is replaced only by the finished new one.
 
     Raises:
-        OSError: the disk refuses, or somebody has removed what was written.
+        OSError: the disk refuses, or another program has removed what was written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = folder.parent / stray_name(_STRAY_PREFIX)
@@ -164,13 +164,13 @@ def _take_place(building: Path, folder: Path) -> None:
 
 def remove_state(folder: Path) -> None:
     """Delete a state directory; what is left of it after a kill no longer looks like a state."""
-    doomed = folder.with_name(stray_name(_STRAY_PREFIX))
-    folder.rename(doomed)
-    _remove_folder(doomed)
+    removed_folder = folder.with_name(stray_name(_STRAY_PREFIX))
+    folder.rename(removed_folder)
+    _remove_folder(removed_folder)
 
 
 def _remove_folder(folder: Path) -> None:
-    # What cannot be deleted now is so at the next start; the run goes on.
+    # What cannot be deleted now is deleted at the next start; the run continues.
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -179,7 +179,7 @@ def _write_torch(path: Path, value: Mapping[str, Any]) -> None:
         try:
             torch.save(dict(value), stream)
         except RuntimeError as error:
-            # torch hides what the stream raised: a full disk must be told from a bug.
+            # torch hides what the stream raised: a full disk must be distinguished from a bug.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
@@ -283,7 +283,7 @@ def find_state(output_dir: Path, output_name: str, resume: str) -> Path | None:
 
 
 def list_states(output_dir: Path, output_name: str) -> list[tuple[Path, StateMark | None]]:
-    """Every state directory of an output name with what it says it is, as far as that can be read."""
+    """Every state directory of an output name, with its mark where that can be read."""
     found = []
     for folder in output_dir.iterdir() if output_dir.is_dir() else ():
         if folder.is_dir() and is_state_name(folder.name, output_name):
@@ -294,7 +294,7 @@ def list_states(output_dir: Path, output_name: str) -> list[tuple[Path, StateMar
 
 
 def read_mark(folder: Path) -> StateMark | None:
-    """What a state directory says it is; None where that cannot be read."""
+    """The run and step of a state directory; None where they cannot be read."""
     try:
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return StateMark(str(values["output_name"]), int(values.get("branch", 0)), int(values["step"]))

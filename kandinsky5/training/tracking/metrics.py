@@ -1,7 +1,7 @@
 """Numbers of a run: one JSON line each in metrics.jsonl, and curves in the trackers.
 
-metrics.jsonl lies in the output folder and may be shared by several runs; every line says which `run` (output
-name) and what `kind` (step, epoch, validation, sample, lora) it is.
+metrics.jsonl lies in the output folder and may be shared by several runs; every line has its `run` (output
+name) and its `kind` (step, epoch, validation, sample, lora) it is.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Metrics:
         self._has_warned = False
         self._trackers = trackers
         self._failed: set[int] = set()
-        """Positions of trackers whose failure has been said."""
+        """Positions of trackers whose failure has been logged."""
         self._attempt(self._drop_lines_after, start_step)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -84,19 +84,19 @@ class Metrics:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Points of the curves, by their names in the trackers."""
-        self._tell(lambda tracker: tracker.scalars(step, values))
+        self._notify(lambda tracker: tracker.scalars(step, values))
 
     def sample(self, step: int, sample: ShownSample) -> None:
         """Show a sample in the trackers."""
-        self._tell(lambda tracker: tracker.sample(step, sample))
+        self._notify(lambda tracker: tracker.sample(step, sample))
 
     def flush(self) -> None:
         """Bring the curves onto the disk."""
-        self._tell(lambda tracker: tracker.flush())
+        self._notify(lambda tracker: tracker.flush())
 
     def close(self, *, is_failed: bool = False) -> None:
-        """Finish the curves; `is_failed` says that the run ends with an error."""
-        self._tell(lambda tracker: tracker.close(is_failed=is_failed))
+        """Finish the curves; `is_failed`: the run ends with an error."""
+        self._notify(lambda tracker: tracker.close(is_failed=is_failed))
 
     def _append(self, line: str) -> None:
         # Opened each time: another run may have rewritten the file meanwhile.
@@ -134,7 +134,7 @@ class Metrics:
                 log.warning("the log of the run cannot be written and has gaps: %s", error)
             self._has_warned = True
 
-    def _tell(self, action: Callable[[Tracker], None]) -> None:
+    def _notify(self, action: Callable[[Tracker], None]) -> None:
         """Each tracker on its own: one that fails warns once and keeps nobody else from going on."""
         for position, tracker in enumerate(self._trackers):
             try:

@@ -1,6 +1,6 @@
 """Trackers that draw the numbers and samples of a run: TensorBoard, and wandb.
 
-A tracker is opened before a model is loaded, so that a missing package, key or connection is said at once.
+A tracker is opened before a model is loaded, which finds a missing package, key or connection early.
 What fails later costs curves, never the run: `Metrics` catches the errors that a tracker names.
 """
 
@@ -63,7 +63,7 @@ class Tracker(Protocol):
         ...
 
     def close(self, *, is_failed: bool) -> None:
-        """Finish; `is_failed` says that the run ends with an error."""
+        """Finish; `is_failed`: the run ends with an error."""
         ...
 
 
@@ -74,8 +74,8 @@ def check_trackers(config: TrackingConfig) -> None:
         ResourceError: a package is missing, with the command that installs it.
         ConfigError: arguments that the package does not take.
     """
-    wanted = (("tensorboard", config.uses_tensorboard), ("wandb", config.uses_wandb))
-    for package in (name for name, is_wanted in wanted if is_wanted):
+    trackers = (("tensorboard", config.uses_tensorboard), ("wandb", config.uses_wandb))
+    for package in (name for name, is_used in trackers if is_used):
         if find_spec(package) is None:
             flag = "--log_with wandb" if package == "wandb" else "--logging_dir"
             raise ResourceError(f"{flag} needs {package}:\n  pip install {package}")

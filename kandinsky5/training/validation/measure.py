@@ -1,4 +1,4 @@
-"""A loss that can be compared between checks: the same clips, noise and noise levels, LoRA on and off."""
+"""A loss that can be compared between checks: the same clips, noise and sigmas, LoRA on and off."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from modules.seeding import generator_for
 from networks.lora import LoRANetwork
 
 NUM_BINS = 4
-"""Equal parts of the noise levels 0..1; every clip is measured at one level of each."""
+"""Equal parts of the sigmas 0..1; every clip is measured at one sigma of each."""
 _SEED = 0
 """Fixed, not the run's, so that runs with different seeds can be compared."""
 
 
 def draw_validation_sigmas(item_keys: Sequence[str]) -> Tensor:
-    """Noise levels [NUM_BINS, B]: for every clip one in each bin, a pure function of bin and clip.
+    """Sigmas [NUM_BINS, B]: for every clip one in each bin, a pure function of bin and clip.
 
     Stratified: over many clips they fill their bins evenly, where fixed ones would leave gaps.
     """
@@ -39,10 +39,10 @@ def draw_validation_sigmas(item_keys: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Some clips at some noise levels, whose losses are averaged."""
+    """Some clips at some sigmas, whose losses are averaged."""
 
     section: str
-    """Key in the record; "" stands for the record itself."""
+    """Key in the record; "" is the record itself."""
     labels: Mapping[str, Any]
     clips: Tensor
     """[N] bool."""
@@ -90,14 +90,14 @@ class Validation:
                 self._base = self._base_numbers(record) or self._base
 
     def measure(self, should_stop: Callable[[], bool]) -> dict[str, Any]:
-        """Mean losses with and without the LoRA: over all, per bin of noise levels, bucket and dataset.
+        """Mean losses with and without the LoRA: over all, per bin of sigmas, bucket and dataset.
 
         No gradient is recorded, no random stream moves, and the network is left in training mode.
 
         Args:
-            should_stop: asked before every forward pass.
+            should_stop: called before every forward pass.
         Raises:
-            Interrupted: it said so.
+            Interrupted: it returned True.
         """
         self._network.eval()
         try:
@@ -117,7 +117,7 @@ class Validation:
         """Losses [N, NUM_BINS], float64 on the CPU, clips in the order of the batches; one transfer for all.
 
         Raises:
-            Interrupted: `should_stop` said so before a forward pass.
+            Interrupted: `should_stop` returned True.
         """
         rows = []
         for plan in self._plans:

@@ -73,11 +73,11 @@ class ValidationChecks:
         weights_in_use: AbstractContextManager[None],
         should_stop: Callable[[], bool],
     ) -> None:
-        """Measure, and tell; a run that is asked to stop drops the check, and is resumed with it.
+        """Measure and log; a run that is asked to stop drops the check, and is resumed with it.
 
         Args:
             weights_in_use: within it the network has the weights that are meant to be used.
-            should_stop: asked before every forward pass.
+            should_stop: called before every forward pass.
         """
         if self._validation is None:
             return

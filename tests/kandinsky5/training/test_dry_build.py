@@ -188,7 +188,7 @@ def test_a_state_whose_tensors_are_not_its_own_is_refused_before_a_model_loads(
     tensors = {**state.lora, first: torch.ones(1, 1)}
     write_state(tmp_path / "lora-state", state.run, tensors, state.optimizer)
     assert exit_code(dit, dataset, tmp_path, *RESUME, tmp_path / "lora-state", *SAME) == 4
-    assert "its tensors do not fit what it says of itself" in capsys.readouterr().err
+    assert "its tensors do not fit its state.json" in capsys.readouterr().err
 
 
 def test_the_dry_build_logs_nothing_twice(
