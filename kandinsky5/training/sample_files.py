@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +32,10 @@ class SampleNames:
     output_name: str
     run_id: str
 
-    def stem(self, step: int, epoch: int | None, prompt: int, seed: int) -> str:
+    def stem(self, step: int, epoch: int | None, prompt: SampledPrompt) -> str:
         """`name_000010_00_20250131120000_42`, with `e000002` in place of the step after an epoch."""
         when = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
-        return f"{self.output_name}_{when}_{prompt:02d}_{time.strftime('%Y%m%d%H%M%S')}_{seed}"
+        return f"{self.output_name}_{when}_{prompt.number:02d}_{time.strftime('%Y%m%d%H%M%S')}_{prompt.seed}"
 
     def grid(self, prompt: int) -> Path:
         return self.folder / f"{self.output_name}_grid_{prompt:02d}.png"
@@ -61,28 +61,38 @@ def _png_texts(path: Path) -> dict[str, str]:
         return {}
 
 
+@dataclass(frozen=True, slots=True)
+class SampledPrompt:
+    """The prompt of a sample."""
+
+    number: int
+    """Position in the prompt file, from 0."""
+    text: str
+    seed: int
+
+
 def write_sample(
-    names: SampleNames,
-    frames: np.ndarray,
-    *,
-    step: int,
-    epoch: int | None,
-    prompt_number: int,
-    seed: int,
-    metadata: Mapping[str, str],
+    names: SampleNames, frames: np.ndarray, prompt: SampledPrompt, *, step: int, epoch: int | None
 ) -> Path:
     """Write a clip with its first frame beside it, or a single image, and renew the prompt's grid.
 
     Args:
         frames: uint8 [F, H, W, 3].
+        epoch: the epoch that the sample is named after; None for the step.
     Returns:
         The .mp4, or the .png of a single image.
     Raises:
         OSError, av.FFmpegError: the disk or the encoder failed.
     """
     names.folder.mkdir(parents=True, exist_ok=True)
-    stem = names.stem(step, epoch, prompt_number, seed)
-    settings = {**metadata, "step": str(step), "prompt_number": str(prompt_number), "run": names.run_id}
+    stem = names.stem(step, epoch, prompt)
+    settings = {
+        "prompt": prompt.text,
+        "seed": str(prompt.seed),
+        "step": str(step),
+        "prompt_number": str(prompt.number),
+        "run": names.run_id,
+    }
     if len(frames) == 1:
         path = names.folder / f"{stem}_000.png"
         write_png(path, frames[0], settings)
@@ -90,7 +100,7 @@ def write_sample(
         path = names.folder / f"{stem}.mp4"
         write_video(path, frames, fps=FPS, metadata=settings)
         write_png(names.folder / f"{stem}.png", frames[0], settings)
-    write_grid(names, prompt_number, last_step=step)
+    write_grid(names, prompt.number, last_step=step)
     return path
 
 

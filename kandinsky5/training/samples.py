@@ -34,7 +34,7 @@ from kandinsky5.sampling.requests import VideoRequest, log_size_remarks, resolve
 from kandinsky5.sampling.video_files import check_video_encoder
 from kandinsky5.text.encoders import check_text_encoder_paths, load_text_encoders
 from kandinsky5.text.templates import load_prompt_templates
-from kandinsky5.training.sample_files import SampleNames, write_sample
+from kandinsky5.training.sample_files import SampledPrompt, SampleNames, write_sample
 from kandinsky5.training.tracking.animation import Animation, animate
 from kandinsky5.training.tracking.metrics import FILE_NAME, read_records
 from kandinsky5.vae.video_vae import VideoVAE, check_vae_file, load_vae
@@ -282,15 +282,8 @@ class TrainingSamples:
                     raise Interrupted
                 frames = decode_frames(vae, clip)
                 request = prompt.request
-                path = write_sample(
-                    self._names,
-                    frames,
-                    step=step,
-                    epoch=epoch,
-                    prompt_number=prompt.number,
-                    seed=request.seed,
-                    metadata={"prompt": request.prompt, "seed": str(request.seed)},
-                )
+                sampled = SampledPrompt(prompt.number, request.prompt, request.seed)
+                path = write_sample(self._names, frames, sampled, step=step, epoch=epoch)
                 log.info("wrote %s", path)
                 shown = animate(frames) if self._config.tracking.uses_tensorboard else None
                 yield Sample(prompt.number, path.name, shown)

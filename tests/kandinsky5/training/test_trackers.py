@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kandinsky5.training import control
 from kandinsky5.training import trainer as training
 from kandinsky5.training.results.names import ResultNames
-from kandinsky5.training.sample_files import SampleNames, write_sample
+from kandinsky5.training.sample_files import SampledPrompt, SampleNames, write_sample
 from kandinsky5.training.tracking import trackers
 from kandinsky5.training.tracking.animation import animate
 from tests.kandinsky5.training.training_runs import SMALLER, lora_bytes, metrics, train
@@ -337,9 +337,7 @@ def test_samples_are_shown_under_their_number(tmp_path: Path, wandb: FakeWandb) 
     tracker._wandb, tracker._run = wandb, run
     names = SampleNames(tmp_path, "a", "run")
     for number, frames in enumerate((np.zeros((5, 32, 32, 3), np.uint8), np.zeros((1, 32, 32, 3), np.uint8))):
-        path = write_sample(
-            *(names, frames), step=3, epoch=None, prompt_number=number, seed=1, metadata={"prompt": "x"}
-        )
+        path = write_sample(names, frames, SampledPrompt(number, "x", 1), step=3, epoch=None)
         tracker.sample(3, trackers.ShownSample(f"sample_{number}", path, animate(frames)))
     (_, video), (_, image) = run.logged
     assert video["sample_0"][::2] == ("video", "mp4")

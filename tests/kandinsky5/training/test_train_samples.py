@@ -18,7 +18,7 @@ from kandinsky5.training import control
 from kandinsky5.training import samples as train_samples
 from kandinsky5.training.effects import EffectReporter
 from kandinsky5.training.evaluation import Evaluation
-from kandinsky5.training.sample_files import SampleNames, write_grid, write_sample
+from kandinsky5.training.sample_files import SampledPrompt, SampleNames, write_grid, write_sample
 from kandinsky5.training.tracking.metrics import Metrics
 from kandinsky5.training.training_log import TrainingLog
 from modules.errors import DivergedError, ResourceError
@@ -393,9 +393,7 @@ def test_the_grid_grows_by_steps_and_knows_its_own_run(tmp_path: Path) -> None:
     picture = np.zeros((1, 8, 16, 3), np.uint8)
     for run, step in (("b", 0), ("a", 10), ("a", 5), ("a", 20), ("a", 10)):
         names = SampleNames(tmp_path, "my [lora]", run)
-        write_sample(
-            names, picture + step, step=step, epoch=None, prompt_number=1, seed=42, metadata={"prompt": "x"}
-        )
+        write_sample(names, picture + step, SampledPrompt(1, "x", 42), step=step, epoch=None)
     write_grid(names, 1, last_step=10)
     with Image.open(names.grid(1)) as grid:
         assert grid.size == (2 * 384 + 4, 208)
