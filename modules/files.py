@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from modules.errors import ResourceError
-from modules.strays import find_strays, stray_name
+from modules.leftovers import find_leftovers, temporary_name
 
-STRAY_PREFIX = ".k5tmp-"
+TEMPORARY_PREFIX = ".k5tmp-"
 _FINGERPRINT_PART = 2**20
 _NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP)
 
@@ -33,7 +33,7 @@ def atomic_writer(path: Path, *, makes_folder: bool = True) -> Iterator[BinaryIO
     if makes_folder:
         path.parent.mkdir(parents=True, exist_ok=True)
     # A short random name: the final name may already be as long as the file system allows.
-    temporary = path.parent / stray_name(STRAY_PREFIX)
+    temporary = path.parent / temporary_name(TEMPORARY_PREFIX)
     try:
         with temporary.open("xb") as stream:
             yield stream
@@ -74,7 +74,7 @@ def make_writable_folder(folder: Path, what: str) -> None:
     """
     _check_is_folder(folder, what)
     with disk_errors(folder, what=what):
-        trial = folder / stray_name(STRAY_PREFIX, "trial")
+        trial = folder / temporary_name(TEMPORARY_PREFIX, "trial")
         with atomic_writer(trial) as stream:
             stream.write(b"k5")
         trial.unlink()
@@ -154,12 +154,14 @@ def write_json(path: Path, value: Any, *, makes_folder: bool = True) -> None:
     write_text(path, text, makes_folder=makes_folder)
 
 
-def remove_strays(folder: Path) -> int:
+def remove_leftover_files(folder: Path) -> int:
     """Delete what killed processes left half-written in `folder`; returns how many files went.
 
     A file that another process may still write is left alone.
     """
-    abandoned = [stray.path for stray in find_strays(folder, STRAY_PREFIX) if stray.is_abandoned()]
+    abandoned = [
+        leftover.path for leftover in find_leftovers(folder, TEMPORARY_PREFIX) if leftover.is_abandoned()
+    ]
     for path in abandoned:
         path.unlink(missing_ok=True)
     return len(abandoned)

@@ -21,7 +21,7 @@ from dataset.places import place_mark
 from dataset.sources import SkippedItem
 from kandinsky5.configs.caching import CacheRunConfig
 from modules.errors import DataError
-from modules.files import disk_errors, remove_strays
+from modules.files import disk_errors, remove_leftover_files
 from modules.locks import folder_lock
 from modules.logs import format_table, get_logger
 from modules.messages import counted, lines_in_short, names_in_short
@@ -73,7 +73,7 @@ def cache_folders(datasets: Sequence[AnyDatasetConfig], processes: Processes) ->
         def enter() -> None:
             for folder in folders if processes.is_main else ():
                 stack.enter_context(folder_lock(folder))
-                remove_strays(folder)
+                remove_leftover_files(folder)
 
         processes.together(enter)
         yield

@@ -18,13 +18,13 @@ from dataset.geometry import LATENT_CHANNELS
 from kandinsky5.configs.generate import OutputConfig
 from kandinsky5.sampling.video_files import (
     check_video_encoder,
-    remove_frame_strays,
+    remove_leftover_frames,
     write_frames,
     write_png,
     write_video,
 )
 from modules.errors import ConfigError, ModelFileError, ResourceError
-from modules.files import check_folder_unwritten, make_writable_folder, remove_strays
+from modules.files import check_folder_unwritten, make_writable_folder, remove_leftover_files
 from modules.logs import get_logger
 from modules.messages import names_in_short
 from modules.tensor_files import read_tensors, write_tensors
@@ -86,8 +86,8 @@ class OutputNames:
             check_folder_unwritten(self.folder, "the output folder")
         else:
             make_writable_folder(self.folder, "the output folder")
-            remove_strays(self.folder)
-            remove_frame_strays(self.folder)
+            remove_leftover_files(self.folder)
+            remove_leftover_frames(self.folder)
         if self._suffix != ".png" and config.output_type in {"video", "both"}:
             check_video_encoder()
 

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from modules.errors import ResourceError
 from modules.files import atomic_writer, sync_folder
-from modules.strays import find_strays, stray_name
+from modules.leftovers import find_leftovers, temporary_name
 
 DEFAULT_CRF = 14
 _CODEC = "libx264"
@@ -100,7 +100,7 @@ def write_frames(folder: Path, frames: np.ndarray, metadata: Mapping[str, str] |
         OSError: the disk failed, or something of that name is there; nothing new is left.
     """
     names = [f"{index:05d}.png" for index in range(len(frames))]
-    building = folder.parent / stray_name(_FRAMES_PREFIX)
+    building = folder.parent / temporary_name(_FRAMES_PREFIX)
     building.mkdir(parents=True)
     try:
         for name, pixels in zip(names, frames, strict=True):
@@ -113,9 +113,9 @@ def write_frames(folder: Path, frames: np.ndarray, metadata: Mapping[str, str] |
     return [folder / name for name in names]
 
 
-def remove_frame_strays(folder: Path) -> None:
+def remove_leftover_frames(folder: Path) -> None:
     """Delete the frames that killed processes left half-written in `folder`."""
-    for stray in find_strays(folder, _FRAMES_PREFIX):
-        if stray.is_abandoned():
+    for leftover in find_leftovers(folder, _FRAMES_PREFIX):
+        if leftover.is_abandoned():
             # What cannot be deleted now is so at the next start.
-            shutil.rmtree(stray.path, ignore_errors=True)
+            shutil.rmtree(leftover.path, ignore_errors=True)

@@ -25,7 +25,7 @@ from kandinsky5.training.results.hub import HubUploads
 from kandinsky5.training.results.names import RESUME_HINT, ResultNames
 from kandinsky5.training.results.run_mark import RunMark, mark_run
 from kandinsky5.training.results.saved_config import shareable_options, write_config
-from kandinsky5.training.results.state import SavedState, remove_stray_states
+from kandinsky5.training.results.state import SavedState, remove_leftover_states
 from kandinsky5.training.resume import (
     branch_of,
     check_resumed,
@@ -38,7 +38,7 @@ from kandinsky5.training.run_contents import cache_contents, model_contents
 from kandinsky5.training.samples import PreparedPrompt, are_missing, encode_requests, read_requests
 from kandinsky5.training.tracking.trackers import Tracker, open_trackers
 from kandinsky5.training.validation.schedule import was_measured
-from modules.files import disk_errors, remove_strays
+from modules.files import disk_errors, remove_leftover_files
 from modules.interruption import StopRequest
 from modules.logs import get_logger, print_report, quiet_logging
 
@@ -150,8 +150,8 @@ def _take_output(config: TrainConfig, held: ExitStack) -> None:
         return
     train_checks.prepare_output(config, held, is_resuming=is_resuming)
     remove_old_word(ResultNames(config.saving.output_dir, config.saving.output_name))
-    remove_strays(config.saving.output_dir)
-    remove_stray_states(config.saving.output_dir)
+    remove_leftover_files(config.saving.output_dir)
+    remove_leftover_states(config.saving.output_dir)
 
 
 def _open_data(config: TrainConfig, seed: int) -> tuple[DatasetConfig, CachedDataset, CachedDataset | None]:

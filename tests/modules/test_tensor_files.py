@@ -67,7 +67,7 @@ def test_a_giant_header_claim_is_refused_without_reading_it(tmp_path: Path) -> N
         read_header(path)
 
 
-def test_a_failed_write_keeps_the_old_file_and_leaves_no_stray(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"a": torch.ones(1)})
     with pytest.raises(KeyError):

@@ -28,14 +28,14 @@ from torch import Tensor
 from kandinsky5.training.results.names import is_state_name
 from modules.errors import DataError, ModelFileError
 from modules.files import atomic_writer, sync_folder, write_json
+from modules.leftovers import find_leftovers, machine_mark, temporary_name
 from modules.logs import get_logger
-from modules.strays import find_strays, machine_mark, stray_name
 from modules.tensor_files import read_tensors, write_tensors
 
 log = get_logger(__name__)
 
 FORMAT_VERSION = 1
-_STRAY_PREFIX = ".k5state-"
+_TEMPORARY_PREFIX = ".k5state-"
 _OLD_PREFIX = ".k5old-"
 _REQUIRED = ("lora.safetensors", "optimizer.pt", "state.json")
 
@@ -122,7 +122,7 @@ def write_state(
         OSError: the disk refuses, or another program has removed what was written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.parent / stray_name(_STRAY_PREFIX)
+    building = folder.parent / temporary_name(_TEMPORARY_PREFIX)
     building.mkdir()
     names = [*_REQUIRED]
     try:
@@ -151,7 +151,7 @@ def _take_place(building: Path, folder: Path) -> None:
         building.rename(folder)
         sync_folder(folder.parent)
         return
-    old = folder.with_name(stray_name(_OLD_PREFIX, folder.name))
+    old = folder.with_name(temporary_name(_OLD_PREFIX, folder.name))
     folder.rename(old)
     try:
         building.rename(folder)
@@ -164,7 +164,7 @@ def _take_place(building: Path, folder: Path) -> None:
 
 def remove_state(folder: Path) -> None:
     """Delete a state directory; what is left of it after a kill no longer looks like a state."""
-    removed_folder = folder.with_name(stray_name(_STRAY_PREFIX))
+    removed_folder = folder.with_name(temporary_name(_TEMPORARY_PREFIX))
     folder.rename(removed_folder)
     _remove_folder(removed_folder)
 
@@ -308,7 +308,7 @@ def put_back_old_states(output_dir: Path, output_name: str) -> None:
     Several processes may do it at once. Of another machine it is done at once too: the two renames take no
     time, so its process has ended in between, and the run may be meant to go on here.
     """
-    for old in find_strays(output_dir, _OLD_PREFIX):
+    for old in find_leftovers(output_dir, _OLD_PREFIX):
         is_ours = is_state_name(old.rest, output_name)
         if not is_ours or (old.machine == machine_mark() and not old.is_abandoned()):
             continue
@@ -319,17 +319,17 @@ def put_back_old_states(output_dir: Path, output_name: str) -> None:
             continue  # another process of this run was faster
 
 
-def remove_stray_states(output_dir: Path) -> int:
+def remove_leftover_states(output_dir: Path) -> int:
     """Delete directories that killed processes left half-written or replaced; returns how many went.
 
     A replaced one whose successor is missing stays: `put_back_old_states` gives it its name back.
     """
     removed = 0
-    for prefix in (_STRAY_PREFIX, _OLD_PREFIX):
-        for stray in find_strays(output_dir, prefix):
-            is_needed = prefix == _OLD_PREFIX and not (output_dir / stray.rest).exists()
-            if is_needed or not stray.is_abandoned():
+    for prefix in (_TEMPORARY_PREFIX, _OLD_PREFIX):
+        for leftover in find_leftovers(output_dir, prefix):
+            is_needed = prefix == _OLD_PREFIX and not (output_dir / leftover.rest).exists()
+            if is_needed or not leftover.is_abandoned():
                 continue
-            _remove_folder(stray.path)
+            _remove_folder(leftover.path)
             removed += 1
     return removed

@@ -18,7 +18,7 @@ import kandinsky5.generation.outputs as outputs
 import kandinsky5.generation.session as generation
 import kandinsky5.sampling.video_files as video_files
 from modules.errors import ResourceError
-from modules.strays import stray_name
+from modules.leftovers import temporary_name
 from modules.tensor_files import read_header, read_tensors, write_tensors
 from tests.kandinsky5.generation.generation_kit import Generate, latents_of, refused
 from tests.kandinsky5.training import fault_kit
@@ -173,9 +173,9 @@ def test_a_folder_of_frames_is_whole_or_not_there(
 
 
 def test_what_a_killed_run_left_half_written_goes_at_the_next_start(run: Generate, tmp_path: Path) -> None:
-    (tmp_path / stray_name(".k5tmp-")).write_bytes(b"half")
-    (tmp_path / stray_name(".k5frames-")).mkdir()
-    (tmp_path / stray_name(".k5frames-", "rest") / "00000.png").parent.mkdir()
+    (tmp_path / temporary_name(".k5tmp-")).write_bytes(b"half")
+    (tmp_path / temporary_name(".k5frames-")).mkdir()
+    (tmp_path / temporary_name(".k5frames-", "rest") / "00000.png").parent.mkdir()
     run("--prompt", "x", "--output", "x.safetensors", "--output_type", "latent", *QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 

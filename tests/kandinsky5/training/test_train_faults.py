@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from kandinsky5.training import trainer as training
-from kandinsky5.training.results.state import find_state, read_state, remove_stray_states
-from modules.files import remove_strays
+from kandinsky5.training.results.state import find_state, read_state, remove_leftover_states
+from modules.files import remove_leftover_files
 from modules.tensor_files import read_tensors
 from tests.kandinsky5.training import fault_kit
 from tests.kandinsky5.training.step_record import assert_same_results, hash_of, state_hashes
@@ -69,12 +69,12 @@ def results(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith("_effect.txt"))
 
 
-def strays(folder: Path) -> list[str]:
+def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(".k5"))
 
 
 def assert_last_good_state_is_there(output: Path, files: Files, steps: tuple[int, ...], *, note: str) -> None:
-    """What `--resume auto` finds is whole and of one step; so are all files; strays go."""
+    """What `--resume auto` finds is whole and of one step; so are all files; leftovers go."""
     found = find_state(output, "lora", "auto")
     assert found is not None, note
     state = read_state(found)
@@ -87,9 +87,9 @@ def assert_last_good_state_is_there(output: Path, files: Files, steps: tuple[int
         if path.name in ends:  # of the shorter run before
             expected.add(known[path.name.replace("lora", "lora-step00000002", 1)])
         assert lora_hash(path) in expected, f"{note}: {path.name}"
-    remove_strays(output)
-    remove_stray_states(output)
-    assert strays(output) == [], note
+    remove_leftover_files(output)
+    remove_leftover_states(output)
+    assert leftovers(output) == [], note
 
 
 class EveryOperation:
@@ -236,15 +236,13 @@ def kill_and_resume(files: Files, output: Path, after: float, unkilled: Path) ->
         os.killpg(pid, signal.SIGKILL)
         code = fault_kit.wait(pid)
         killed_after, after = after, after * 0.8
-    left = strays(output) if output.is_dir() else []
+    left = leftovers(output) if output.is_dir() else []
     found = find_state(output, "lora", "auto")
     step = 0 if found is None else read_state(found).run.step
     assert fault_kit.wait(start_run(files, output)) == 0, output.with_name(f"{output.name}.txt").read_text()
     assert_same_results(output, unkilled)
     assert results(output) == results(unkilled)
-    return (
-        f"killed after {killed_after:5.3f} s (code {code}), {len(left)} strays, from step {step}, same bytes"
-    )
+    return f"killed after {killed_after:5.3f} s (code {code}), {len(left)} left, from step {step}, same bytes"
 
 
 @pytest.mark.parametrize("share", [0.3, 0.8])

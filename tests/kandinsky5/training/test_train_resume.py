@@ -22,11 +22,11 @@ from kandinsky5.training import control
 from kandinsky5.training import output as train_output
 from kandinsky5.training import trainer as training
 from kandinsky5.training.results import state as training_state
-from kandinsky5.training.results.state import find_state, read_state, remove_stray_states, state_problem
+from kandinsky5.training.results.state import find_state, read_state, remove_leftover_states, state_problem
 from kandinsky5.training.resume import resolve_total_steps
 from modules import files
 from modules.errors import DataError, ModelFileError
-from modules.strays import machine_mark
+from modules.leftovers import machine_mark
 from tests.kandinsky5.training.training_runs import SMALLER, exit_code, lora_bytes, metrics, train
 
 
@@ -162,10 +162,10 @@ def test_a_state_that_was_moved_away_for_a_new_one_comes_back(
     (tmp_path / "lora-state").rename(tmp_path / f".k5old-{gone}-lora-state")
     (tmp_path / f".k5state-{gone}-ab").mkdir()
     assert find_state(tmp_path, "other", "auto") is None
-    assert remove_stray_states(tmp_path) == 1
+    assert remove_leftover_states(tmp_path) == 1
     assert find_state(tmp_path, "lora", "auto") == tmp_path / "lora-state"
     shutil.copytree(tmp_path / "lora-state", tmp_path / f".k5old-{gone}-lora-state")
-    assert remove_stray_states(tmp_path) == 1
+    assert remove_leftover_states(tmp_path) == 1
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".k5")] == []
 
 
@@ -177,7 +177,7 @@ def test_a_state_that_another_machine_moved_away_comes_back_and_what_it_builds_s
     (tmp_path / ".k5state-m00000000-1-ab").mkdir()
     (tmp_path / f".k5old-{machine_mark()}-{os.getppid()}-lora-000001-state").mkdir()  # a process that lives
     assert find_state(tmp_path, "lora", "auto") == tmp_path / "lora-state"
-    assert remove_stray_states(tmp_path) == 0
+    assert remove_leftover_states(tmp_path) == 0
     assert not (tmp_path / "lora-000001-state").exists()
 
 

@@ -1,7 +1,7 @@
-"""Unfinished files and folders of other processes: whose they are, and whether anybody still works on them.
+"""Temporary files and folders that processes have left: their owner, and whether it still works on them.
 
-Their names are a prefix and `<machine>-<process>-<rest>`. A process number tells something on its own machine
-alone, and in its own container: of other machines, which may share a folder, only the age does.
+Their names are a prefix and `<machine>-<process>-<rest>`. A process number means something only on its own
+machine and in its own container; the files of other machines, which may share a folder, are judged by age.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _WINDOWS_QUERY, _WINDOWS_STILL_ACTIVE, _WINDOWS_ACCESS_DENIED = 0x1000, 259, 5
 
 
 @dataclass(frozen=True, slots=True)
-class Stray:
-    """An unfinished file or folder."""
+class Leftover:
+    """A temporary file or folder."""
 
     path: Path
     machine: str
-    """"" where the name does not say it, as earlier versions did not."""
+    """"" in the names of earlier versions, which lack it."""
     process: int
     rest: str
     """What follows in the name."""
@@ -38,33 +38,33 @@ class Stray:
     def is_abandoned(self) -> bool:
         """Whether the process that made it has ended, or has long not touched it, if it ran elsewhere."""
         if self.machine == machine_mark():
-            # A process that finds its own number has got it after another one.
+            # A process that finds its own number was given it after another one.
             return self.process == os.getpid() or not process_is_running(self.process)
         try:
             return time.time() - self.path.stat().st_mtime > STALE_SECONDS
-        except FileNotFoundError:  # somebody has finished or removed it meanwhile
+        except FileNotFoundError:  # finished or removed in the meantime
             return False
 
 
-def stray_name(prefix: str, rest: str = "") -> str:
-    """A name for something unfinished of this process; a random one unless `rest` is given."""
+def temporary_name(prefix: str, rest: str = "") -> str:
+    """A name for a temporary file or folder of this process; random unless `rest` is given."""
     return f"{prefix}{machine_mark()}-{os.getpid()}-{rest or secrets.token_hex(4)}"
 
 
-def find_strays(folder: Path, prefix: str) -> list[Stray]:
-    """What lies in a folder under unfinished names."""
+def find_leftovers(folder: Path, prefix: str) -> list[Leftover]:
+    """The temporary files and folders in a folder, by name."""
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name.startswith(prefix):
             match = _OWNER.fullmatch(path.name.removeprefix(prefix))
             if match is not None:
-                found.append(Stray(path, match["machine"] or "", int(match["process"]), match["rest"]))
+                found.append(Leftover(path, match["machine"] or "", int(match["process"]), match["rest"]))
     return found
 
 
 @functools.cache
 def machine_mark() -> str:
-    """Names where process numbers come from, without telling it: host, its start, and container."""
+    """A hash of host, boot and container, within which process numbers are unique."""
     parts = [platform.node()]
     for place in (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")):
         if place.is_symlink():

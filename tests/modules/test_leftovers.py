@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from modules import strays
-from modules.files import STRAY_PREFIX, atomic_writer, remove_strays
-from modules.strays import STALE_SECONDS, find_strays, machine_mark, stray_name
+from modules import leftovers
+from modules.files import TEMPORARY_PREFIX, atomic_writer, remove_leftover_files
+from modules.leftovers import STALE_SECONDS, find_leftovers, machine_mark, temporary_name
 
 
 @pytest.fixture
@@ -38,27 +38,27 @@ def test_a_process_number_counts_on_its_own_machine_and_age_on_others(
 ) -> None:
     process = os.getppid() if is_running else ended_process
     owner = {"here": f"{machine_mark()}-", "": ""}.get(machine, f"{machine}-")
-    stray = tmp_path / f"{STRAY_PREFIX}{owner}{process}-0a1b2c3d"
-    stray.write_bytes(b"half")
+    leftover = tmp_path / f"{TEMPORARY_PREFIX}{owner}{process}-0a1b2c3d"
+    leftover.write_bytes(b"half")
     if is_old:
         then = time.time() - STALE_SECONDS - 60
-        os.utime(stray, (then, then))
-    assert remove_strays(tmp_path) == int(goes)
-    assert stray.exists() is not goes
+        os.utime(leftover, (then, then))
+    assert remove_leftover_files(tmp_path) == int(goes)
+    assert leftover.exists() is not goes
 
 
 def test_names_tell_whose_they_are_and_hide_the_host(tmp_path: Path) -> None:
-    name = stray_name(".k5old-", "a-b-state")
+    name = temporary_name(".k5old-", "a-b-state")
     (tmp_path / name).mkdir()
     (tmp_path / ".k5old-other").mkdir()  # of no program that is known
-    (found,) = find_strays(tmp_path, ".k5old-")
+    (found,) = find_leftovers(tmp_path, ".k5old-")
     assert (found.machine, found.process, found.rest) == (machine_mark(), os.getpid(), "a-b-state")
-    assert strays.platform.node() not in name
+    assert leftovers.platform.node() not in name
     assert len(machine_mark()) == 9
 
 
 def test_the_mark_is_that_of_a_machine_and_not_of_a_process() -> None:
-    code = "from modules.strays import machine_mark; print(machine_mark())"
+    code = "from modules.leftovers import machine_mark; print(machine_mark())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == machine_mark()
 
