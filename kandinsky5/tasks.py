@@ -13,7 +13,9 @@ from dataset.geometry import FPS, size_step
 from modules.errors import ConfigError
 
 WEIGHTS_FOLDER = Path("weights")
-"""Where the default paths of all tasks start, relative to the working directory."""
+"""Where the default paths of the published models start, relative to the working directory."""
+SMALL_BASE_FOLDER = Path(__file__).parent / "small_world" / "base"
+"""The models of the small world, which come with the code."""
 
 MAX_LATENT_FRAMES = 128
 MAX_LATENT_SIDE = 256
@@ -118,13 +120,17 @@ class Task:
 
     name: str
     checkpoint: str
-    """File name under `weights/model/`."""
+    """File name under `folder`/model/."""
     dit_params: DitParams
     resolution: int
     """512 ("SD") or 1024 ("HD"); sets the default size and the image-to-video area."""
     scale_factor: tuple[float, float, float]
     """Divisors of the rotary angles for time, height and width."""
     seconds: int
+    frames: int | None = None
+    """Pixel frames by default where they are not those of `seconds`."""
+    folder: Path = WEIGHTS_FOLDER
+    """Where the default paths start."""
     steps: int = 50
     guidance: float = 5.0
     scheduler_scale: float = 10.0
@@ -134,12 +140,12 @@ class Task:
     is_i2v: bool = False
     """Image to video: a clip starts from a given frame."""
     is_tiny: bool = False
-    """A random model for trying things out: its token counts are not checked against the real tokenizers."""
+    """A model for trying things out: its token counts are not checked against the real tokenizers."""
 
     @property
     def default_num_frames(self) -> int:
         """Pixel frames, 4k + 1."""
-        return self.seconds * FPS + 1
+        return self.frames or self.seconds * FPS + 1
 
     @property
     def image_size_divisor(self) -> int:
@@ -153,19 +159,19 @@ class Task:
 
     @property
     def dit_path(self) -> Path:
-        return WEIGHTS_FOLDER / "model" / self.checkpoint
+        return self.folder / "model" / self.checkpoint
 
     @property
     def vae_path(self) -> Path:
-        return WEIGHTS_FOLDER / "vae"
+        return self.folder / "vae"
 
     @property
     def text_encoder_qwen_path(self) -> Path:
-        return WEIGHTS_FOLDER / "text_encoder"
+        return self.folder / "text_encoder"
 
     @property
     def text_encoder_clip_path(self) -> Path:
-        return WEIGHTS_FOLDER / "text_encoder2"
+        return self.folder / "text_encoder2"
 
 
 PRO_PARAMS = DitParams(
@@ -199,6 +205,16 @@ TINY_PARAMS = DitParams(
     num_visual_blocks=4,
     axes_dims=(16, 24, 24),
 )
+SMALL_PARAMS = DitParams(
+    in_text_dim=64,
+    in_text_dim2=32,
+    time_dim=64,
+    model_dim=128,
+    ff_dim=384,
+    num_text_blocks=1,
+    num_visual_blocks=5,
+    axes_dims=(8, 12, 12),
+)
 
 _SD_SCALE = (1.0, 2.0, 2.0)
 _HD_SCALE = (1.0, 3.16, 3.16)
@@ -228,6 +244,24 @@ def _tiny_task(name: str, **settings: Any) -> Task:
         scale_factor=_SD_SCALE,
         seconds=1,
         steps=8,
+        is_tiny=True,
+        **settings,
+    )
+
+
+def _small_task(name: str, **settings: Any) -> Task:
+    return Task(
+        name=name,
+        checkpoint="small.safetensors",
+        dit_params=SMALL_PARAMS,
+        resolution=64,
+        scale_factor=_SD_SCALE,
+        seconds=1,
+        frames=17,
+        folder=SMALL_BASE_FOLDER,
+        steps=16,
+        guidance=3.0,
+        scheduler_scale=3.0,
         is_tiny=True,
         **settings,
     )
@@ -297,6 +331,8 @@ _TASKS = (
         seconds=10,
         nabla=_NABLA,
     ),
+    _small_task("k5-small-t2v"),
+    _small_task("k5-small-i2v", is_i2v=True),
     _tiny_task("k5-tiny-t2v"),
     _tiny_task("k5-tiny-i2v", is_i2v=True),
     _tiny_task("k5-tiny-nabla", nabla=NablaParams(wT=3, wH=1, wW=1)),

@@ -49,7 +49,7 @@ PACKAGES = ("kandinsky5", "dataset", "networks", "modules")
 FOREIGN_OPTIONS = {
     "--num_cpu_threads_per_process", "--multi_gpu", "--num_processes", "--num_machines", "--cpu",
     "--write", "--seed", "--output", "--step", "--memory", "--config", "--shape", "--text", "--rounds",
-    "--warmup", "--index-url", "--local-dir", "--format", "--check",
+    "--warmup", "--nproc_per_node", "--index-url", "--local-dir", "--format", "--check",
     "--budget", "--only", "--estimate", "--rehearse",
 }  # fmt: skip
 # Settings inside a prompt line.
@@ -173,6 +173,7 @@ def known_options() -> frozenset[str]:
     """Every option of the four scripts (hidden spellings too), of the tools, and of quickstart.py."""
     sources = [*(ROOT / "kandinsky5" / "cli").glob("*.py"), *(ROOT / "networks").glob("*.py")]
     sources += [ROOT / "quickstart.py", ROOT / "kandinsky5" / "tiny_models.py"]
+    sources += (ROOT / "kandinsky5" / "small_world").glob("*.py")
     written = {name for path in sources for name in _OPTION.findall(path.read_text(encoding="utf-8"))}
     return frozenset(written.union(*map(options_of, SCRIPTS)) | FOREIGN_OPTIONS | PROMPT_OPTIONS)
 

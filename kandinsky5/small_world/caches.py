@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dataset.geometry import FRAMES_PER_LATENT
+from kandinsky5.configs.text_encoders import TextEncodersConfig
 from kandinsky5.model.conditioning import TextConditioning
 from kandinsky5.small_world.world import ALL_SCENES, WORDINGS, Scene, draw
 from kandinsky5.text.encoders import load_text_encoders
@@ -92,7 +93,8 @@ class TextCache:
     @classmethod
     def make(cls, qwen: Path, clip: Path) -> Self:
         """Encode all wordings of all scenes."""
-        encoders = load_text_encoders(str(qwen), str(clip), device="cpu", dtype=torch.bfloat16)
+        config = TextEncodersConfig(text_encoder_qwen=str(qwen), text_encoder_clip=str(clip))
+        encoders = load_text_encoders(config, device="cpu", dtype=torch.bfloat16)
         negative = encoders.templates.negative_prompt
         captions = [
             *(scene.caption(wording) for scene in ALL_SCENES for wording in range(len(WORDINGS))),

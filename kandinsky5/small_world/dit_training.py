@@ -27,7 +27,7 @@ from kandinsky5.training.loss.timesteps import shift_sigma
 
 DIT = StageConfig(
     name="dit",
-    steps=2200,
+    steps=3400,
     learning_rate=1.5e-3,
     betas=(0.9, 0.98),
     warmup_steps=100,
