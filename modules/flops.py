@@ -30,12 +30,17 @@ def _in_place_sum(total: Shape, a: Shape, b: Shape, *_: Any, out_shape: Any = No
     return 2 * a[0] * a[1] * b[1]
 
 
+def _product(a: Shape, b: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
 _MISSING = {
+    torch.ops.aten._int_mm: _product,
     torch.ops.aten.addmm_: _in_place_sum,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
 }
-"""Operators that torch's table lacks: in-place sums of products and the fused attention of the CPU."""
+"""What torch's table lacks: products in int8, in-place sums of products, the CPU's fused attention."""
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     **{operator: shape_wrapper(formula) for operator, formula in _MISSING.items()},

@@ -20,6 +20,9 @@ from kandinsky5.model.conditioning import VelocityModel
 from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.tasks import LITE_PARAMS, PRO_PARAMS, TASKS, TINY_PARAMS, DitParams
 from modules.flops import FlopCounter
+from modules.fp8 import Fp8Linear
+from modules.int8 import Int8Linear
+from modules.quantised_linear import QuantisedLinear
 from networks.lora_kandinsky import create_network
 
 TASK = TASKS["k5-tiny-t2v"]
@@ -83,3 +86,17 @@ def test_the_count_of_a_forward_pass_is_that_of_torchs_own_counter() -> None:
     with FlopCounterMode(display=False, custom_mapping=mapping) as theirs, torch.no_grad():
         velocity(dit)(*inputs)
     assert ours.total == theirs.get_total_flops()
+
+
+@pytest.mark.parametrize("layer_class", [Fp8Linear, Int8Linear])
+@pytest.mark.parametrize("use_fast", [False, True])
+def test_a_layer_counts_the_same_whatever_its_weights_and_products(
+    layer_class: type[QuantisedLinear], use_fast: bool
+) -> None:
+    weight8, scale = layer_class.quantise(torch.randn(48, 32))
+    layer = layer_class(weight8, scale, None, compute_dtype=torch.bfloat16, use_fast=use_fast)
+    assert layer.use_fast == use_fast
+    x = torch.randn(64, 32).bfloat16().requires_grad_()
+    with FlopCounter() as counted:
+        layer(x).sum().backward()
+    assert counted.total == 2 * (2 * 64 * 48 * 32)
