@@ -46,7 +46,7 @@ def _cgroup_limits() -> Iterator[tuple[int, int]]:
     """
     if sys.platform != "linux":
         return
-    for folder, limit_name, use_name, cached_name in _cgroup_folders():
+    for folder, (limit_name, use_name, cached_name) in _cgroup_folders():
         try:
             limit = (folder / limit_name).read_text(encoding="ascii").strip()
             use = int((folder / use_name).read_text(encoding="ascii"))
@@ -58,7 +58,7 @@ def _cgroup_limits() -> Iterator[tuple[int, int]]:
             yield int(limit), use - cached
 
 
-def _cgroup_folders() -> Iterator[tuple[Path, str, str, str]]:
+def _cgroup_folders() -> Iterator[tuple[Path, tuple[str, str, str]]]:
     """Folders with the names of the files for limit and use and of the line for cached files."""
     if not _CGROUPS.is_file():
         return
@@ -74,7 +74,7 @@ def _cgroup_folders() -> Iterator[tuple[Path, str, str, str]]:
         place = root / path.lstrip("/")
         for folder in (place, *place.parents):
             if folder.is_relative_to(root):
-                yield folder, *names
+                yield folder, names
 
 
 class _WindowsMemory(ctypes.Structure):
