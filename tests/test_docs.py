@@ -106,7 +106,7 @@ def _package_list() -> str:
     """One line per script and package, from their docstrings."""
     rows = [(path.name, path) for path in sorted(ROOT.glob("*.py"))]
     for top in PACKAGES:
-        for path in sorted((ROOT / top).rglob("__init__.py")):
+        for path in sorted([*(ROOT / top).glob("__init__.py"), *(ROOT / top).glob("*/__init__.py")]):
             rows.append((f"{path.parent.relative_to(ROOT).as_posix()}/", path))
     lines = ["| | |", "|---|---|", *(f"| `{name}` | {_phrase(path)} |" for name, path in rows)]
     return "\n".join(lines) + "\n"
