@@ -31,7 +31,7 @@ _PADDING_SHARE = 0.125
 
 def block_sparse_path(device: torch.device) -> str:
     """What `block_sparse_attention` uses there: "flex" (compiled) or "gathered" (plain torch)."""
-    return "flex" if device.type == "cuda" and _has_triton() else "gathered"
+    return "flex" if device.type == "cuda" and has_triton() else "gathered"
 
 
 def describe_block_sparse_path(device: torch.device) -> str:
@@ -45,7 +45,7 @@ def describe_block_sparse_path(device: torch.device) -> str:
     return words
 
 
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
@@ -103,7 +103,7 @@ def flex_block_attention(
     mask = _flex_mask(block_mask, block_size, has_backward=_has_backward(query, key, value))
     # A limit of its own: `--compile_cache_size_limit` is about the model's blocks.
     with torch._dynamo.config.patch(recompile_limit=FLEX_GRAPHS):
-        mixed = _compiled_flex_attention()(
+        mixed = compiled_flex_attention()(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
@@ -160,7 +160,7 @@ def heads_at_a_time(num_blocks: int) -> int:
 
 
 @cache
-def _compiled_flex_attention() -> Any:
+def compiled_flex_attention() -> Any:
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 

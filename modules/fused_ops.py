@@ -26,14 +26,14 @@ LAYER_NORM_EPS = 1e-5
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
     """LayerNorm over the last axis, rounded to the dtype of x once; x [..., D], weight and bias [D]."""
     weight, bias = weight.float(), bias.float()
-    if _kernel_rounds_once(x):
+    if kernel_rounds_once(x):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     if torch.compiler.is_compiling():  # the compiler fuses the formula by itself
         return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
     return _ChunkedLayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-any-return]
 
 
-def _kernel_rounds_once(x: Tensor) -> bool:
+def kernel_rounds_once(x: Tensor) -> bool:
     """Whether torch's kernel takes float32 weights beside x; other than on a CPU it requires one dtype."""
     return x.device.type == "cpu" or x.dtype == torch.float32
 
@@ -245,7 +245,7 @@ class ModulatedLayerNorm(NamedTuple):
 
 def _layer_norm_again(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Gradient]:
     weight, bias, width = weight.float(), bias.float(), x.shape[-1:]
-    if _kernel_rounds_once(x):
+    if kernel_rounds_once(x):
         value, mean, inverse_deviation = torch.native_layer_norm(x, width, weight, bias, LAYER_NORM_EPS)
         return value, lambda grad: torch.ops.aten.native_layer_norm_backward(
             grad, x, width, mean, inverse_deviation, weight, bias, [True, False, False]

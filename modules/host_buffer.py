@@ -13,7 +13,7 @@ from modules.errors import ResourceError
 from modules.host_memory import available_memory, page_locked_size
 from modules.memory_errors import is_memory_error
 
-_SPARE_BYTES = 2**20
+SPARE_BYTES = 2**20
 """A buffer takes less than this more than what it holds."""
 
 
@@ -127,8 +127,8 @@ def page_locked_buffer_size(size: int) -> int:
 
 def _piece_lengths(size: int) -> list[int]:
     """Powers of two, the largest first, that hold `size` bytes together."""
-    if size <= _SPARE_BYTES:
+    if size <= SPARE_BYTES:
         return [page_locked_size(size)]
-    units = -(-size // _SPARE_BYTES)
+    units = -(-size // SPARE_BYTES)
     bits = range(units.bit_length() - 1, -1, -1)
-    return [_SPARE_BYTES << bit for bit in bits if units >> bit & 1]
+    return [SPARE_BYTES << bit for bit in bits if units >> bit & 1]

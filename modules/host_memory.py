@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
-_CGROUPS = Path("/proc/self/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+CGROUPS = Path("/proc/self/cgroup")
 """The control groups of this process; see cgroups(7)."""
 
 
@@ -60,14 +60,14 @@ def _cgroup_limits() -> Iterator[tuple[int, int]]:
 
 def _cgroup_folders() -> Iterator[tuple[Path, tuple[str, str, str]]]:
     """Folders with the names of the files for limit and use and of the line for cached files."""
-    if not _CGROUPS.is_file():
+    if not CGROUPS.is_file():
         return
-    for line in _CGROUPS.read_text(encoding="utf-8").splitlines():
+    for line in CGROUPS.read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, names = _CGROUP_ROOT, ("memory.max", "memory.current", "inactive_file")
+            root, names = CGROUP_ROOT, ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            root = _CGROUP_ROOT / "memory"
+            root = CGROUP_ROOT / "memory"
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue

@@ -29,7 +29,7 @@ INT8_MAX = 127
 FAST_PRODUCT = FastProduct(form="int8", units="int8", capability=(7, 5), cards="Turing, Ampere")
 _FAST_ROWS = 32
 """Fewest tokens of an integer product: on CUDA `_int_mm` refuses 16 and fewer."""
-_CHUNK_ELEMENTS = 2**23
+CHUNK_ELEMENTS = 2**23
 """Bounds the 32-bit scratch space of an integer product to 32 MiB."""
 
 
@@ -64,7 +64,7 @@ class _FastProduct(WeightOnlyProduct):
         on_output = scales_output(x.dtype, scale)
         output = x.new_empty(x.shape[0], weight.shape[0])
         # Equal shares, so that none is left with a few tokens.
-        pieces = max(1, -(-x.shape[0] * max(weight.shape) // _CHUNK_ELEMENTS))
+        pieces = max(1, -(-x.shape[0] * max(weight.shape) // CHUNK_ELEMENTS))
         for source, target in zip(x.tensor_split(pieces), output.tensor_split(pieces), strict=True):
             tokens, token_scale = _quantise_tokens(source)
             sums = _integer_product(tokens, weight)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from modules.errors import ResourceError
 
-_CHUNK_ELEMENTS = 2**19  # bounds the float32 scratch space of quantisation to a few MiB
+CHUNK_ELEMENTS = 2**19  # bounds the float32 scratch space of quantisation to a few MiB
 
 
 def row_scales(weight: Tensor, limit: float) -> Tensor:
@@ -42,7 +42,7 @@ def quantise_with(
     quantised = torch.empty_like(weight, dtype=dtype)
     if weight.is_meta:  # thousands of pieces without data to round
         return quantised
-    rows = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
+    rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
     for target, source, divisor in zip(
         quantised.split(rows), weight.split(rows), scale.split(rows), strict=True
     ):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from modules.fused_ops import Recomputable
 
 _HALF = frozenset({torch.float16, torch.bfloat16})
-_WIDE_PRODUCT_DEVICES = frozenset({"cuda", "meta"})
+WIDE_PRODUCT_DEVICES = frozenset({"cuda", "meta"})
 """Where `torch.mm` has `out_dtype`; without data it stands for what a GPU takes."""
 
 
@@ -93,7 +93,7 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def _master_gradient(a: Tensor, b: Tensor, dtype: torch.dtype, scale: float | None = None) -> Tensor:
     """a @ b, times scale, in the dtype of a master: float32 sums are not rounded to half precision first."""
-    if dtype == torch.float32 and a.dtype in _HALF and a.device.type in _WIDE_PRODUCT_DEVICES:
+    if dtype == torch.float32 and a.dtype in _HALF and a.device.type in WIDE_PRODUCT_DEVICES:
         product = torch.mm(a, b, out_dtype=dtype)
         return product if scale is None else product.mul_(scale)
     return (a @ b if scale is None else _scaled_product(a, b, scale)).to(dtype)

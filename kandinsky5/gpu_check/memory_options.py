@@ -16,15 +16,15 @@ from modules.errors import ConfigError
 
 LORA_OPTIONS = ("--network_dim", "32", "--network_alpha", "32", "--optimizer_type", "AdamW8bit", "--sdpa")
 """What the table is for, beside one clip per batch."""
-_MODELS = (("Pro", "k5-pro-t2v-5s-sd"), ("Lite", "k5-lite-t2v-5s-sd"))
-_CLIPS = ((17, 512, 512), (121, 512, 768))
+MODELS = (("Pro", "k5-pro-t2v-5s-sd"), ("Lite", "k5-lite-t2v-5s-sd"))
+CLIPS = ((17, 512, 512), (121, 512, 768))
 """Frames, height, width in pixels."""
 
 
 def memory_options(memory: int) -> list[tuple[str, ...]]:
     """What `--vram_budget` would add on a card of so many bytes, for both models and two sizes of clips."""
     rows = []
-    for name, task in _MODELS:
+    for name, task in MODELS:
         config = parse_train([
             *("--task", task, *LORA_OPTIONS, "--dit", "none", "--dataset_config", "none"),
             *("--output_dir", "none", "--output_name", "none"),
@@ -32,7 +32,7 @@ def memory_options(memory: int) -> list[tuple[str, ...]]:
         assert isinstance(config, TrainConfig)
         source = DrawnWeights(config.model.dit_params, META)
         planner = TrainingPlanner(config, torch.device("cuda"), torch.bfloat16, source=source)
-        for frames, height, width in _CLIPS:
+        for frames, height, width in CLIPS:
             batch = BatchShape(
                 clips=1,
                 latent_frames=latent_frame_count(frames),

@@ -124,12 +124,12 @@ def in_float64():
 @contextlib.contextmanager
 def as_on_gpu():
     """Within the block narrow activations are normed as on a GPU."""
-    plain = fused_ops._kernel_rounds_once
-    fused_ops._kernel_rounds_once = lambda x: x.dtype == torch.float32
+    plain = fused_ops.kernel_rounds_once
+    fused_ops.kernel_rounds_once = lambda x: x.dtype == torch.float32
     try:
         yield
     finally:
-        fused_ops._kernel_rounds_once = plain
+        fused_ops.kernel_rounds_once = plain
 
 
 def run_dit(adapter, cfg, weights, several_inputs, dtype):

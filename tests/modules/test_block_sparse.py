@@ -97,7 +97,7 @@ def block_masks(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
         given.append(block_mask)
         return torch.empty_like(query)
 
-    monkeypatch.setattr(block_sparse, "_compiled_flex_attention", lambda: kernel)
+    monkeypatch.setattr(block_sparse, "compiled_flex_attention", lambda: kernel)
     return given
 
 
@@ -176,6 +176,6 @@ def test_index_lists_are_those_that_torch_would_derive(
 @pytest.mark.parametrize(("platform", "package"), [("win32", "triton-windows"), ("linux", "triton")])
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, platform: str, package: str) -> None:
     monkeypatch.setattr(block_sparse.sys, "platform", platform)
-    monkeypatch.setattr(block_sparse, "_has_triton", lambda: False)
+    monkeypatch.setattr(block_sparse, "has_triton", lambda: False)
     assert f"pip install {package} " in block_sparse.describe_block_sparse_path(torch.device("cuda"))
     assert block_sparse.describe_block_sparse_path(torch.device("cpu")) == "gathered blocks in plain torch"

@@ -62,7 +62,7 @@ def test_modulated_layer_norm_uses_each_samples_own_weights() -> None:
 def norm_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer norms of narrow activations by the kernel for a CPU, or in chunks as on other devices."""
     if request.param == "GPU":
-        monkeypatch.setattr(fused_ops, "_kernel_rounds_once", lambda x: x.dtype == torch.float32)
+        monkeypatch.setattr(fused_ops, "kernel_rounds_once", lambda x: x.dtype == torch.float32)
 
 
 @pytest.mark.usefixtures("norm_path")
@@ -89,7 +89,7 @@ def test_a_norm_in_chunks_is_that_of_float32_rounded_once(
 ) -> None:
     """To the bit, gradients too; weights that are trained get theirs unrounded."""
     monkeypatch.setattr(fused_ops, "CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr(fused_ops, "_kernel_rounds_once", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr(fused_ops, "kernel_rounds_once", lambda x: x.dtype == torch.float32)
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(2, 3, 37, 16, generator=generator) + 0.5).to(dtype)
     weight, bias = (torch.randn(16, generator=generator) for _ in range(2))
@@ -108,7 +108,7 @@ def test_a_norm_in_chunks_is_that_of_float32_rounded_once(
 
 
 def test_a_compiled_norm_rounds_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_ops, "_kernel_rounds_once", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr(fused_ops, "kernel_rounds_once", lambda x: x.dtype == torch.float32)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 16, generator=generator).bfloat16()
     weight, bias = torch.randn(2, 16, generator=generator)

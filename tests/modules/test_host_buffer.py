@@ -23,7 +23,7 @@ def test_page_locked_memory_is_hardly_larger_than_what_it_holds(size: int) -> No
 
 @pytest.mark.parametrize("spare", [16, 64, MIB])
 def test_what_is_filled_in_comes_out_in_one_piece(spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_buffer, "_SPARE_BYTES", spare)
+    monkeypatch.setattr(host_buffer, "SPARE_BYTES", spare)
     first, second = torch.randn(7, 5), torch.randn(3, 4).to(torch.float8_e4m3fn)
     # A view that is not contiguous, a single number, and nothing at all.
     third, fourth, fifth = torch.arange(40.0).view(5, 8).t(), torch.tensor(3.0), torch.empty(0)

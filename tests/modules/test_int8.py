@@ -59,7 +59,7 @@ def test_integer_products_of_any_number_of_tokens_are_exact(
 def test_the_fast_product_equals_its_formula(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int
 ) -> None:
-    monkeypatch.setattr(int8, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(int8, "CHUNK_ELEMENTS", chunk)
     weight8, scale = quantise_rows(draw(OUT, IN) / 8)
     bias = draw(OUT, seed=1).to(dtype)
     x = (draw(75, IN, seed=2) * torch.logspace(-2, 2, 75)[:, None]).to(dtype)

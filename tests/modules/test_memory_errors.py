@@ -177,10 +177,10 @@ def test_a_container_has_what_its_limit_leaves(
     (folder / "memory.stat").write_text(f"anon 1\n{names[2]} 10000\n", encoding="ascii")
     groups = {1: "4:memory:/job/inner\n", 2: "0::/job/inner\n"}[version]
     (tmp_path / "groups").write_text(groups, encoding="utf-8")
-    monkeypatch.setattr(host_memory, "_CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(host_memory, "_CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(host_memory, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(host_memory, "CGROUPS", tmp_path / "groups")
     assert (available_memory(), total_memory()) == (30000, 50000)
     (folder / names[0]).write_text("max\n" if version == 2 else f"{2**63 - 4096}\n", encoding="ascii")
     assert total_memory() > 50000
-    monkeypatch.setattr(host_memory, "_CGROUPS", tmp_path / "none")
+    monkeypatch.setattr(host_memory, "CGROUPS", tmp_path / "none")
     assert available_memory() > 50000

@@ -98,7 +98,7 @@ def test_zero_rows_and_long_matrices_are_quantised(
     weight = draw(OUT, IN)
     weight[3] = 0
     whole = kind.quantise(weight)
-    monkeypatch.setattr("modules.quantised_linear._CHUNK_ELEMENTS", 7 * IN)
+    monkeypatch.setattr("modules.quantised_linear.CHUNK_ELEMENTS", 7 * IN)
     pieces = kind.quantise(weight)
     assert torch.equal(whole[0].float(), pieces[0].float())
     assert torch.equal(whole[1], pieces[1])
@@ -198,7 +198,7 @@ def test_nothing_is_wider_than_the_compute_dtype_and_one_byte_per_weight_is_kept
     if kind is Int8Linear and use_fast:
         # Integer sums are 32 bits wide: a bounded number of tokens at a time.
         tokens, allowed = 40 * int8._FAST_ROWS, int8._FAST_ROWS * IN
-        monkeypatch.setattr("modules.int8._CHUNK_ELEMENTS", allowed)
+        monkeypatch.setattr("modules.int8.CHUNK_ELEMENTS", allowed)
     x = draw(tokens, IN, seed=2).bfloat16().requires_grad_()
     kept: list[int] = []
 

@@ -66,7 +66,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> PinnedMemory:
         "Event",
         lambda: SimpleNamespace(record=do_nothing, synchronize=do_nothing),
     )
-    monkeypatch.setattr(host_buffer, "_SPARE_BYTES", 64)  # several pieces even of small tensors
+    monkeypatch.setattr(host_buffer, "SPARE_BYTES", 64)  # several pieces even of small tensors
     return PinnedMemory(monkeypatch)
 
 

@@ -102,7 +102,7 @@ def test_where_products_of_half_precision_can_be_float32_gradients_of_masters_ar
         return [p.grad for p in network.parameters() if p.grad is not None]
 
     rounded = gradients()
-    monkeypatch.setattr(fused, "_WIDE_PRODUCT_DEVICES", {"cpu"})
+    monkeypatch.setattr(fused, "WIDE_PRODUCT_DEVICES", {"cpu"})
     monkeypatch.setattr(torch, "mm", mm)
     for found, narrow in zip(gradients(), rounded, strict=True):
         assert torch.equal(narrow, narrow.bfloat16().float())
@@ -243,7 +243,7 @@ def normed_outputs(
 def norm_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms of narrow activations by the kernel for a CPU, or in chunks as on other devices."""
     if request.param == "GPU":
-        monkeypatch.setattr(fused_ops, "_kernel_rounds_once", lambda x: x.dtype == torch.float32)
+        monkeypatch.setattr(fused_ops, "kernel_rounds_once", lambda x: x.dtype == torch.float32)
 
 
 @pytest.mark.usefixtures("norm_path")

@@ -169,7 +169,7 @@ def test_planned_activations_are_those_of_a_real_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The plan runs two and three blocks without data and extends them; here all six compute, as on a GPU."""
-    monkeypatch.setattr(fused_ops, "_kernel_rounds_once", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr(fused_ops, "kernel_rounds_once", lambda x: x.dtype == torch.float32)
     changed = with_model(config, **options)
     planned = TrainingPlanner(changed, CPU, dtype).plan(changed.model, batch).usage.device["activations"]
     dit = assembly.load_model(changed.model, CPU, dtype)

@@ -104,10 +104,9 @@ def test_a_whole_lora_step_makes_no_activation_wider_than_the_compute_dtype(
     wide_file: Path, held: dict[str, bool], checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (fused_ops, int8):  # their scratch space is bounded; here below an activation's size
-        name = "CHUNK_ELEMENTS" if module is fused_ops else "_CHUNK_ELEMENTS"
-        monkeypatch.setattr(module, name, NUM_TOKENS * WIDTH // 4)
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", NUM_TOKENS * WIDTH // 4)
     # As on a GPU, where the layer norm of narrow activations is no single kernel.
-    monkeypatch.setattr(fused_ops, "_kernel_rounds_once", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr(fused_ops, "kernel_rounds_once", lambda x: x.dtype == torch.float32)
     dit, network = load(wide_file, held)
     dit.gradient_checkpointing = checkpointing
     with WideActivations() as seen:
