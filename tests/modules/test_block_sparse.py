@@ -14,8 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from kandinsky5.model.nabla import dense_masked_attention
 from modules import block_sparse
 from modules.block_sparse import flex_block_attention, gathered_block_attention
+from modules.flops import FlopCounter
 from modules.live_bytes import LiveBytes
-from tests.flops import count_flops
 
 BLOCK = 64
 BLOCKS = 20
@@ -54,12 +54,12 @@ def attention_flops(density: float, *, backward: bool) -> int:
     kept = round(BLOCKS * density)
     mask = torch.zeros(2, 2, BLOCKS, BLOCKS, dtype=torch.bool)
     mask[..., :kept] = True
-    with count_flops() as counter:
+    with FlopCounter() as counter:
         inputs = [tensor.requires_grad_(backward) for tensor in tensors]
         out = gathered_block_attention(*inputs, mask, BLOCK)
         if backward:
             out.sum().backward()
-    return counter.get_total_flops()
+    return counter.total
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -11,8 +11,8 @@ from kandinsky5.model import nabla
 from kandinsky5.model.conditioning import TextConditioning, VelocityModel, pad_text
 from kandinsky5.tasks import NablaParams
 from modules import block_sparse
+from modules.flops import FlopCounter
 from modules.live_bytes import LiveBytes
-from tests.flops import count_flops
 from tests.kandinsky5.training.training_runs import lora_bytes, metrics, train, write_dataset, write_dit
 from tests.tiny import tiny_dit
 
@@ -23,9 +23,9 @@ def forward_flops(params: NablaParams | None) -> int:
     dit = tiny_dit(num_text_blocks=1, num_visual_blocks=2)
     caption = TextConditioning(torch.ones(3, 64), torch.ones(32))
     text = pad_text([caption], device="cpu", dtype=torch.float32)
-    with count_flops() as counter, torch.no_grad():
+    with FlopCounter() as counter, torch.no_grad():
         VelocityModel(dit, (1.0, 2.0, 2.0), params)(torch.ones(1, 16, 4, 32, 32), torch.tensor([0.5]), text)
-    return counter.get_total_flops()
+    return counter.total
 
 
 def test_the_model_does_not_compute_what_the_mask_leaves_out() -> None:

@@ -16,8 +16,8 @@ from kandinsky5.model.offload import (
 )
 from kandinsky5.tasks import LITE_PARAMS, PRO_PARAMS, TINY_PARAMS, DitParams
 from modules.activation_offload import ActivationOffload, DirectMover
+from modules.flops import FlopCounter
 from modules.host_memory import page_locked_size
-from tests.flops import count_flops
 from tests.kandinsky5.training.lora_steps import LoraModel
 from tests.modules.test_block_swap import LateCopies
 from tests.tiny import tiny_dit
@@ -54,12 +54,12 @@ def test_weights_that_lie_on_the_device_do_not_travel() -> None:
 
 def test_kept_attention_is_not_computed_again() -> None:
     model = LoraModel()
-    with count_flops() as recomputed:
+    with FlopCounter() as recomputed:
         model.step()
     model.dit.kept_attention_blocks = 3
-    with count_flops() as kept:
+    with FlopCounter() as kept:
         model.step()
-    assert kept.get_total_flops() < recomputed.get_total_flops()
+    assert kept.total < recomputed.total
 
 
 class CountingMover(DirectMover):
