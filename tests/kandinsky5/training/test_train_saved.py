@@ -11,7 +11,7 @@ from kandinsky5.configs.train import ROOM_FOR_ENDINGS
 from kandinsky5.training import control
 from kandinsky5.training.results.names import ResultNames, average_path, effect_path
 from kandinsky5.training.results.state import read_state
-from kandinsky5.training.sample_files import SampleNames
+from kandinsky5.training.sample_files import SampledPrompt, SampleNames
 from modules.file_names import MAX_NAME_BYTES
 from modules.tensor_files import read_header, read_tensors
 from networks.lora_scales import lora_config_path
@@ -138,7 +138,7 @@ def test_the_longest_output_name_leaves_room_for_every_file_of_a_run(tmp_path: P
         for file in (lora, average_path(lora)):
             paths += [file, effect_path(file), lora_config_path(file)]
     paths.append(tmp_path / f".k5old-4294967295-{outputs.state('step', step).name}")
-    paths.append(tmp_path / f"{samples.stem(0, step, 999, 2**63)}.mp4")
+    paths.append(tmp_path / f"{samples.stem(0, step, SampledPrompt(999, "x", 2**63))}.mp4")
     paths.append(samples.grid(999))
     too_long = [path.name for path in paths if len(path.name.encode()) > MAX_NAME_BYTES]
     assert not too_long
