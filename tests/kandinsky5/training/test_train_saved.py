@@ -138,7 +138,8 @@ def test_the_longest_output_name_leaves_room_for_every_file_of_a_run(tmp_path: P
         for file in (lora, average_path(lora)):
             paths += [file, effect_path(file), lora_config_path(file)]
     paths.append(tmp_path / f".k5old-4294967295-{outputs.state('step', step).name}")
-    paths.append(tmp_path / f"{samples.stem(0, step, SampledPrompt(999, "x", 2**63))}.mp4")
+    stem = samples.stem(0, step, SampledPrompt(999, "x", 2**63))
+    paths.append(tmp_path / f"{stem}.mp4")
     paths.append(samples.grid(999))
     too_long = [path.name for path in paths if len(path.name.encode()) > MAX_NAME_BYTES]
     assert not too_long
