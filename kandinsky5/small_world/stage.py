@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from modules.logs import get_logger
@@ -24,23 +23,6 @@ LossOfStep = Callable[[int, torch.Generator], Tensor]
 
 _SAVE_SECONDS = 120.0
 _REPORT_SECONDS = 60.0
-
-
-def process_rank() -> int:
-    """Which of the processes that train together this is; 0 where there is one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _average_gradients(params: Sequence[nn.Parameter]) -> None:
-    """Over all processes, in one message."""
-    if not dist.is_initialized():
-        return
-    gradients = [param.grad for param in params if param.grad is not None]
-    joined = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(joined)
-    joined /= dist.get_world_size()
-    for gradient, mean in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +92,7 @@ class Stage:
 
         Args:
             loss_of_step: the loss of a step; every random number comes from the generator it is given, a
-                pure function of stage, step and process.
+                pure function of stage and step.
             measure: figures for the report, taken with the averaged weights.
         """
         if self.is_done:
@@ -118,7 +100,7 @@ class Stage:
         last_report = last_save = last_tick = time.monotonic()
         first_step = self.step
         while not self.is_done:
-            generator = generator_for("small_world", self.config.name, self.step, process_rank())
+            generator = generator_for("small_world", self.config.name, self.step)
             self._update(loss_of_step(self.step, generator))
             now = time.monotonic()
             self.seconds += now - last_tick
@@ -138,7 +120,6 @@ class Stage:
             group["lr"] = self.config.rate(self.step)
         self._optimizer.zero_grad()
         loss.backward()
-        _average_gradients(self._params)
         nn.utils.clip_grad_norm_(self._params, self.config.clip_norm)
         self._optimizer.step()
         self.step += 1
@@ -160,9 +141,6 @@ class Stage:
                 torch._foreach_copy_(self._params, kept)
 
     def _report(self, steps_per_second: float, measure: Callable[[], dict[str, Any]]) -> None:
-        if process_rank() != 0:
-            self._losses.clear()
-            return
         with self.averaged(), torch.no_grad():
             figures = measure()
         record = {
@@ -182,8 +160,6 @@ class Stage:
 
     def save(self) -> None:
         """Replace the checkpoint in one step, so that a kill leaves the old or the new one."""
-        if process_rank() != 0:
-            return
         partial = self.path.with_suffix(".partial")
         torch.save(
             {

@@ -2,27 +2,24 @@
 
 Stages: VAE on pictures, VAE on clips, latents and captions into caches, DiT. OUTPUT gets the models in the
 file formats of the published ones; OUTPUT/training holds checkpoints, caches and log.jsonl. A run that was
-stopped at any time goes on when it is started again; finished stages are not repeated. Several processes
-average their gradients: `python -m torch.distributed.run --nproc_per_node 2 -m kandinsky5.small_world.train`.
+stopped at any time goes on when it is started again; finished stages are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kandinsky5.cli.common import Parser, positive_int, user_errors
 from kandinsky5.model.dit import is_float32_island
 from kandinsky5.small_world.caches import ClipCache, TextCache
 from kandinsky5.small_world.dit_training import DIT, train_dit
-from kandinsky5.small_world.stage import process_rank
 from kandinsky5.small_world.vae_training import CLIPS, PICTURES, fold_latent_statistics, train_vae
 from kandinsky5.small_world.world import BASE_SCENES
 from kandinsky5.tasks import get_task
@@ -48,21 +45,13 @@ def train_small_base(out: Path, options: argparse.Namespace) -> None:
             replace(CLIPS, steps=options.vae_clip_steps),
         )
         fold_latent_statistics(vae)
-        _on_first_process(lambda: write_vae_folder(out / "vae", vae, dtype=torch.float16))
-    _on_first_process(lambda: _write_caches(out, work, options.clips_per_scene))
+        write_vae_folder(out / "vae", vae, dtype=torch.float16)
+    _write_caches(out, work, options.clips_per_scene)
     clips, texts = ClipCache.load(work / "latents.pt"), TextCache.load(work / "text.pt")
     task = get_task(TASK)
     dit = train_dit(work, task, clips, texts, replace(DIT, steps=options.dit_steps))
     path = out / "model" / task.checkpoint
-    _on_first_process(lambda: write_tensors(path, dit_file_tensors(dit.state_dict())))
-
-
-def _on_first_process(write: Callable[[], None]) -> None:
-    """Write files once, with all processes waiting for them."""
-    if process_rank() == 0:
-        write()
-    if dist.is_initialized():
-        dist.barrier()
+    write_tensors(path, dit_file_tensors(dit.state_dict()))
 
 
 def _write_caches(out: Path, work: Path, clips_per_scene: int) -> None:
@@ -91,8 +80,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors(argv):
         options = _parse(argv)
         torch.set_num_threads(options.threads)
-        if dist.is_torchelastic_launched():
-            dist.init_process_group("gloo")
         train_small_base(options.out, options)
 
 
