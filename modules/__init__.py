@@ -1,1 +1,1 @@
-"""Building blocks that know nothing of Kandinsky."""
+"""Building blocks that do not depend on Kandinsky."""

@@ -1,4 +1,4 @@
-"""Keeps what autograd saves in host memory between the forward and the backward pass."""
+"""Offloads the tensors that autograd saves to host memory between the forward and the backward pass."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class TensorMover(Protocol):
     """Copies tensors to host memory and back, beside the computation."""
 
     def to_host(self, tensor: Tensor) -> Any:
-        """Begin a copy to host memory; the tensor may be released at once. Returns what `to_device` takes."""
+        """Start a copy to host memory; the tensor may be freed at once. Returns a handle for `to_device`."""
         ...
 
     def to_device(self, host: Any, device: torch.device) -> Any:
-        """Begin the copy back. Returns what `wait` takes."""
+        """Start the copy back. Returns a handle for `wait`."""
         ...
 
     def wait(self, ticket: Any) -> Tensor:
-        """The tensor on the device, for the computation queued from now on."""
+        """Return the device tensor, valid for computation queued after this call."""
         ...
 
 
 class DirectMover:
-    """Copies at once, for devices that compute in the order of the program."""
+    """Copies synchronously, for devices that execute in program order."""
 
     def to_host(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=True)
@@ -70,10 +70,10 @@ class _Returning:
 
 
 class StreamMover:
-    """Copies on a side stream of a CUDA device: through page-locked memory, or what there is of it.
+    """Copies on a side stream of a CUDA device: through pinned memory as far as it is available.
 
-    Where the system does not give as much page-locked memory, all copies move to pageable memory and pass
-    through two page-locked buffers from then on.
+    If the system cannot provide that much pinned memory, all copies move to pageable memory and go through
+    two pinned buffers from then on.
 
     Device memory stays in the order of the computation's stream: a tensor that leaves is held until the next
     one leaves or returns, which waits for its copy. With `Tensor.record_stream` it would be free only once
@@ -83,7 +83,7 @@ class StreamMover:
     def __init__(self, device: torch.device) -> None:
         self._streams = StreamCopies(device)
         self._engine: StreamCopies | StagedCopies = self._streams
-        """Staged once there was no page-locked memory left."""
+        """Staged once there was no pinned memory left."""
         self._leaving: tuple[Tensor, Any] | None = None
         self._copies: WeakSet[_HostCopy] = WeakSet()
 
@@ -111,7 +111,7 @@ class StreamMover:
             self._leaving = None
 
     def _host_buffer(self, size: int) -> HostBuffer:
-        """Room for one tensor; torch's allocator keeps freed page-locked memory for the next step."""
+        """Room for one tensor; torch's allocator keeps freed pinned memory for the next step."""
         if self._engine is self._streams:
             try:
                 return HostBuffer(size, pin=True)
@@ -123,8 +123,7 @@ class StreamMover:
         self._streams.synchronize()
         pinned = sum(copy.buffer.size for copy in self._copies)
         log.warning(
-            "activations go to pageable host memory from now on, which may be slower: "
-            "%s were page-locked, %s",
+            "activations now go to pageable host memory, which may be slower: %s were pinned, %s",
             size_text(pinned),
             error,
         )
@@ -135,7 +134,7 @@ class StreamMover:
 
 
 def tensor_mover(device: torch.device) -> TensorMover:
-    """The mover that fits the device."""
+    """Return the mover for the device."""
     return StreamMover(device) if device.type == "cuda" else DirectMover()
 
 
@@ -160,9 +159,9 @@ class _Offloaded:
 
 
 class ActivationOffload:
-    """Sends large saved tensors to host memory and brings each back one ahead of its use.
+    """Offloads large saved tensors to host memory and prefetches each one ahead of its use.
 
-    A tensor that many blocks save, such as the text, travels once each way.
+    A tensor saved by many blocks, such as the text, is copied once each way.
 
     Args:
         min_bytes: smaller tensors stay where they are.
@@ -178,11 +177,11 @@ class ActivationOffload:
         self._count = 0
 
     def hooks(self) -> AbstractContextManager[None]:
-        """Around the part of the forward pass whose saved tensors go to the host."""
+        """Context for the part of the forward pass whose saved tensors are offloaded."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def count_away(self) -> int:
-        """How many tensors wait in host memory."""
+        """Number of tensors currently in host memory."""
         return len(self._away)
 
     def _pack(self, tensor: Tensor) -> Tensor | _Offloaded:

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention over [B, N, heads, d] tensors, by the library of the user's choice."""
+"""Scaled dot-product attention over [B, N, heads, d] tensors, with a selectable backend."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ATTENTION_OPERATORS = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class KeyMask:
-    """Which keys of a batch padded on the right are real."""
+    """Mask of valid keys in a right-padded batch."""
 
     mask: Tensor
     """[B, L] bool."""
@@ -35,7 +35,7 @@ class KeyMask:
 
     @classmethod
     def for_backend(cls, mask: Tensor, backend: str) -> KeyMask:
-        """Read the lengths from the device only where the back end needs them."""
+        """Copy the lengths from the device only if the backend needs them."""
         return cls(mask, None if backend == DEFAULT_BACKEND else tuple(mask.sum(dim=-1).tolist()))
 
 
@@ -70,7 +70,7 @@ def attention(
     if keys is None:
         return attend(query, key, value)
     if keys.lengths is None:
-        raise ValueError(f"{backend} takes no mask: it needs the lengths")
+        raise ValueError(f"{backend} does not support masks: it requires the lengths")
     # One sample at a time over its real keys: exact, and these batches are small.
     samples = [
         attend(query[i : i + 1], key[i : i + 1, :length], value[i : i + 1, :length])
@@ -98,7 +98,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor |
 
 
 def keep_attention_outputs() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """A `context_fn` for torch.utils.checkpoint: everything is recomputed but the attention itself."""
+    """A `context_fn` for torch.utils.checkpoint: recomputes everything except the attention outputs."""
 
     def policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         kept = operator in _ATTENTION_OPERATORS

@@ -1,4 +1,4 @@
-"""The libraries that compute attention: what each is called, what it needs and how it is called.
+"""Registry of attention backends: option names, requirements and call signatures.
 
 A new one is an entry here: command lines, checks and the model read this table. No torch here: command lines
 import it.
@@ -84,11 +84,11 @@ ATTENTION_BACKENDS = {
         attend=lambda module: module.memory_efficient_attention,
     ),
 }
-"""By the name of the option that chooses it."""
+"""Keyed by option name."""
 
 
 def backend_of_word(word: str) -> str:
-    """The back end that a value of `--attn_mode` means."""
+    """Return the backend for a value of `--attn_mode`."""
     return next(name for name, backend in ATTENTION_BACKENDS.items() if word in backend.words)
 
 
@@ -106,10 +106,10 @@ def load_attention(name: str) -> Callable[..., Any]:
 
 
 def check_attention_backend(name: str, *, for_training: bool) -> None:
-    """Refuse a back end that cannot be used here; nothing is imported.
+    """Check that a backend can be used on this machine, without importing it.
 
     Raises:
-        ResourceError: its package is missing, or it has no backward pass and is to train.
+        ResourceError: its package is missing, or training requires a backward pass that it lacks.
     """
     backend = ATTENTION_BACKENDS[name]
     if for_training and not backend.has_backward:
@@ -121,5 +121,5 @@ def check_attention_backend(name: str, *, for_training: bool) -> None:
 
 
 def no_backward_problem(name: str) -> str:
-    """Why a back end cannot train, for messages."""
+    """Explanation for messages of why a backend cannot train."""
     return f"--{name} has no backward pass and cannot train; use --{DEFAULT_BACKEND}"

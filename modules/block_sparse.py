@@ -1,4 +1,4 @@
-"""Attention in which each block of queries sees only chosen blocks of keys, with work to match."""
+"""Block-sparse attention: each query block attends to selected key blocks, at proportional cost."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ _PADDING_SHARE = 0.125
 
 
 def block_sparse_path(device: torch.device) -> str:
-    """What `block_sparse_attention` uses there: "flex" (compiled) or "gathered" (plain torch)."""
+    """Path of `block_sparse_attention` on a device: "flex" (compiled) or "gathered" (plain torch)."""
     return "flex" if device.type == "cuda" and has_triton() else "gathered"
 
 
 def describe_block_sparse_path(device: torch.device) -> str:
-    """The same in words, with the package that would be faster where it is missing."""
+    """Describe the implementation for the log, and name the faster package if it is missing."""
     if block_sparse_path(device) == "flex":
         return "compiled flex_attention"
-    words = "gathered blocks in plain torch"
+    description = "gathered blocks in plain torch"
     if device.type == "cuda":
         package = "triton-windows" if sys.platform == "win32" else "triton"
-        words += f" (pip install {package} for compiled flex_attention, which is faster)"
-    return words
+        description += f" (pip install {package} for compiled flex_attention, which is faster)"
+    return description
 
 
 def has_triton() -> bool:
@@ -155,7 +155,7 @@ def _kept_first(block_mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def heads_at_a_time(num_blocks: int) -> int:
-    """How many heads' pairs of blocks are sorted together; it bounds the scratch memory of long clips."""
+    """Number of heads whose block pairs are sorted together; bounds the scratch memory for long clips."""
     return max(1, SORTED_PAIRS // num_blocks**2)
 
 

@@ -1,6 +1,6 @@
-"""Frozen blocks whose weights live in host memory and travel to the device just before they are needed.
+"""Block swap: weights of frozen blocks stay in host memory and are prefetched to the device.
 
-Nothing ever travels back: the weights are frozen, so the host copy stays valid. A ring of device buffers
+Nothing is copied back: the weights are frozen, so the host copy stays valid. A ring of device buffers
 holds the block that computes and those that come next. In a training step with gradient checkpointing the
 order is up through the blocks and down again; the last ones of the way up still serve the way down.
 """
@@ -26,7 +26,7 @@ _ALIGNMENT = 64
 
 
 class CopyEngine(Protocol):
-    """Moves packed blocks to the device, beside the computation."""
+    """Copies packed blocks to the device, overlapped with computation."""
 
     def start(self, host: HostBuffer, buffer: Tensor) -> Any:
         """Begin copying `host` into `buffer` once all computation queued so far is done with the buffer.
@@ -36,12 +36,12 @@ class CopyEngine(Protocol):
         ...
 
     def wait(self, ticket: Any) -> None:
-        """Let the computation queued from now on see the copy."""
+        """Make computation queued after this call wait for the copy."""
         ...
 
 
 class DirectCopies:
-    """Copies at once, for devices that compute in the order of the program."""
+    """Copies synchronously, for devices that execute in program order."""
 
     def start(self, host: HostBuffer, buffer: Tensor) -> None:
         host.copy_to(buffer)
@@ -93,7 +93,7 @@ class StreamCopies:
 
 
 def copy_engine(device: torch.device, *, pinned: bool, size: int) -> CopyEngine:
-    """The engine that fits the device and the host memory, for blocks of up to `size` bytes."""
+    """Return the copy engine for the device and the host memory, for blocks of up to `size` bytes."""
     if device.type != "cuda":
         return DirectCopies()
     copies = StreamCopies(device)
@@ -152,15 +152,14 @@ class _PackedBlock:
 def _pack(
     blocks: Sequence[nn.Module], travels: Callable[[str], bool], *, pin: bool
 ) -> tuple[list[_PackedBlock], bool]:
-    """The packed blocks, and whether they are page-locked: all of them, or none where that is impossible."""
+    """The packed blocks, and whether they are pinned: all of them, or none where that is impossible."""
     done: list[_PackedBlock] = []
     for block in blocks:
         try:
             done.append(_PackedBlock(travelling_tensors(block, travels), pin=pin))
         except PinnedMemoryError as error:
             log.warning(
-                "weights stay in pageable host memory, which may be slower: %d of %d modules were "
-                "page-locked, %s",
+                "weights stay in pageable host memory, which may be slower: %d of %d modules were pinned, %s",
                 len(done),
                 len(blocks),
                 error,
@@ -183,7 +182,7 @@ class _Slot:
 
     buffer: Tensor
     position: int | None = None
-    """Which swapped block it holds."""
+    """Index of the swapped block in the buffer."""
     ticket: Any = None
 
 
@@ -195,8 +194,8 @@ class BlockSwap:
             gradient and for which `travels(name)` holds are packed; all others stay where they are.
         device: where the blocks compute.
         ring_size: device buffers; with two or more the next fills while one computes.
-        pin: page-locked host memory, which a device reads faster and beside the computation; pageable memory
-            passes through two page-locked buffers.
+        pin: pinned host memory, which a device reads faster and beside the computation; pageable memory
+            passes through two pinned buffers.
         engine: how copies are made.
     """
 
@@ -211,7 +210,7 @@ class BlockSwap:
         engine: CopyEngine | None = None,
     ) -> None:
         if ring_size < 1:
-            raise ValueError("a ring needs at least one buffer")
+            raise ValueError("the ring requires at least one buffer")
         self._device = device
         self._packed, self.is_pinned = _pack(blocks, travels, pin=pin)
         largest = max(packed.host.size for packed in self._packed)
@@ -226,7 +225,7 @@ class BlockSwap:
         ]
 
     def tensors(self) -> Iterator[Tensor]:
-        """The parameters and buffers that travel."""
+        """The parameters and buffers that are streamed."""
         for packed in self._packed:
             yield from packed.tensors()
 
@@ -241,7 +240,7 @@ class BlockSwap:
         return sum(slot.buffer.numel() for slot in self._slots)
 
     def remove(self) -> None:
-        """Give every block its own weights on the device and stop."""
+        """Restore every block's own weights on the device and stop streaming."""
         for hook in self._hooks:
             hook.remove()
         for packed in self._packed:
@@ -310,5 +309,5 @@ def travelling_tensors(block: nn.Module, travels: Callable[[str], bool]) -> Iter
 
 
 def spread(count: int, total: int) -> list[int]:
-    """`count` of `total` indices, evenly spread: resident blocks compute while swapped ones travel."""
+    """`count` of `total` indices, evenly spaced: resident blocks compute while swapped ones are copied."""
     return [index * total // count for index in range(count)]

@@ -1,4 +1,4 @@
-"""Amounts of memory in words: GiB, or MiB where GiB would show nothing."""
+"""Formats byte counts: in GiB, or in MiB where GiB would round to zero."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class ByteUnit:
-    """What sizes of a table are told in."""
+    """The unit of the sizes in a table."""
 
     name: str
     size: int

@@ -1,4 +1,4 @@
-"""Calls in a process of their own: a crash or a hang then costs the call and not the program."""
+"""Runs calls in a child process, so that a crash or a hang fails the call and not the program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CallFailed(Exception):
 
 
 class ChildProcess:
-    """A new Python process that waits for calls of one function.
+    """A Python subprocess that serves calls of one function.
 
     It is spawned, not forked, so that it may use a GPU, and imports what the function needs at once: a child
     that is started before it is needed has its imports behind it.
@@ -64,7 +64,7 @@ class ChildProcess:
         return self._process.is_alive()
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """Terminate the process."""
         self._process.kill()
         self._process.join()
         self._connection.close()

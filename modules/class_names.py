@@ -1,4 +1,4 @@
-"""Classes that the user names on the command line, by their full dotted path."""
+"""Imports classes given on the command line by their dotted path."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the words, with the nearest options where there are any, and end."""
+        """Report the error in argv, suggest the closest options, and exit."""
         known = [option for action in self._actions for option in action.option_strings]
         for word in message.split():
             name = word.partition("=")[0].rstrip(":,")
@@ -75,7 +75,7 @@ def user_errors(
     A lack of host memory, whatever raised it, is a `ResourceError` here.
 
     Args:
-        asks_for_traceback: whether a command line wants the traceback too; by its words, if not told.
+        asks_for_traceback: decides from argv whether to print the traceback too.
         saves_host_memory: options of the script that help, each with its effect.
     """
     setup_logging()
@@ -104,7 +104,7 @@ def _shown_error(error: BaseException, saves_host_memory: Sequence[str]) -> User
 
 
 def host_memory_message(error: BaseException, helping: Sequence[str]) -> str:
-    """The message of a program that could not have the memory, or a thread, that it asked the system for."""
+    """Message for a failed allocation of host memory or of a thread."""
     first_line = (str(error) or type(error).__name__).splitlines()[0]
     lines = [f"out of host memory (RAM, not the GPU's memory): {first_line}"]
     size, total = asked_size(error), total_memory()
@@ -123,14 +123,14 @@ def host_memory_message(error: BaseException, helping: Sequence[str]) -> str:
 
 
 def check_output(path: Path, *, overwrite: bool | None, inputs: Sequence[Path] = ()) -> None:
-    """Refuse a name for a file of tensors that cannot be written or read again, or was not meant.
+    """Check the name of an output file of tensors: writable, readable again, not an input by mistake.
 
     Args:
         overwrite: whether an existing file may be replaced; None where there is no option for that.
     Raises:
         ConfigError: `path` is one of the inputs or a folder, exists without `overwrite`, or has an ending by
             which nothing would read it.
-        ResourceError: its folder cannot be made or written, as far as it shows without writing.
+        ResourceError: its folder cannot be made or written, as far as this can be checked without writing.
     """
     problem = name_problem(path.name, room=len("_config_lora.json"))
     if problem:

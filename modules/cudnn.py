@@ -1,4 +1,4 @@
-"""What the cuDNN of this installation lacks, found before anything is loaded."""
+"""Checks the installed cuDNN for missing kernels before anything is loaded."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ def _cudnn_upgrade() -> str:
     major = (torch.version.cuda or "13").split(".")[0]
     return (
         f'  pip install --upgrade "nvidia-cudnn-cu{major}>=9.15"\n'
-        "pip then says that torch requires another version; torch works with the newer one."
+        "pip then reports that torch requires another version; torch works with the newer one."
     )

@@ -1,4 +1,4 @@
-"""The device to compute on, and giving back its memory."""
+"""Selects the compute device and releases its cached memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from modules.errors import ResourceError
 
 
 def pick_device(word: str | None, process: int | None = None) -> torch.device:
-    """The device to compute on: the one asked for, else cuda if there is one, else cpu.
+    """Return the compute device: the requested one, else cuda if available, else cpu.
 
     Args:
         process: number of this process on the machine, where several share the work: each takes another GPU.
     Raises:
-        ResourceError: it is unknown or not there.
+        ResourceError: the device is unknown or not available.
     """
     if word is None:
         word = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,6 +30,6 @@ def pick_device(word: str | None, process: int | None = None) -> torch.device:
 
 
 def empty_device_cache(device: torch.device) -> None:
-    """Return freed memory to the device, so that the next model finds it in one piece."""
+    """Release cached memory to the device, to avoid fragmentation when the next model loads."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

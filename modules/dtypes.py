@@ -1,4 +1,4 @@
-"""The words users write for dtypes."""
+"""Names of dtypes on the command line."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def dtype_from_word(word: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """torch's own word, as it stands in cache keys: float16, bfloat16, float32, float8_e4m3fn."""
+    """torch's name of a dtype, as used in cache keys: float16, bfloat16, float32, float8_e4m3fn."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Files that are whole whenever they carry their final name."""
+"""Atomic file writes: a file under its final name is always complete."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def disk_errors(path: Path, then: str = "", *, what: str = "") -> Iterator[None]
     """Within the block, an error of the system while writing into `path` becomes a message.
 
     Args:
-        then: what to do once there is space again, as the end of a sentence.
+        then: what to do once there is space again, as the end of the message.
         what: how the message names `path`, such as its option.
     Raises:
         ResourceError: instead of OSError: no space, no permission, and the like.
@@ -81,12 +81,12 @@ def make_writable_folder(folder: Path, what: str) -> None:
 
 
 def check_folder_unwritten(folder: Path, what: str) -> None:
-    """Refuse a folder that could not be made or written, as far as it shows without writing.
+    """Refuse a folder that could not be made or written, as far as this can be checked without writing.
 
     Args:
         what: how the message names the folder, such as its option.
     Raises:
-        ResourceError: the folder, or the one it would be made in, is a file or not for this user to write.
+        ResourceError: the folder, or the one it would be made in, is a file or not writable for this user.
     """
     _check_is_folder(folder, what)
     nearest = _nearest_existing(folder)
@@ -168,7 +168,7 @@ def remove_leftover_files(folder: Path) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder onto the disk, where the system can."""
+    """Flush a folder's directory entries to disk, where the system supports it."""
     if os.name == "nt":  # folders cannot be opened for fsync there; the rename itself is journalled
         return
     try:

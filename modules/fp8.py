@@ -27,7 +27,7 @@ FAST_PRODUCT = FastProduct(form="fp8", units="float8", capability=(8, 9), cards=
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight [out, in] to float8_e4m3fn with one scale per row, on the device it lies on.
+    """Round a weight [out, in] to float8_e4m3fn with one scale per row, on its device.
 
     Returns:
         (weight8 [out, in], scale [out] float32) with weight ~ weight8 * scale[:, None]; see `row_scales`.

@@ -1,4 +1,4 @@
-"""Elementwise pieces of a transformer block with few passes over memory.
+"""Fused elementwise operations of a transformer block, with few passes over memory.
 
 All of them compute in float32 and round once to the dtype of the activations, without ever holding a
 float32 copy of a whole activation.
@@ -20,7 +20,7 @@ CHUNK_ELEMENTS = 2**22
 """How much of an activation is held in float32 at a time."""
 
 LAYER_NORM_EPS = 1e-5
-"""What nn.LayerNorm's default eps is."""
+"""The default eps of nn.LayerNorm."""
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
@@ -142,7 +142,7 @@ def gated_sum(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 
 def gelu(hidden: Tensor) -> Tensor:
-    """Exact GELU of an activation that nobody else uses; without gradients it is overwritten."""
+    """Exact GELU of an activation that has no other users; without gradients it is overwritten."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.gelu(hidden)
     return torch.ops.aten.gelu_(hidden)
@@ -199,7 +199,7 @@ def project(x: Tensor, layers: Sequence[nn.Module], before: Recomputable | None 
 
 
 class Gelu:
-    """`gelu` of an activation that nobody else uses."""
+    """`gelu` of an activation that has no other users."""
 
     @property
     def is_trained(self) -> bool:

@@ -1,4 +1,4 @@
-"""Host memory that can be page-locked at any size with next to nothing left over."""
+"""Host buffers that can be pinned at any size with little rounding overhead."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SPARE_BYTES = 2**20
 
 
 class PinnedMemoryError(ResourceError):
-    """Page-locked host memory that the system does not give."""
+    """The system cannot provide the requested pinned host memory."""
 
 
 def host_empty(shape: Sequence[int], dtype: torch.dtype, *, pin: bool) -> Tensor:
-    """`torch.empty` in host memory, page-locked if `pin`.
+    """`torch.empty` in host memory, pinned if `pin`.
 
     Raises:
         PinnedMemoryError: torch's own error for it is a CUDA error that reads as if the GPU were full.
@@ -45,7 +45,7 @@ def host_empty(shape: Sequence[int], dtype: torch.dtype, *, pin: bool) -> Tensor
 
 
 def _is_pinned_memory_error(error: BaseException) -> bool:
-    """Whether an allocation of page-locked memory failed because there is none."""
+    """Whether an allocation of pinned memory failed because there is none."""
     return "out of memory" in str(error) or is_memory_error(error)
 
 
@@ -53,14 +53,14 @@ def _pinned_memory_message(size: int) -> str:
     available = available_memory()
     known = f"; {size_text(available)} of host memory are available" if available else ""
     return (
-        f"no page-locked (pinned) host memory left for {size_text(size)}{known}. It is not the GPU's memory "
+        f"no pinned (page-locked) host memory left for {size_text(size)}{known}. It is not the GPU's memory "
         "that ran out. Close other programs; under WSL 2, which lends little of it, use Windows itself or a "
         "plain Linux; in a container, raise its memory limit"
     )
 
 
 def empty_pinned_cache() -> None:
-    """Return page-locked memory that torch keeps for later to the system."""
+    """Return pinned memory cached by torch to the system."""
     if hasattr(torch.accelerator, "empty_host_cache"):
         torch.accelerator.empty_host_cache()
     elif hasattr(torch._C, "_host_emptyCache"):  # CUDA builds before torch 2.11
@@ -70,14 +70,14 @@ def empty_pinned_cache() -> None:
 class HostBuffer:
     """Bytes of host memory.
 
-    torch takes a power of two for every page-locked tensor, up to twice its size. The memory is therefore in
+    torch allocates a power of two for every pinned tensor, up to twice its size. The memory is therefore in
     pieces, each a power of two.
 
     Args:
         size: bytes.
-        pin: page-lock the memory.
+        pin: pin the memory.
     Raises:
-        PinnedMemoryError: there is not as much page-locked memory.
+        PinnedMemoryError: there is not enough pinned memory.
     """
 
     def __init__(self, size: int, *, pin: bool) -> None:
@@ -94,7 +94,7 @@ class HostBuffer:
             start += len(piece)
 
     def fill(self, start: int, given: Tensor) -> None:
-        """Copy the bytes of a tensor, which may lie on any device, to the place that begins at `start`."""
+        """Copy the bytes of a tensor, which may be on any device, to the place that begins at `start`."""
         flat = as_bytes(given)
         for place, piece in self.pieces():
             first, last = max(place.start, start), min(place.stop, start + len(flat))
@@ -121,7 +121,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def page_locked_buffer_size(size: int) -> int:
-    """Bytes of page-locked memory that a buffer takes."""
+    """Bytes of pinned memory that a buffer takes."""
     return sum(_piece_lengths(size))
 
 

@@ -1,4 +1,4 @@
-"""What memory the machine has beside its devices, and what page-locked memory takes of it."""
+"""Reports the host memory of the machine and the size of pinned allocations."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ CGROUPS = Path("/proc/self/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes that this program can have, cached files included, where the system tells, else 0.
+    """Bytes available to this program, cached files included; 0 except on Linux and Windows.
 
-    Linux and Windows tell. In a container it is what the container's limit leaves.
+    In a container it is bounded by the container's limit.
     """
     if sys.platform == "win32":
         return _windows_memory().available
@@ -24,7 +24,7 @@ def available_memory() -> int:
 
 
 def total_memory() -> int:
-    """Bytes of memory that programs share, where the system tells (Linux, Windows), else 0."""
+    """Bytes of physical memory; 0 except on Linux and Windows."""
     if sys.platform == "win32":
         return _windows_memory().total
     return min((_kernel_count("MemTotal"), *(limit for limit, _ in _cgroup_limits())))
@@ -108,7 +108,7 @@ def _windows_memory() -> _WindowsMemory:
 
 
 def page_locked_size(size: int) -> int:
-    """Bytes that torch takes for one page-locked tensor: the next power of two.
+    """Bytes that torch allocates for one pinned tensor: the next power of two.
 
     Source: CachingHostAllocator.h of torch 2.13; the setting pinned_max_round_threshold_mb, without limit by
     default, bounds it.

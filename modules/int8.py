@@ -34,7 +34,7 @@ CHUNK_ELEMENTS = 2**23
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight [out, in] to int8 with one scale per row, on the device it lies on.
+    """Round a weight [out, in] to int8 with one scale per row, on its device.
 
     Returns:
         (weight8 [out, in], scale [out] float32) with weight ~ weight8 * scale[:, None]; see `row_scales`.

@@ -1,4 +1,4 @@
-"""Being asked to stop: by a signal, or because the launcher of this process is gone."""
+"""Stop requests: by a signal, or because the launcher of this process has exited."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _ANSWER = b"\nasked to stop: the step is finished and saved first; asked again, 
 
 
 class Interrupted(Exception):
-    """Work that can be done later was given up, because the run is asked to stop."""
+    """Work that can be done later was abandoned because the run received a stop request."""
 
 
 class StopRequest:
     """Whether and why the run should end after the present step.
 
     The first signal is remembered, so that the step can be finished and saved; the second ends the process at
-    once. `exit_code` is 128 plus the signal's number, as shells have it. Make it before anything slow: the
+    once. `exit_code` is 128 plus the signal's number, as in shells. Make it before anything slow: the
     launcher may end while models load.
     """
 
@@ -41,7 +41,7 @@ class StopRequest:
         self._launcher = os.getppid() if is_launched else None
 
     def is_set(self) -> bool:
-        """Also true when the launcher died: `accelerate launch` does not pass signals on."""
+        """Also true when the launcher has exited: `accelerate launch` does not forward signals."""
         if self.exit_code == 0 and self._launcher not in (None, os.getppid()):
             self.exit_code = 128 + signal.SIGTERM
         return self.exit_code != 0
@@ -58,14 +58,14 @@ class StopRequest:
 
 @contextmanager
 def graceful_stop(request: StopRequest) -> Iterator[None]:
-    """Within the block signals to end are remembered instead of ending the process halfway."""
+    """Within the block, termination signals are recorded instead of ending the process."""
     with _handled_by(request.take_signal):
         yield
 
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Within the block a signal to end raises SystemExit with the shell's code: nothing needs saving yet."""
+    """Within the block, a termination signal raises SystemExit with the shell's code: nothing to save yet."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -82,7 +82,7 @@ def keyboard_interrupts() -> Iterator[None]:
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """End the process without waiting for the threads of libraries, which Python would join first."""
+    """Exit without joining the threads of libraries."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -16,10 +16,10 @@ def parse_keyword_args(words: Sequence[str], flag: str, *, allow_plain_text: boo
     Only the first `=` separates. `betas=0.9,0.95` is a tuple too.
 
     Args:
-        flag: the option the words came with, for messages.
+        flag: the option that the arguments belong to, for messages.
         allow_plain_text: take a value that is no Python literal as text; otherwise it is an error.
     Raises:
-        ConfigError: words without `=` or name, repeated names, values that are no literals; all are listed.
+        ConfigError: no `=` or no name, repeated names, values that are no literals; all are listed.
     """
     values: dict[str, Any] = {}
     problems = []

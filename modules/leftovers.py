@@ -1,4 +1,4 @@
-"""Temporary files and folders that processes have left: their owner, and whether it still works on them.
+"""Leftover temporary files and folders: their owner, and whether it is still active.
 
 Their names are a prefix and `<machine>-<process>-<rest>`. A process number means something only on its own
 machine and in its own container; the files of other machines, which may share a folder, are judged by age.
@@ -75,7 +75,7 @@ def machine_mark() -> str:
 
 
 def process_is_running(pid: int) -> bool:
-    """Whether a process with this number lives."""
+    """Whether a process with this id is running."""
     if os.name == "nt":  # os.kill(pid, 0) would end the process there
         return _windows_process_is_running(pid)
     try:

@@ -1,7 +1,7 @@
-"""Counts the bytes of tensors that operators make, from their birth to the end of their last user.
+"""Tracks live tensor memory: bytes of tensors made by operators, from allocation to release.
 
-Works on tensors of any device, and on those without data (meta) as well: a computation can so be rehearsed,
-and its peak told, on a machine that could not hold it. Kernels' own workspaces are not seen, and neither are
+Works on tensors of any device, and on those without data (meta) as well: the peak of a computation can be
+estimated on a machine too small to run it. Kernels' own workspaces are not seen, and neither are
 the roundings of an allocator.
 """
 
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """A context in which new storages are counted; what existed before is not.
+    """Context that counts new storages; existing ones are not counted.
 
     Args:
         device_type: count tensors of this kind of device only; None counts all.

@@ -1,4 +1,4 @@
-"""A lock on a folder that ends with the process that holds it, however that process ends."""
+"""Folder locks that are released with their process, however it ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, which is made if missing; waits while another process holds it.
 
     Raises:
-        ResourceError: the folder cannot be written, or its file system knows no locks.
+        ResourceError: the folder cannot be written, or its file system does not support locks.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def sole_user(path: Path, what: str) -> Iterator[None]:
     Processes that this one forks do not hold it, so that it ends with this process alone.
 
     Raises:
-        ResourceError: another process holds it, `what` says what it does; or the file system knows no locks.
+        ResourceError: another process holds it (`what` describes it), or the file system has no locks.
     """
     with path.open("a+b") as stream:
         if not _try_own_lock(stream):

@@ -1,4 +1,4 @@
-"""What the scripts say: log lines on any console encoding, and tables."""
+"""Output of the scripts: logging on any console encoding, and tables."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def only_warnings(is_quiet: bool) -> Iterator[None]:
 
 @contextmanager
 def quiet_logging() -> Iterator[None]:
-    """Within the block nothing is logged: what is done there is done again later, and logged then."""
+    """Within the block nothing is logged: the work is repeated later and logged then."""
     before = _LOG.level
     _LOG.setLevel(logging.CRITICAL)
     try:
@@ -59,7 +59,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def print_report(text: str) -> None:
-    """Print to standard output; a reader that has enough, such as `head`, ends the command quietly."""
+    """Print to standard output; a closed pipe, as with `head`, ends the command without an error."""
     try:
         print(text, flush=True)
     except OSError as error:

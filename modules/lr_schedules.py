@@ -36,7 +36,7 @@ SCHEDULE_NAMES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleSettings:
-    """What shapes a schedule; lengths in optimizer steps."""
+    """Parameters of a schedule; lengths in optimizer steps."""
 
     name: str = "constant"
     total_steps: int
@@ -49,7 +49,7 @@ class ScheduleSettings:
     """Steps over which inverse_sqrt falls to 1/sqrt(2); the warm-up's length if None, else 10000."""
     min_lr_ratio: float | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Words of `--lr_scheduler_args`, such as step_rules, rex_alpha and rex_beta."""
+    """Values of `--lr_scheduler_args`, such as step_rules, rex_alpha and rex_beta."""
 
 
 def multiplier(settings: ScheduleSettings) -> Multiplier:
@@ -176,7 +176,7 @@ def build_lr_schedule(
     class_name: str = "",
     adafactor_initial_lr: float | None = None,
 ) -> LRScheduler:
-    """A torch scheduler that stands at `steps_done`; the rates of the optimizer's groups are the base rates.
+    """Build a torch scheduler at `steps_done`; the rates of the optimizer's groups are the base rates.
 
     Args:
         class_name: a class of torch.optim.lr_scheduler or a dotted path; wins over the named schedule and
@@ -214,10 +214,10 @@ def _custom_schedule(
 def check_schedule_lasts(
     schedule: LRScheduler, class_name: str, *, steps_done: int, total_steps: int
 ) -> None:
-    """Step a schedule to the end of the run, as classes may end before it.
+    """Step a schedule to the end of the run, because some classes end earlier.
 
     Raises:
-        ConfigError: it does not get there.
+        ConfigError: it ends before the run does.
     """
     for step in range(steps_done + 1, total_steps + 1):
         try:

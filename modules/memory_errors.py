@@ -1,4 +1,4 @@
-"""Recognises that host memory ran out, whichever library found out."""
+"""Recognises out-of-memory errors of host memory from any library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNITS = re.compile(r"allocate ([\d.]+ [KMGTP]i?B)")
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Whether this error, whatever it led to, is a shortage of host memory; the device's has its own."""
+    """Whether this error itself is an out-of-memory error of the host (not of the device)."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError) and (
@@ -33,12 +33,12 @@ def is_memory_error(error: BaseException) -> bool:
 
 
 def memory_error_behind(error: BaseException) -> BaseException | None:
-    """The shortage of host memory that this error is, or was raised from; None if it is something else."""
+    """The host out-of-memory error that this error is or was raised from; None if there is none."""
     return next((link for link in _causes(error) if is_memory_error(link)), None)
 
 
 def asked_size(error: BaseException) -> int | str | None:
-    """What the failed allocation asked for: bytes, or the library's own words with a unit, if it says."""
+    """Size of the failed allocation: bytes, or the library's text with a unit, if reported."""
     found = _BYTES.search(str(error))
     if found is not None:
         return int(found[1] or found[2])

@@ -1,4 +1,4 @@
-"""Wording that all messages share: lists that are cut short, and counted things."""
+"""Shared wording of messages: truncated lists, singular and plural."""
 
 from __future__ import annotations
 

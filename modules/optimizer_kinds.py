@@ -1,4 +1,4 @@
-"""What the names and arguments of optimizers tell about their learning rates; needs no torch."""
+"""Learning-rate behaviour of optimizers by name and arguments; does not import torch."""
 
 from __future__ import annotations
 

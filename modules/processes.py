@@ -1,4 +1,4 @@
-"""Several processes that a launcher started for one job: they share out work and agree on how it went.
+"""Processes that a launcher started for one job: sharing work and agreeing on the outcome.
 
 Values travel over gloo, on the CPU, whatever the processes compute on.
 """
@@ -30,7 +30,7 @@ _CRASHED = UserError.exit_code
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process among those of the job."""
+    """The rank of this process and the number of processes."""
 
     index: int = 0
     count: int = 1
@@ -38,7 +38,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """The first of them, which speaks and writes for all."""
+        """Whether this is the main process, which logs and writes for all."""
         return self.index == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
@@ -46,7 +46,7 @@ class Processes:
         return items[self.index :: self.count]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, in their order; waits for all of them."""
+        """Gather the values of all processes, in rank order; waits for all of them."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -58,7 +58,7 @@ class Processes:
 
         Raises:
             Exception: here, whatever the action raised; other errors than a UserError have code 1.
-            SystemExit: elsewhere, where the reason was said.
+            SystemExit: in the other processes; the failing one logs the reason.
         """
         try:
             result = action()

@@ -1,4 +1,4 @@
-"""Frozen linear layers whose weights take one byte each: what float8 and int8 have in common.
+"""Frozen linear layers whose weights take one byte each: code shared by float8 and int8.
 
     y = (x @ W8^T) * scale + bias          W8 widened to the dtype of x for the product, nothing wider
 
@@ -175,7 +175,7 @@ class QuantisedLinear(nn.Module, ABC):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FastProduct:
-    """What multiplying in a one-byte type takes, and the words that name it."""
+    """Requirements and names of products in a one-byte type."""
 
     form: str
     """Of the weights, as the options spell it: fp8, int8."""

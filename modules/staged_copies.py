@@ -1,6 +1,6 @@
-"""Copies between pageable host memory and a device by way of two page-locked buffers, made by a thread.
+"""Copies between pageable host memory and a device through two pinned buffers, by a thread.
 
-A device copies beside the computation only from and to page-locked memory, and locking all of the weights or
+A device copies beside the computation only from and to pinned memory, and pinning all of the weights or
 activations takes more memory than many machines can spare. While the device works on one buffer the thread
 works on the other; what is larger than a buffer goes in parts.
 """
@@ -28,10 +28,10 @@ def staging_size(largest: int) -> int:
 
 
 class FencedCopies(Protocol):
-    """Copies of page-locked memory whose three moments can be asked for one by one, from any thread."""
+    """Copies of pinned memory whose three stages can be called separately, from any thread."""
 
     def fence(self) -> Any:
-        """A mark behind all computation queued so far."""
+        """An event after all computation queued so far."""
         ...
 
     def start_after(self, fence: Any, source: Tensor, target: Tensor) -> Any:
@@ -39,7 +39,7 @@ class FencedCopies(Protocol):
         ...
 
     def wait(self, ticket: Any) -> None:
-        """Let the computation queued from now on see the copy."""
+        """Make computation queued after this call wait for the copy."""
         ...
 
     def finish(self, ticket: Any) -> None:
@@ -58,11 +58,11 @@ class StagedCopies:
     """A copy engine for pageable memory.
 
     Args:
-        copies: how a page-locked buffer reaches the device.
+        copies: how a pinned buffer is copied to the device.
         size: bytes of each buffer.
-        pin: page-lock the buffers; off where there is no device to copy to.
+        pin: pin the buffers; off where there is no device to copy to.
     Raises:
-        PinnedMemoryError: not even the buffers can be page-locked.
+        PinnedMemoryError: not even the buffers can be pinned.
     """
 
     def __init__(self, copies: FencedCopies, size: int, *, pin: bool) -> None:
@@ -81,7 +81,7 @@ class StagedCopies:
         return self._thread.submit(self._copy_back, self._copies.fence(), buffer, host)
 
     def wait(self, ticket: Future[list[Any]]) -> None:
-        """Let the computation queued from now on see the copy; what went wrong with it is raised here.
+        """Make computation queued after this call wait for the copy; its errors are raised here.
 
         A copy to the host has been made when this returns.
         """

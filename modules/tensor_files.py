@@ -1,4 +1,4 @@
-"""safetensors files: checked headers, tensors read one by one, bytes that depend on the content alone.
+"""safetensors files: checked headers, tensors read one by one, bytes determined by the content alone.
 
 The format is written here rather than by the safetensors package because that package orders the metadata
 at random (so equal content gives unequal files), gives the file mode 0600 and does not fsync.
@@ -44,7 +44,7 @@ _CODE_BY_DTYPE = {dtype: code for code, dtype in _DTYPE_BY_CODE.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies in its file."""
+    """Location of a tensor in its file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class TensorFileHeader:
-    """Everything a safetensors file says before its data."""
+    """The parsed header of a safetensors file."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
@@ -165,7 +165,7 @@ class TensorFile:
         return storage.view(info.dtype).reshape(info.shape)
 
     def view(self, name: str) -> Tensor:
-        """One tensor where it lies in the mapped file; a private copy where the file is not mapped.
+        """A tensor as a view of the mapped file; a private copy if the file is not mapped.
 
         It must not be written to, and as long as it is kept the file stays mapped.
         """

@@ -1,4 +1,4 @@
-"""Copies of small host tensors to a device that never make the program wait."""
+"""Asynchronous copies of small host tensors to a device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from modules.host_buffer import host_empty
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on the device, for the computation queued from now on.
+    """Return the tensor on the device, valid for computation queued after this call.
 
-    A copy from pageable memory first waits for all that the device has to do, so what goes to a CUDA device
-    is page-locked; torch's allocator keeps that memory until the copy is made, and then for the next one.
+    A copy from pageable memory first waits for all that the device has to do, so tensors for a CUDA device
+    are pinned; torch's allocator keeps that memory until the copy is made, and then for the next one.
 
     Raises:
         PinnedMemoryError: there is none left, not even for a small tensor.

@@ -87,7 +87,7 @@ def _existing(folder: Path, names: list[str]) -> tuple[Path, ...]:
 
 
 class WeightSource(Protocol):
-    """Where the tensors of a model come from, by name."""
+    """Source of the tensors of a model, by name."""
 
     tensors: Mapping[str, TensorInfo]
 
@@ -123,7 +123,7 @@ class WeightFiles:
         return self._file_by_tensor[name].read(name)
 
     def view(self, name: str) -> Tensor:
-        """One tensor where it lies in its file, see `TensorFile.view`."""
+        """A tensor as a view of its file, see `TensorFile.view`."""
         return self._file_by_tensor[name].view(name)
 
 

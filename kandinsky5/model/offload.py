@@ -113,9 +113,9 @@ def streamed_groups(
 
 
 def choose_page_locking(groups: Sequence[StreamedGroup], device: torch.device, *, force: bool) -> list[bool]:
-    """Whether the host copies of each group are page-locked: for CUDA, in half of the available memory.
+    """Whether the host copies of each group are pinned: for CUDA, in half of the available memory.
 
-    Not on Windows, where page-locked memory is taken from what the device shares with other programs.
+    Not on Windows, where pinned memory is taken from what the device shares with other programs.
     """
     left = 0 if sys.platform == "win32" else available_memory() // 2
     chosen = []
@@ -139,9 +139,9 @@ def stream_weights(
     """Stream the frozen weights of `count` blocks, and modulation that lies on the host; call after LoRA.
 
     Modulation does not travel with the blocks: it runs before them and once per step, so it has a ring of its
-    own. LoRA parameters stay on the device. The host copies are page-locked when the device reads them faster
+    own. LoRA parameters stay on the device. The host copies are pinned when the device reads them faster
     so and they take less than half of the available memory, or when `force_pin` says so; pageable copies pass
-    through two page-locked buffers. If the system does not give as much page-locked memory, a warning says so
+    through two pinned buffers. If the system does not give as much pinned memory, a warning says so
     and the copies are pageable.
 
     Args:
@@ -166,7 +166,7 @@ def stream_weights(
             "%d %s stream from %s host memory: %s there, %s of buffers on the device",
             len(group.modules),
             group.what,
-            "page-locked" if stream.is_pinned else "pageable",
+            "pinned" if stream.is_pinned else "pageable",
             size_text(stream.host_bytes),
             size_text(stream.device_bytes),
         )

@@ -131,10 +131,10 @@ def test_activations_move_to_pageable_memory_when_no_more_can_be_page_locked(
     for _ in range(2):
         assert equal(step(blocks, offload), step(layers(), None))
     (warning,) = warned
-    assert "activations go to pageable host memory from now on" in warning
-    assert "no page-locked (pinned) host memory left" in warning
+    assert "activations now go to pageable host memory" in warning
+    assert "no pinned (page-locked) host memory left" in warning
     assert "It is not the GPU's memory that ran out" in warning
-    assert pinned.taken == 2 * 48, "what had been page-locked was not returned"
+    assert pinned.taken == 2 * 48, "what had been pinned was not returned"
 
 
 def test_freed_page_locked_memory_of_another_size_is_returned_before_any_fallback(
@@ -160,7 +160,7 @@ def test_weights_that_cannot_be_page_locked_stream_through_staging_buffers(
     stream = BlockSwap(blocks, CPU, travels=lambda name: "modulation" not in name, pin=True)
     (warning,) = warned
     assert "weights stay in pageable host memory" in warning
-    assert "no page-locked (pinned) host memory left" in warning
+    assert "no pinned (page-locked) host memory left" in warning
     assert not stream.is_pinned
     assert pinned.taken == 2 * 64
     for run, wanted in zip((train_step, sample), expected, strict=True):
@@ -180,7 +180,7 @@ def test_where_nothing_at_all_can_be_page_locked_the_error_names_host_memory(pin
         lambda: HostBuffer(64, pin=True),
         lambda: mover.to_host(torch.zeros(64)),
     ):
-        with pytest.raises(ResourceError, match=r"no page-locked \(pinned\) host memory left for") as caught:
+        with pytest.raises(ResourceError, match=r"no pinned \(page-locked\) host memory left for") as caught:
             allocate()
         assert caught.value.exit_code == 5
 
