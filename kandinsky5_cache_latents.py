@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kandinsky5.cli.caching import parse_cache_latents
-from kandinsky5.cli.common import SAVES_HOST_MEMORY, user_errors
+from kandinsky5.cli.common import SAVES_HOST_MEMORY
+from modules.command_line import user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kandinsky5.cli.common import SAVES_HOST_MEMORY, user_errors
+from kandinsky5.cli.common import SAVES_HOST_MEMORY
 from kandinsky5.cli.generate import check_model_paths, parse_generate
+from modules.command_line import user_errors
 from modules.interruption import exit_on_signal
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kandinsky5.cli.common import SAVES_HOST_MEMORY, user_errors
+from kandinsky5.cli.common import SAVES_HOST_MEMORY
 from kandinsky5.cli.config_file import asks_for_traceback
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import ShowTimestepsConfig
+from modules.command_line import user_errors
 from modules.interruption import StopRequest
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kandinsky5.cli.common import Parser, user_errors
 from kandinsky5.text.templates import load_prompt_templates, save_prompt_templates
+from modules.command_line import Parser, user_errors
 from modules.logs import get_logger
 
 log = get_logger(__name__)

@@ -5,36 +5,90 @@ No torch here: the command line shares `PromptSpec`.
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dataset.geometry import NABLA_STEP, PIXEL_STEP
+from kandinsky5.tasks import MAX_FRAMES, MAX_SIDE
 from modules.errors import ConfigError
+from modules.options import as_word, float_between, int_between, option, options_of
 
+_WHAT = "what to make"
 PROMPT_FILE_SUFFIXES = (".txt", ".json", ".toml")
+
+
+seed_number = int_between(0, 2**63 - 1)
+sampling_shift = float_between(1e-3, 1e3)
+lora_strength = float_between(-1e3, 1e3)
+"""Readers of values that other options take too. A LoRA beyond these strengths leaves no number finite."""
+
+
+def _some_path(word: str) -> Path:
+    if not word:
+        raise argparse.ArgumentTypeError("must be a path")
+    return Path(word)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptSpec:
-    """What was asked for one video; None where nothing was said."""
+    """The settings of one video; None where none was given. Ranges are those of prompt lines too."""
 
-    prompt: str | None = None
-    negative_prompt: str | None = None
+    prompt: str | None = option(None, "what the video shows", group=_WHAT)
+    negative_prompt: str | None = option(
+        None, 'what it should not look like (default: the official list; "" for none)', group=_WHAT
+    )
     """An empty string is an empty negative prompt; None means the default one."""
-    width: int | None = None
-    height: int | None = None
-    frames: int | None = None
-    """Pixel sizes and pixel frames."""
-    steps: int | None = None
-    guidance: float | None = None
-    scheduler_scale: float | None = None
-    seed: int | None = None
-    image: Path | None = None
-    image_last: Path | None = None
+    width: int | None = option(
+        None,
+        f"pixels, a multiple of {PIXEL_STEP}, with NABLA of {NABLA_STEP} "
+        "(default: the task's, or the image's)",
+        int_between(1, MAX_SIDE),
+    )
+    height: int | None = option(None, "pixels, as --width", int_between(1, MAX_SIDE))
+    frames: int | None = option(
+        None,
+        "pixel frames, 4k+1 (default: the task's; 1 when --output is a .png)",
+        int_between(1, MAX_FRAMES),
+        hidden_names=("video_length",),
+    )
+    steps: int | None = option(
+        None, "sampling steps (default: the task's)", int_between(1, 1000), hidden_names=("infer_steps",)
+    )
+    guidance: float | None = option(
+        None,
+        "guidance weight (default: the task's); 1 means no second pass",
+        float_between(0, 100),
+        hidden_names=("guidance_scale",),
+    )
+    scheduler_scale: float | None = option(
+        None,
+        "shift of the sigma schedule (default: the task's)",
+        sampling_shift,
+        hidden_names=("flow_shift",),
+    )
+    seed: int | None = option(None, "seed of the starting noise (default: 42)", seed_number)
+    image: Path | None = option(
+        None,
+        "first frame, for image-to-video tasks",
+        _some_path,
+        group=_WHAT,
+        metavar="PATH",
+        other_names=("i",),
+        hidden_names=("image_path",),
+    )
+    image_last: Path | None = option(
+        None,
+        "last frame, beside --image (experimental)",
+        _some_path,
+        group=_WHAT,
+        metavar="PATH",
+        hidden_names=("end_image_path",),
+    )
     lora_multiplier: tuple[float, ...] | None = None
     where: str = ""
     """File and line for messages; empty for the command line."""
@@ -65,34 +119,11 @@ class PromptList:
         return self.specs
 
 
-def _whole(word: str) -> int:
-    try:
-        return int(word)
-    except ValueError:
-        raise ValueError(f"a whole number is wanted, got {word!r}") from None
-
-
-def _number(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"a number is wanted, got {word!r}")
-    return value
-
-
-def _numbers(word: str) -> tuple[float, ...]:
-    values = tuple(_number(part) for part in word.replace(",", " ").split())
+def _strengths(word: str) -> tuple[float, ...]:
+    values = tuple(map(lora_strength, word.replace(",", " ").split()))
     if not values:
-        raise ValueError("at least one number is wanted")
+        raise argparse.ArgumentTypeError("must be at least one number")
     return values
-
-
-def _path(word: str) -> Path:
-    if not word:
-        raise ValueError("a path is wanted")
-    return Path(word)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,23 +133,24 @@ class _Flag:
     name: str
     key: str
     field: str
-    read: Callable[[str], Any]
 
 
 _FLAGS = (
-    _Flag("w", "width", "width", _whole),
-    _Flag("h", "height", "height", _whole),
-    _Flag("f", "frame_count", "frames", _whole),
-    _Flag("d", "seed", "seed", _whole),
-    _Flag("s", "sample_steps", "steps", _whole),
-    _Flag("g", "guidance_scale", "guidance", _number),
-    _Flag("l", "cfg_scale", "guidance", _number),  # after --g: it wins where both are given
-    _Flag("fs", "discrete_flow_shift", "scheduler_scale", _number),
-    _Flag("n", "negative_prompt", "negative_prompt", str),
-    _Flag("i", "image_path", "image", _path),
-    _Flag("ei", "end_image_path", "image_last", _path),
-    _Flag("m", "lora_multiplier", "lora_multiplier", _numbers),
+    _Flag("w", "width", "width"),
+    _Flag("h", "height", "height"),
+    _Flag("f", "frame_count", "frames"),
+    _Flag("d", "seed", "seed"),
+    _Flag("s", "sample_steps", "steps"),
+    _Flag("g", "guidance_scale", "guidance"),
+    _Flag("l", "cfg_scale", "guidance"),  # after --g: it wins where both are given
+    _Flag("fs", "discrete_flow_shift", "scheduler_scale"),
+    _Flag("n", "negative_prompt", "negative_prompt"),
+    _Flag("i", "image_path", "image"),
+    _Flag("ei", "end_image_path", "image_last"),
+    _Flag("m", "lora_multiplier", "lora_multiplier"),
 )
+_READERS = {name: declared.read or str for name, declared in options_of(PromptSpec).items()}
+_READERS["lora_multiplier"] = _strengths
 _FLAG_BY_NAME = {flag.name: flag for flag in _FLAGS}
 _FLAG_BY_KEY = {flag.key: flag for flag in _FLAGS}
 _OTHER_MODELS = {"cn": "control_video_path", "ci": "control_image_path", "of": "one_frame"}
@@ -141,8 +173,8 @@ class _Reader:
         for key in sorted(settings, key=list(_FLAG_BY_KEY).index):
             flag = _FLAG_BY_KEY[key]
             try:
-                values[flag.field] = flag.read(settings[key])
-            except ValueError as error:
+                values[flag.field] = _READERS[flag.field](settings[key])
+            except argparse.ArgumentTypeError as error:
                 problems.append(f"{where}: {spell(key)}: {error}")
         self.problems += problems
         if not problems:
@@ -152,8 +184,8 @@ class _Reader:
         prompt, *options = line.split(" --")
         settings: dict[str, str] = {}
         problems = []
-        for option in options:
-            name, _, word = option.strip().partition(" ")
+        for setting in options:
+            name, _, word = setting.strip().partition(" ")
             name = name.lower()
             if name in _OTHER_MODELS:
                 self.notes.append(f"{where}: --{name} belongs to other models and has no effect here")
@@ -173,7 +205,7 @@ class _Reader:
             self.add_line(entry, where)
             return
         if not isinstance(entry, dict):
-            self.problems.append(f"{where}: a string or a table of settings is wanted")
+            self.problems.append(f"{where}: expected a string or a table of settings")
             return
         settings: dict[str, str] = {}
         problems = []
@@ -187,10 +219,10 @@ class _Reader:
             elif isinstance(value, bool) or not isinstance(value, (str, int, float, list)):
                 problems.append(f"{where}: {key}: unexpected value {value!r}")
             else:
-                settings[key] = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+                settings[key] = " ".join(map(as_word, value)) if isinstance(value, list) else as_word(value)
         prompt = entry.get("prompt", "")
         if not isinstance(prompt, str):
-            problems.append(f"{where}: prompt: text is wanted, got {prompt!r}")
+            problems.append(f"{where}: prompt: expected text, got {prompt!r}")
         self.problems += problems
         if not problems:
             self.add(prompt.strip(), settings, where, str)
@@ -264,10 +296,10 @@ def _structured_entries(path: Path, text: str) -> list[object]:
         raise ConfigError(f"{path}: {error}") from error
     if path.suffix.lower() == ".json":
         if not isinstance(content, list):
-            raise ConfigError(f"{path}: a list of prompts is wanted")
+            raise ConfigError(f"{path}: expected a list of prompts")
         return content
     section = content.get("prompt")
     subsets = section.pop("subset", None) if isinstance(section, dict) else None
     if not isinstance(section, dict) or not isinstance(subsets, list):
-        raise ConfigError(f"{path}: a [prompt] section with [[prompt.subset]] entries is wanted")
+        raise ConfigError(f"{path}: expected a [prompt] section with [[prompt.subset]] entries")
     return [{**section, **subset} if isinstance(subset, dict) else subset for subset in subsets]

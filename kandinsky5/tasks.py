@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dataset.geometry import FPS, size_step
+from dataset.geometry import FPS, PIXELS_PER_LATENT, pixel_frame_count, size_step
 from modules.errors import ConfigError
 
 WEIGHTS_FOLDER = Path("weights")
@@ -20,6 +20,9 @@ SMALL_BASE_FOLDER = Path(__file__).parent / "small_world" / "base"
 MAX_LATENT_FRAMES = 128
 MAX_LATENT_SIDE = 256
 """The rotary tables have 128 positions per axis: one latent frame, or two latent rows or columns, each."""
+MAX_SIDE = MAX_LATENT_SIDE * PIXELS_PER_LATENT
+MAX_FRAMES = pixel_frame_count(MAX_LATENT_FRAMES)
+"""The same in pixels and pixel frames."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +112,7 @@ class NablaParams:
     method: str = "topcdf"
 
     def describe(self) -> str:
-        """In words, for logs."""
+        """The settings as text, for logs."""
         window = f"window {self.wT} x {self.wH} x {self.wW}" if self.add_sta else "no window"
         return f"NABLA attention ({self.method}, P {self.P:g}, {window})"
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from dataset.geometry import LATENT_CHANNELS
-from kandinsky5.cli.common import Parser, non_negative_int, user_errors
 from kandinsky5.tasks import TINY_PARAMS, DitParams
 from kandinsky5.tiny_tokenizers import save_clip_tokenizer, save_qwen_tokenizer
+from modules.command_line import Parser, user_errors
 from modules.files import write_json
 from modules.logs import get_logger
+from modules.options import non_negative_int
 from modules.seeding import generator_for
 from modules.tensor_files import write_tensors
 

@@ -24,7 +24,7 @@ class AttentionBackend:
 
     title: str
     """For help texts."""
-    words: tuple[str, ...] = ()
+    attn_modes: tuple[str, ...] = ()
     """Values of `--attn_mode` that mean this one."""
     module: str = ""
     """What is imported on first use; empty for torch's own."""
@@ -53,24 +53,24 @@ def _sage_attention(module: Any) -> Callable[..., Any]:
 
 
 ATTENTION_BACKENDS = {
-    DEFAULT_BACKEND: AttentionBackend(title="torch's attention (default)", words=("torch", "sdpa")),
+    DEFAULT_BACKEND: AttentionBackend(title="torch's attention (default)", attn_modes=("torch", "sdpa")),
     "flash_attn": AttentionBackend(
         title="FlashAttention 2",
-        words=("flash", "flash2"),
+        attn_modes=("flash", "flash2"),
         module="flash_attn",
         install="pip install flash-attn",
         attend=lambda module: module.flash_attn_func,
     ),
     "flash3": AttentionBackend(
         title="FlashAttention 3",
-        words=("flash3",),
+        attn_modes=("flash3",),
         module="flash_attn_interface",
         install="FlashAttention 3, built from the flash-attention repository's hopper folder",
         attend=_flash_attention_3,
     ),
     "sage_attn": AttentionBackend(
         title="SageAttention, for generation only",
-        words=("sageattn",),
+        attn_modes=("sageattn",),
         module="sageattention",
         install="pip install sageattention",
         attend=_sage_attention,
@@ -78,7 +78,7 @@ ATTENTION_BACKENDS = {
     ),
     "xformers": AttentionBackend(
         title="xformers' memory-efficient attention",
-        words=("xformers",),
+        attn_modes=("xformers",),
         module="xformers.ops",
         install="pip install xformers",
         attend=lambda module: module.memory_efficient_attention,
@@ -87,9 +87,9 @@ ATTENTION_BACKENDS = {
 """Keyed by option name."""
 
 
-def backend_of_word(word: str) -> str:
-    """Return the backend for a value of `--attn_mode`."""
-    return next(name for name, backend in ATTENTION_BACKENDS.items() if word in backend.words)
+def backend_of_mode(mode: str) -> str:
+    """The back end that a value of `--attn_mode` means."""
+    return next(name for name, backend in ATTENTION_BACKENDS.items() if mode in backend.attn_modes)
 
 
 @cache

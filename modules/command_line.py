@@ -37,26 +37,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Report the error in argv, suggest the closest options, and exit."""
         known = [option for action in self._actions for option in action.option_strings]
-        for word in message.split():
-            name = word.partition("=")[0].rstrip(":,")
+        unknown = message.split() if message.startswith("unrecognized arguments") else []
+        for word in unknown:
+            name = word.partition("=")[0]
             nearest = difflib.get_close_matches(name, known, n=1) if name.startswith("--") else []
-            if nearest and name not in known:
+            if nearest:
                 message += f"; did you mean {nearest[0]}?"
         code = ConfigError.exit_code
         print(f"error: {message}\n{self.prog} --help lists the options\nexit code {code}", file=sys.stderr)
         raise SystemExit(code)
-
-
-def float_between(low: float, high: float) -> Callable[[str], float]:
-    """An option type: a finite number within [low, high]."""
-
-    def number(word: str) -> float:
-        value = float(word)
-        if not low <= value <= high:  # false for nan too
-            raise argparse.ArgumentTypeError(f"must lie within {low:g} .. {high:g}, got {word}")
-        return value
-
-    return number
 
 
 def _has_traceback_word(argv: Sequence[str]) -> bool:

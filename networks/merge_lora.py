@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from modules.command_line import Parser, float_between, user_errors
+from modules.command_line import Parser, user_errors
 from modules.devices import pick_device
 from modules.dtypes import dtype_name
 from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 from modules.messages import names_in_short
+from modules.options import float_between
 from modules.tensor_files import TensorInfo
 from modules.weight_files import find_weight_files, open_weight_files
 from networks.lora_files import LayerSizes, read_lora

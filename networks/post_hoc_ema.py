@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.command_line import Parser, check_output, float_between, user_errors
+from modules.command_line import Parser, check_output, user_errors
 from modules.errors import ConfigError, ModelFileError
 from modules.files import disk_errors
 from modules.logs import get_logger
+from modules.options import float_between
 from modules.tensor_files import write_tensors
 from networks.lora_files import read_adapter_tensors, with_hashes
 from networks.lora_keys import parse_key

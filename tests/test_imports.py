@@ -13,7 +13,8 @@ LAYERS = {"scripts": 3, "kandinsky5": 2, "dataset": 1, "networks": 1, "modules":
 
 PACKAGE_ORDER = {
     "kandinsky5": (
-        ("tasks", "prompts", "weight_checks", "tiny_tokenizers"),
+        ("tasks", "weight_checks", "tiny_tokenizers"),
+        ("prompts",),
         ("configs",),
         ("cli", "model"),
         ("vae", "text"),

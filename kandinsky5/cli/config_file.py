@@ -1,4 +1,4 @@
-"""Options from a TOML file, turned into the words they would be on the command line, and the way back."""
+"""Options from a TOML file, turned into what would be typed, and the way back."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import ConfigError
+from modules.options import as_word
 
 FLAG = "--config_file"
 
@@ -21,21 +22,21 @@ def with_config_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> li
     Sections of the file are flattened, their names do not matter. The extension `.toml` may be left out.
 
     Raises:
-        ConfigError: the file is missing or no TOML, has unknown options or values of the wrong kind, or says
-            one option in two places; all problems are listed.
+        ConfigError: the file is missing or no TOML, has unknown options or values of the wrong kind, or gives
+            one option twice; all problems are listed.
     """
     path = _named_file(argv)
-    return list(argv) if path is None else [*option_words(parser, path), *argv]
+    return list(argv) if path is None else [*file_argv(parser, path), *argv]
 
 
 def asks_for_traceback(argv: Sequence[str]) -> bool:
-    """Whether `--traceback` is among the words, or true in the `--config_file` they name."""
+    """Whether `--traceback` is in `argv`, or true in the `--config_file` that it names."""
     if "--traceback" in argv:
         return True
     try:
         path = _named_file(argv)
         options = [] if path is None else _flatten(read_toml(path, FLAG))
-    except ConfigError:  # it is what there is to tell
+    except ConfigError:  # reported by `with_config_file`
         return False
     return any(option.name == "traceback" and option.value is True for option in options)
 
@@ -58,8 +59,8 @@ def _named_file(argv: Sequence[str]) -> Path | None:
     return path if path.is_file() or path.suffix == ".toml" else path.with_name(path.name + ".toml")
 
 
-def option_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
-    """The file's options as command-line words.
+def file_argv(parser: argparse.ArgumentParser, path: Path) -> list[str]:
+    """The file's options as they would be typed.
 
     Raises:
         ConfigError: see `with_config_file`.
@@ -70,7 +71,7 @@ def option_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         for option in action.option_strings
         if option.startswith("--")
     }
-    words: list[str] = []
+    argv: list[str] = []
     problems = []
     seen: dict[str, tuple[_FileOption, list[str]]] = {}
     for option in _flatten(read_toml(path, FLAG)):
@@ -81,25 +82,26 @@ def option_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
             problems.append(f"{path}: unknown option {option.name}{hint}")
             continue
         try:
-            own = _words(option.name, option.value, action, _partner(parser, action))
+            own = _typed(option.name, option.value, action, _partner(parser, action))
         except ConfigError as error:
             problems += [f"{path}: {problem}" for problem in error.problems]
             continue
-        first, first_words = seen.setdefault(action.dest, (option, own))
-        if first is not option and (first.name == option.name or first_words != own):
+        first, first_argv = seen.setdefault(action.dest, (option, own))
+        is_repeated = first is not option and first.name == option.name
+        if is_repeated or (own and first_argv and first_argv != own):
             problems.append(f"{path}: {first.where} and {option.where} give one option twice: leave one out")
-        words += own
+        argv += own
     if problems:
         raise ConfigError(problems)
-    return words
+    return argv
 
 
 def _partner(parser: argparse.ArgumentParser, action: argparse.Action) -> str | None:
-    """The switch that says the opposite of this one."""
+    """The switch with the opposite meaning."""
     opposites = [
         other.option_strings[0]
         for other in parser._actions
-        if other is not action and other.nargs == 0 and other.dest == action.dest
+        if other.nargs == 0 and other.dest == action.dest and other.const != action.const
     ]
     return opposites[0] if action.nargs == 0 and opposites else None
 
@@ -140,7 +142,10 @@ def _flatten(table: Mapping[str, Any], section: str = "") -> list[_FileOption]:
     return options
 
 
-def _words(key: str, value: Any, action: argparse.Action, opposite: str | None) -> list[str]:
+def _typed(key: str, value: Any, action: argparse.Action, opposite: str | None) -> list[str]:
+    """An entry of the file as it would be typed; nothing for an empty text, which gives no value."""
+    if value == "":
+        return []
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ConfigError(f"{key} is a switch: expected true or false, got {value!r}")
@@ -149,48 +154,68 @@ def _words(key: str, value: Any, action: argparse.Action, opposite: str | None) 
         return [] if opposite is None else [opposite]
     if isinstance(value, bool):
         raise ConfigError(f"{key} needs a value, not {str(value).lower()}")
-    if any("\0" in str(item) for item in (value if isinstance(value, list) else [value])):
+    items = value if isinstance(value, list) else [value]
+    if any("\0" in str(item) for item in items):
         raise ConfigError(f"{key}: holds a NUL character")
+    is_text = action.type in (None, Path)
+    texts = [str(item) if is_text else as_word(item) for item in items]
     if isinstance(value, list):
         if action.nargs is None:
             raise ConfigError(f"{key} takes one value, not a list")
-        return [f"--{key}", *(str(item) for item in value)]
+        return [f"--{key}", *texts]
     # The form with = keeps values that start with a dash from being read as options.
-    return [f"--{key}={value}"]
+    return [f"--{key}={texts[0]}"]
 
 
 def file_values(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
     *,
-    places: Collection[str],
-    places_or_ids: Collection[str],
+    places: Collection[str] = (),
+    places_or_ids: Collection[str] = (),
 ) -> dict[str, Any]:
-    """What a configuration file would hold to give these options again: `option_words` reversed.
+    """What a configuration file would hold to give these options again: `file_argv` reversed.
 
     Args:
         places: options that name files or folders although their type is text.
         places_or_ids: the same, or a model id of the Hub such as `owner/name`, which stays text.
     Returns:
         Option name -> bool, number, text, list of them, or `Path` for every file and folder. Options that are
-        not given and have no default are left out.
+        not given and have no default are left out, and so are spellings that the help does not list.
     """
     values: dict[str, Any] = {}
     for action in parser._actions:
-        value = vars(args).get(action.dest)
-        if value is None or action.dest == argparse.SUPPRESS:
+        name, value = action.dest, vars(args).get(action.dest)
+        if value is None or argparse.SUPPRESS in (action.dest, action.help):
             continue
-        name = max(action.option_strings, key=len).removeprefix("--")
-        if action.nargs == 0:
-            # A pair of switches may write into one name: only the one that was chosen is true.
-            values[name] = value == action.const
-        elif name in places or (name in places_or_ids and not _is_hub_id(str(value))):
+        if name in places or (name in places_or_ids and not _is_hub_id(str(value))):
             values[name] = Path(value)
-        elif isinstance(value, tuple):  # a type of ours that reads "a,b"
+        elif isinstance(value, tuple):  # a reader of ours that takes "a,b"
             values[name] = ",".join(map(str, value))
         else:
             values[name] = value
     return dict(sorted(values.items()))
+
+
+def argv_of(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> list[str]:
+    """The command line that gives options again.
+
+    Args:
+        values: as `file_values` returns them; those that are the defaults are left out.
+    """
+    actions = {}
+    for action in parser._actions:
+        actions.setdefault(action.dest, action)
+    argv: list[str] = []
+    for name, value in values.items():
+        action = actions[name]
+        if value == action.default or value is None:
+            continue
+        if value == "":  # `_typed` takes it for an option that is not given
+            argv.append(f"--{name}=")
+            continue
+        argv += _typed(name, value, action, _partner(parser, action))
+    return argv
 
 
 def _is_hub_id(text: str) -> bool:

@@ -1,45 +1,32 @@
-"""The options of `kandinsky5_generate_video.py`."""
+"""The generation command line: argv -> one checked `GenerateConfig`. The Namespace ends here."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, get_args
 
-from dataset.geometry import FPS, NABLA_STEP, PIXEL_STEP
-from kandinsky5.cli.attention_options import (
-    ATTENTION_WORDS,
-    add_attention_options,
-    attention_problems,
-    chosen_attention,
+from kandinsky5.cli.attention_options import attention_problems, chosen_attention
+from kandinsky5.cli.common import local_name, missing_file, raise_all
+from kandinsky5.cli.compile_options import compile_config
+from kandinsky5.cli.config_file import argv_of, file_values
+from kandinsky5.cli.without_effect import (
+    COMPILE_RULES,
+    GENERATE_RULES,
+    NABLA_RULES,
+    TASK_RULES,
+    WEIGHT_RULES,
+    given_options,
+    idle_notes,
+    ignored_notes,
 )
-from kandinsky5.cli.common import (
-    DTYPE_CHOICES,
-    VRAM_BUDGET_RANGE,
-    Parser,
-    existing_file,
-    float_between,
-    int_between,
-    local_name,
-    non_negative_int,
-    positive_int,
-)
-from kandinsky5.cli.compile_options import add_compile_options, compile_config
-from kandinsky5.cli.idle_generate import ACCEPTED, RULES
-from kandinsky5.cli.idle_rules import given_options, idle_notes
-from kandinsky5.cli.vae_options import add_vae_tiling_options, tile_px
-from kandinsky5.cli.weight_options import (
-    add_dit_weight_options,
-    add_qwen_weight_options,
-    dit_weight_problems,
-)
-from kandinsky5.configs.compilation import CompileConfig
+from kandinsky5.configs.attention import ATTENTION_MODE, ATTENTION_OPTIONS, NablaOptions
+from kandinsky5.configs.compilation import CompileConfig, CompileMode
 from kandinsky5.configs.generate import (
     OUTPUT_SUFFIXES,
-    OUTPUT_TYPES,
     DitConfig,
     GenerateConfig,
     LoraConfig,
@@ -49,24 +36,48 @@ from kandinsky5.configs.generate import (
     TextEncoderConfig,
     VaeConfig,
 )
-from kandinsky5.configs.text_encoders import qwen_quantization
+from kandinsky5.configs.text_encoders import QwenOptions
+from kandinsky5.configs.vae import VAE_CHUNK_SIZE, TilingOptions
+from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.prompts import PromptSpec, text_problems
-from kandinsky5.tasks import NablaParams, Task, get_task
+from kandinsky5.tasks import Task, get_task
+from modules.command_line import Parser
 from modules.errors import ConfigError, ModelFileError
 from modules.file_names import MAX_NAME_BYTES
 from modules.logs import get_logger
+from modules.options import add_options, ignored_option, options_of, read_options
 
 log = get_logger(__name__)
 
-DEFAULT_TASK = "k5-pro-t2v-5s-sd"
 _EPILOG = (
     "Spellings of the sibling scripts are understood too: --video_size H W, --video_length, --infer_steps, "
-    "--guidance_scale, --flow_shift, --save_path, --image_path, --end_image_path, --fp8. "
-    "--frames counts pixel frames."
+    "--guidance_scale, --flow_shift, --save_path, --image_path, --end_image_path, --fp8, "
+    "--compile_args BACKEND MODE DYNAMIC FULLGRAPH. --frames counts pixel frames."
 )
 _ROOM = len("-999_latent.safetensors")
 """What may be added to the name of an output: a number where it is taken, and the kind of the file."""
-_MAGCACHE_SETTINGS = ("magcache_threshold", "magcache_k", "magcache_retention_ratio")
+_IGNORED = {
+    **VAE_CHUNK_SIZE,
+    "lycoris": ignored_option("LoHa and LoKr files are recognised without it"),
+    "img_in_txt_in_offloading": ignored_option("it belongs to HunyuanVideo"),
+    "split_attn": ignored_option("guidance passes are never batched, so attention sees one clip at a time"),
+}
+_SECTIONS = {
+    "what to make": options_of(GenerateConfig),
+    "size and sampling": options_of(PromptSpec),
+    "models": options_of(ModelPaths),
+    "weights and memory": {**options_of(WeightsConfig), **options_of(DitConfig)},
+    "attention": {**ATTENTION_OPTIONS, **ATTENTION_MODE},
+    "NABLA, block-sparse attention": options_of(NablaOptions),
+    "MagCache": options_of(MagCacheConfig),
+    "compilation": options_of(CompileConfig),
+    "LoRA": options_of(LoraConfig),
+    "text encoders": {**options_of(TextEncoderConfig), **options_of(QwenOptions)},
+    "VAE": {**options_of(VaeConfig), **options_of(TilingOptions)},
+    "output": options_of(OutputConfig),
+    "": _IGNORED,
+}
+"""Heading in the help -> options."""
 
 
 def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
@@ -77,76 +88,116 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
     """
     parser = _parser()
     args = parser.parse_args(argv)
+    _read_old_spellings(args)
     given = given_options(parser, args)
     task = get_task(args.task)
     problems = attention_problems(args, for_training=False)
-    problems += _nabla_problems(args, task)
-    problems += _file_problems(args)
+    for name in ("from_file", "latent_path", "prompt_templates"):
+        problems += missing_file(f"--{name}", vars(args)[name])
     problems += _pattern_problems(args)
-    problems += _magcache_problems(args)
-    problems += dit_weight_problems(args)
     problems += text_problems({"--prompt": args.prompt, "--negative_prompt": args.negative_prompt})
-    if problems:
-        raise ConfigError(problems)
-    config = _config(args, task)
-    for name, why in ACCEPTED.items():
-        if name in given:
-            log.info("--%s has no effect: %s", name, why)
-    for note in idle_notes(RULES, config, given).values():
+    parts: dict[str, Any] = {}
+    builders: dict[str, Callable[[], Any]] = {
+        "models": lambda: _models(args, task),
+        "spec": lambda: read_options(PromptSpec, args, lora_multiplier=None),
+        "dit": lambda: _dit(args, task),
+        "text": lambda: read_options(
+            TextEncoderConfig, args, quantization=read_options(QwenOptions, args).quantization
+        ),
+        "vae": lambda: read_options(VaeConfig, args, tile_px=read_options(TilingOptions, args).tile_px),
+        "lora": lambda: read_options(LoraConfig, args),
+        "output": lambda: _output(args),
+    }
+    for name, build in builders.items():
+        try:
+            parts[name] = build()
+        except ConfigError as error:
+            problems += error.problems
+    raise_all(problems)
+    config = read_options(
+        GenerateConfig, args, task=task, **parts, **_sources(args), options=file_values(parser, args)
+    )
+    for note in _notes(config, given):
         log.info("%s", note)
     return config
 
 
-def _config(args: argparse.Namespace, task: Task) -> GenerateConfig:
-    return GenerateConfig(
-        task=task,
-        models=ModelPaths(
-            dit=args.dit or task.dit_path,
-            vae=args.vae or task.vae_path,
-            text_encoder_qwen=args.text_encoder_qwen or local_name(task.text_encoder_qwen_path),
-            text_encoder_clip=args.text_encoder_clip or local_name(task.text_encoder_clip_path),
-        ),
-        spec=_spec(args),
-        from_file=args.from_file,
-        interactive=args.interactive,
-        latent_path=args.latent_path,
-        dry_run=args.dry_run,
-        vram_budget=args.vram_budget,
-        device=args.device,
-        dit=DitConfig(
-            dtype=args.dtype,
-            fp8_base=args.fp8_base or args.fp8_scaled,
-            fp8_fast=args.fp8_fast,
-            int8_base=args.int8_base,
-            int8_fast=args.int8_fast,
-            blocks_to_swap=args.blocks_to_swap,
-            use_pinned_memory_for_block_swap=args.use_pinned_memory_for_block_swap,
-            offload_dit_during_sampling=args.offload_dit_during_sampling,
-            disable_numpy_memmap=args.disable_numpy_memmap,
-            no_weight_check=args.no_weight_check,
-            nabla=_nabla(args, task),
-            attention=chosen_attention(args),
-            magcache=_magcache(args),
-            cpu_noise=args.cpu_noise,
-            compile=_compile(args, task),
-        ),
-        text=TextEncoderConfig(
-            text_encoder_cpu=args.text_encoder_cpu,
-            quantization=qwen_quantization(fp8_llm=args.fp8_llm, quantized_qwen=args.quantized_qwen),
-            prompt_templates=args.prompt_templates,
-        ),
-        vae=VaeConfig(vae_dtype=args.vae_dtype, tile_px=tile_px(args)),
-        lora=LoraConfig(
-            lora_weight=tuple(args.lora_weight),
-            lora_multiplier=tuple(args.lora_multiplier),
-            lora_mode=args.lora_mode,
-            include_patterns=tuple(args.include_patterns),
-            exclude_patterns=tuple(args.exclude_patterns),
-            lora_allow_partial=args.lora_allow_partial,
-            no_lora_trigger=args.no_lora_trigger,
-            save_merged_model=args.save_merged_model,
-        ),
-        output=_output(args),
+def repeat_argv(options: Mapping[str, Any]) -> list[str]:
+    """The command line that gives these options; those that are the defaults are left out."""
+    return argv_of(_parser(), options)
+
+
+def _parser() -> Parser:
+    parser = Parser("kandinsky5_generate_video.py", "Make videos and images with Kandinsky 5 and LoRAs.")
+    parser.epilog = _EPILOG
+    add_options(parser, _SECTIONS)
+    parser.add_argument("--video_size", type=int, nargs=2, metavar=("H", "W"), help=argparse.SUPPRESS)
+    parser.add_argument("--compile_args", nargs=4, metavar=("B", "M", "D", "F"), help=argparse.SUPPRESS)
+    return parser
+
+
+def _read_old_spellings(args: argparse.Namespace) -> None:
+    """Put what `--video_size` and `--compile_args` give into the options that they stand for."""
+    if args.video_size is not None:
+        height, width = args.video_size
+        args.height = height if args.height is None else args.height
+        args.width = width if args.width is None else args.width
+    if args.compile_args is not None:
+        backend, mode, dynamic, fullgraph = args.compile_args
+        dynamic, fullgraph = dynamic.lower(), fullgraph.lower()
+        is_known = mode in get_args(CompileMode) and dynamic in ("true", "false", "auto")
+        if not is_known or fullgraph not in ("true", "false"):
+            raise ConfigError(
+                "--compile_args takes backend, mode, dynamic (true, false, auto) and fullgraph (true, false)"
+            )
+        args.compile_backend, args.compile_mode = backend, mode
+        args.compile_dynamic, args.compile_fullgraph = dynamic, fullgraph == "true"
+
+
+def _sources(args: argparse.Namespace) -> dict[str, Any]:
+    """What is made from, without what has no effect beside `--save_merged_model` and `--latent_path`."""
+    merges = args.save_merged_model is not None
+    plans = not merges and not args.interactive and args.latent_path is None
+    return {
+        "from_file": None if merges else args.from_file,
+        "interactive": args.interactive and not merges,
+        "latent_path": None if merges else args.latent_path,
+        "vram_budget": args.vram_budget if plans else None,
+    }
+
+
+def _notes(config: GenerateConfig, given: set[str]) -> list[str]:
+    """What has no effect here."""
+    idle = {
+        **idle_notes(WEIGHT_RULES, config.dit, given),
+        **idle_notes(COMPILE_RULES, config.dit.compile, given),
+        **idle_notes(NABLA_RULES, config.dit.nabla, given),
+        **idle_notes(TASK_RULES, config.task, given),
+        **idle_notes(GENERATE_RULES, config, given),
+    }
+    return [*ignored_notes(_IGNORED, given), *idle.values()]
+
+
+def _models(args: argparse.Namespace, task: Task) -> ModelPaths:
+    return ModelPaths(
+        dit=args.dit or task.dit_path,
+        vae=args.vae or task.vae_path,
+        text_encoder_qwen=args.text_encoder_qwen or local_name(task.text_encoder_qwen_path),
+        text_encoder_clip=args.text_encoder_clip or local_name(task.text_encoder_clip_path),
+    )
+
+
+def _dit(args: argparse.Namespace, task: Task) -> DitConfig:
+    nabla = read_options(NablaOptions, args).params(task)
+    return read_options(
+        DitConfig,
+        args,
+        fp8_fast=args.fp8_fast and args.fp8_base,
+        int8_fast=args.int8_fast and args.int8_base,
+        nabla=nabla,
+        attention=chosen_attention(args),
+        magcache=read_options(MagCacheConfig, args) if args.magcache else None,
+        compile=compile_config(args, for_training=False, has_nabla=nabla is not None),
     )
 
 
@@ -179,16 +230,7 @@ def _output(args: argparse.Namespace) -> OutputConfig:
             raise ConfigError(
                 f"--output {path}: {suffix} is not one of {', '.join(OUTPUT_SUFFIXES)} or a folder"
             )
-    return OutputConfig(
-        output=path,
-        output_is_folder=is_folder,
-        output_type=args.output_type,
-        fps=args.fps,
-        crf=args.crf,
-        trim_tail_frames=args.trim_tail_frames,
-        overwrite=args.overwrite,
-        no_metadata=args.no_metadata,
-    )
+    return read_options(OutputConfig, args, output=path, output_is_folder=is_folder)
 
 
 def _check_length(path: Path, *, is_folder: bool) -> None:
@@ -206,76 +248,6 @@ def _check_length(path: Path, *, is_folder: bool) -> None:
         )
 
 
-def _spec(args: argparse.Namespace) -> PromptSpec:
-    height, width = args.video_size or (None, None)
-    return PromptSpec(
-        prompt=args.prompt,
-        negative_prompt=args.negative_prompt,
-        width=args.width if args.width is not None else width,
-        height=args.height if args.height is not None else height,
-        frames=args.frames,
-        steps=args.steps,
-        guidance=args.guidance,
-        scheduler_scale=args.scheduler_scale,
-        seed=args.seed,
-        image=args.image,
-        image_last=args.image_last,
-    )
-
-
-def _nabla(args: argparse.Namespace, task: Task) -> NablaParams | None:
-    if task.nabla is None and not args.force_nabla_attention:
-        return None
-    values = {"P": args.nabla_P, "wT": args.nabla_wT, "wH": args.nabla_wH, "wW": args.nabla_wW}
-    values |= {"method": args.nabla_method, "add_sta": args.nabla_add_sta}
-    return replace(task.nabla or NablaParams(), **{k: v for k, v in values.items() if v is not None})
-
-
-def _nabla_problems(args: argparse.Namespace, task: Task) -> list[str]:
-    given = {
-        "--nabla_method": args.nabla_method,
-        "--nabla_P": args.nabla_P,
-        "--nabla_wT": args.nabla_wT,
-        "--nabla_wH": args.nabla_wH,
-        "--nabla_wW": args.nabla_wW,
-        "--nabla_add_sta": args.nabla_add_sta,
-    }
-    flags = [flag for flag, value in given.items() if value is not None]
-    if flags and task.nabla is None and not args.force_nabla_attention:
-        return [f"{flags[0]}: --task {task.name} has full attention; add --force_nabla_attention"]
-    if args.nabla_P is not None and args.nabla_method != "topk" and args.nabla_P > 1:
-        return [f"--nabla_P {args.nabla_P:g}: a share of at most 1 is wanted with topcdf"]
-    return []
-
-
-def _magcache(args: argparse.Namespace) -> MagCacheConfig | None:
-    if not args.magcache:
-        return None
-    given = {name: vars(args)[name] for name in _MAGCACHE_SETTINGS if vars(args)[name] is not None}
-    if args.magcache_mag_ratios is not None:
-        given["magcache_mag_ratios"] = tuple(args.magcache_mag_ratios)
-    return MagCacheConfig(**given)
-
-
-def _magcache_problems(args: argparse.Namespace) -> list[str]:
-    given = [name for name in (*_MAGCACHE_SETTINGS, "magcache_mag_ratios") if vars(args)[name] is not None]
-    problems = [f"--{name} acts with --magcache only: add it" for name in given if not args.magcache]
-    ratios = args.magcache_mag_ratios
-    if ratios is not None and len(ratios) % 2:
-        problems.append(f"--magcache_mag_ratios: pairs are wanted, got {len(ratios)} numbers")
-    return problems
-
-
-def _file_problems(args: argparse.Namespace) -> list[str]:
-    files = (
-        ("--from_file", args.from_file),
-        ("--latent_path", args.latent_path),
-        ("--prompt_templates", args.prompt_templates),
-    )
-    problems = [existing_file(path, flag) for flag, path in files if path is not None]
-    return [problem for problem in problems if problem is not None]
-
-
 def _pattern_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     for flag, patterns in (
@@ -288,256 +260,3 @@ def _pattern_problems(args: argparse.Namespace) -> list[str]:
             except re.error as error:
                 problems.append(f"{flag} {pattern}: not a regular expression: {error}")
     return problems
-
-
-def _parser() -> Parser:
-    parser = Parser("kandinsky5_generate_video.py", "Make videos and images with Kandinsky 5 and LoRAs.")
-    parser.epilog = _EPILOG
-    _add_prompt_options(parser)
-    _add_sampling_options(parser)
-    _add_model_options(parser)
-    _add_dit_options(parser)
-    _add_lora_options(parser)
-    _add_encoder_options(parser)
-    _add_output_options(parser)
-    add_compile_options(parser)
-    parser.add_argument("--compile_args", nargs=4, metavar=("B", "M", "D", "F"), help=argparse.SUPPRESS)
-    return parser
-
-
-def _add_prompt_options(parser: Parser) -> None:
-    group = parser.add_argument_group("what to make")
-    add = group.add_argument
-    add("--task", default=DEFAULT_TASK, help="which checkpoint and its settings (default: %(default)s)")
-    add("--prompt", help="what the video shows")
-    add("--negative_prompt", help='what it should not look like (default: the official list; "" for none)')
-    add(
-        "--i",
-        "--image",
-        dest="image",
-        type=Path,
-        metavar="PATH",
-        help="first frame, for image-to-video tasks",
-    )
-    add("--image_path", dest="image", type=Path, help=argparse.SUPPRESS)
-    add("--image_last", type=Path, metavar="PATH", help="last frame, beside --image (experimental)")
-    add("--end_image_path", dest="image_last", type=Path, help=argparse.SUPPRESS)
-    add(
-        "--from_file",
-        type=Path,
-        metavar="PATH",
-        help="a .txt, .json or .toml file of prompts; --output is a folder",
-    )
-    add("--interactive", action="store_true", help="read prompts from the console; models stay loaded")
-    add(
-        "--dry_run",
-        action="store_true",
-        help="check everything, print what memory and work each prompt needs, and end",
-    )
-    add("--latent_path", type=Path, metavar="PATH", help="decode a saved latent instead of sampling")
-
-
-def _add_sampling_options(parser: Parser) -> None:
-    group = parser.add_argument_group("size and sampling")
-    add = group.add_argument
-    add(
-        "--width",
-        type=int,
-        help=f"pixels, a multiple of {PIXEL_STEP} ({NABLA_STEP} with NABLA); default: the task's, or the "
-        "image's",
-    )
-    add("--height", type=int, help="pixels, as --width")
-    add("--video_size", type=int, nargs=2, metavar=("H", "W"), help=argparse.SUPPRESS)
-    add("--frames", type=int, help="pixel frames, 4k+1 (default: the task's; 1 when --output is a .png)")
-    add("--video_length", dest="frames", type=int, help=argparse.SUPPRESS)
-    add("--steps", type=positive_int, help="sampling steps (default: the task's)")
-    add("--infer_steps", dest="steps", type=positive_int, help=argparse.SUPPRESS)
-    guidance = float_between(0, 100)
-    add("--guidance", type=guidance, help="guidance weight (default: the task's); 1 means no second pass")
-    add("--guidance_scale", dest="guidance", type=guidance, help=argparse.SUPPRESS)
-    scale = float_between(1e-3, 1e3)
-    add("--scheduler_scale", type=scale, help="shift of the noise schedule (default: the task's)")
-    add("--flow_shift", dest="scheduler_scale", type=scale, help=argparse.SUPPRESS)
-    add("--seed", type=non_negative_int, help="seed of the starting noise (default: 42)")
-    add("--cpu_noise", action="store_true", help="draw the noise on the CPU: the same video on every GPU")
-
-
-def _add_model_options(parser: Parser) -> None:
-    group = parser.add_argument_group("models")
-    add = group.add_argument
-    add("--dit", type=Path, metavar="PATH", help="DiT: .safetensors, shards or a diffusers folder")
-    add("--vae", type=Path, metavar="PATH", help="HunyuanVideo VAE: a file or a folder")
-    add("--text_encoder_qwen", metavar="ID", help="Qwen2.5-VL: a folder or a hub id")
-    add("--text_encoder_clip", metavar="ID", help="CLIP ViT-L/14: a folder or a hub id")
-    add(
-        "--vram_budget",
-        type=float_between(*VRAM_BUDGET_RANGE),
-        metavar="GB",
-        help="add --fp8_base and --blocks_to_swap as far as sampling needs them to fit",
-    )
-    add("--device", help="where to compute (default: cuda if there is one, else cpu)")
-
-
-def _add_dit_options(parser: Parser) -> None:
-    group = parser.add_argument_group("DiT")
-    add = group.add_argument
-    add("--dtype", choices=DTYPE_CHOICES, help="compute dtype (default: bfloat16, on a CPU float32)")
-    add("--fp8", dest="fp8_base", action="store_true", help=argparse.SUPPRESS)
-    add_dit_weight_options(add, "the same as --fp8_base")
-    add("--blocks_to_swap", type=non_negative_int, default=0, metavar="N", help="blocks kept in host memory")
-    add(
-        "--use_pinned_memory_for_block_swap",
-        action="store_true",
-        help="page-locked host memory for --blocks_to_swap",
-    )
-    add(
-        "--offload_dit_during_sampling",
-        action="store_true",
-        help="DiT in host memory while encoders and VAE work (matters with --interactive)",
-    )
-    add("--disable_numpy_memmap", action="store_true", help="read model files without memory mapping")
-    add("--no_weight_check", action="store_true", help="skip the search for non-finite weights while loading")
-    add(
-        "--magcache",
-        action="store_true",
-        help="skip blocks by the task's official ratios: faster, less exact",
-    )
-    add(
-        "--magcache_threshold",
-        type=float_between(0, 10),
-        metavar="X",
-        help="largest error that skipping may add up to (default: 0.12)",
-    )
-    add("--magcache_k", type=positive_int, metavar="N", help="longest run of skipped passes (default: 2)")
-    add(
-        "--magcache_retention_ratio",
-        type=float_between(0, 1),
-        metavar="X",
-        help="share of steps at the start that are never skipped (default: 0.2)",
-    )
-    add(
-        "--magcache_mag_ratios",
-        type=float_between(0, 100),
-        nargs="+",
-        metavar="X",
-        help="own ratios, conditional and unconditional in turn from the second step on",
-    )
-    add_attention_options(add)
-    add("--attn_mode", choices=ATTENTION_WORDS, help="another spelling of the attention options")
-    add("--split_attn", action="store_true", help="accepted; changes nothing")
-    add("--img_in_txt_in_offloading", action="store_true", help="accepted; changes nothing")
-    add("--force_nabla_attention", action="store_true", help="block-sparse attention whatever the task says")
-    add("--nabla_method", choices=("topcdf", "topk"), help="how blocks are chosen")
-    add("--nabla_P", type=float_between(1e-6, 1e6), metavar="P", help="kept share; with topk also a count")
-    for axis in ("wT", "wH", "wW"):
-        add(f"--nabla_{axis}", type=positive_int, metavar="N", help="window of always kept blocks")
-    add("--nabla_add_sta", action="store_true", default=None, help="always keep the window")
-    add("--no_nabla_add_sta", dest="nabla_add_sta", action="store_false", default=None, help="no window")
-
-
-def _add_lora_options(parser: Parser) -> None:
-    group = parser.add_argument_group("LoRA")
-    add = group.add_argument
-    add(
-        "--lora_weight",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="LoRA files of any known layout",
-    )
-    add(
-        "--lora_multiplier",
-        type=float_between(-1e3, 1e3),
-        nargs="+",
-        default=[],
-        metavar="X",
-        help="strengths in the same order (default: 1.0)",
-    )
-    add(
-        "--lora_mode",
-        choices=("merge", "runtime"),
-        default="merge",
-        help="merge into the weights, or keep beside them (default: %(default)s)",
-    )
-    add(
-        "--include_patterns",
-        nargs="+",
-        default=[],
-        metavar="RE",
-        help="use only LoRA keys where one is found",
-    )
-    add(
-        "--exclude_patterns",
-        nargs="+",
-        default=[],
-        metavar="RE",
-        help="leave out LoRA keys where one is found",
-    )
-    add("--lora_allow_partial", action="store_true", help="use a LoRA some of whose keys match nothing")
-    add("--no_lora_trigger", action="store_true", help="do not put a LoRA's trigger words before the prompt")
-    add(
-        "--save_merged_model", type=Path, metavar="PATH", help="write the DiT with the LoRAs merged, and stop"
-    )
-    add("--lycoris", action="store_true", help="accepted; such files are recognised by themselves")
-
-
-def _add_encoder_options(parser: Parser) -> None:
-    group = parser.add_argument_group("text encoders and VAE")
-    add = group.add_argument
-    add("--text_encoder_cpu", action="store_true", help="encode prompts on the CPU")
-    add_qwen_weight_options(add)
-    add(
-        "--prompt_templates",
-        type=Path,
-        metavar="PATH",
-        help="read the official prompt templates from this file",
-    )
-    add("--vae_dtype", choices=DTYPE_CHOICES, help="dtype of the VAE (default: float16, on a CPU float32)")
-    add_vae_tiling_options(add, "decode")
-
-
-def _add_output_options(parser: Parser) -> None:
-    group = parser.add_argument_group("output")
-    add = group.add_argument
-    add("--save_path", dest="output", help=argparse.SUPPRESS)
-    add("--output", metavar="PATH", help="a .mp4, a .png (one image) or a folder (named by time)")
-    add(
-        "--output_type",
-        choices=OUTPUT_TYPES,
-        default="video",
-        help="default: %(default)s; both: video and latent",
-    )
-    add(
-        "--fps",
-        type=int_between(1, 1000),
-        default=FPS,
-        help="frames per second, at most 1000 (default: %(default)s)",
-    )
-    add(
-        "--crf",
-        type=int_between(0, 51),
-        default=14,
-        metavar="N",
-        help="constant quality of the video: 0 lossless, 14 default, 51 worst",
-    )
-    add(
-        "--trim_tail_frames",
-        type=non_negative_int,
-        default=0,
-        metavar="N",
-        help="leave out the last N frames",
-    )
-    add("--overwrite", action="store_true", help="replace existing files instead of choosing a new name")
-    add("--no_metadata", action="store_true", help="do not store prompt and settings in the files")
-
-
-def _compile(args: argparse.Namespace, task: Task) -> CompileConfig | None:
-    """The compile options; `--compile_args B M D F` is their older spelling in one."""
-    if args.compile_args is not None:
-        backend, mode, dynamic, fullgraph = args.compile_args
-        if dynamic.lower() not in ("true", "false", "auto") or fullgraph.lower() not in ("true", "false"):
-            raise ConfigError("--compile_args takes backend, mode, dynamic (true, false, auto) and fullgraph")
-        args.compile_backend, args.compile_mode = backend, mode
-        args.compile_dynamic, args.compile_fullgraph = dynamic.lower(), fullgraph.lower() == "true"
-    return compile_config(args, for_training=False, has_nabla=_nabla(args, task) is not None)

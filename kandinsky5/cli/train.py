@@ -6,20 +6,30 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kandinsky5.cli.attention_options import attention_problems, chosen_attention
-from kandinsky5.cli.common import local_name
+from kandinsky5.cli.common import local_name, raise_all
 from kandinsky5.cli.compile_options import compile_config
 from kandinsky5.cli.config_file import file_values, read_toml, with_config_file
-from kandinsky5.cli.idle_options import OPTIMIZER_RULES, RUN_RULES, TIMESTEP_RULES
-from kandinsky5.cli.idle_rules import given_options, idle_notes
-from kandinsky5.cli.train_options import ACCEPTED, build_parser
-from kandinsky5.cli.weight_options import dit_weight_problems
-from kandinsky5.configs.compilation import NO_BACKEND
-from kandinsky5.configs.text_encoders import qwen_quantization
+from kandinsky5.cli.without_effect import (
+    COMPILE_RULES,
+    NABLA_RULES,
+    OPTIMIZER_RULES,
+    TASK_RULES,
+    TIMESTEP_RULES,
+    TRAIN_RULES,
+    WEIGHT_RULES,
+    given_options,
+    idle_notes,
+    ignored_notes,
+)
+from kandinsky5.configs.attention import ATTENTION_OPTIONS, NablaOptions
+from kandinsky5.configs.caching import KEEP_CACHE
+from kandinsky5.configs.compilation import NO_BACKEND, CompileConfig, DynamoOptions
+from kandinsky5.configs.text_encoders import QwenOptions
 from kandinsky5.configs.train import (
     ROOM_FOR_ENDINGS,
     ConditioningConfig,
@@ -33,16 +43,66 @@ from kandinsky5.configs.train import (
     RunConfig,
     SampleConfig,
     SavingConfig,
+    ShowTimesteps,
     ShowTimestepsConfig,
     TimestepConfig,
     TrackingConfig,
     TrainConfig,
 )
-from kandinsky5.tasks import DitParams, NablaParams, Task, get_task, override_params
+from kandinsky5.configs.weights import WeightsConfig
+from kandinsky5.tasks import DitParams, Task, get_task, override_params
+from modules.command_line import Parser
 from modules.errors import ConfigError
 from modules.file_names import name_problem
 from modules.keyword_args import parse_keyword_args
+from modules.options import (
+    Option,
+    add_options,
+    any_number,
+    ignored_option,
+    missing_options,
+    options_of,
+    read_options,
+)
 from networks.lora_types import NETWORK_MODULES, lora_type
+
+IGNORED = {
+    **KEEP_CACHE,
+    "no_vae_load": ignored_option("the VAE is only loaded for samples"),
+    "guidance_scale": ignored_option(
+        "it belongs to HunyuanVideo; recorded in the metadata", default=1.0, read=any_number
+    ),
+    "img_in_txt_in_offloading": ignored_option("it belongs to HunyuanVideo"),
+    "split_attn": ignored_option("clips of a batch never attend to each other"),
+    "persistent_data_loader_workers": ignored_option("threads that read caches live for the whole run"),
+    "block_swap_h2d_only": ignored_option("frozen weights only travel to the device"),
+}
+_CONFIG_FILE = {
+    "config_file": Option(help="TOML file with options of this script; the command line wins", metavar="PATH")
+}
+_SECTIONS = {
+    "model": options_of(ModelConfig),
+    "weights and memory": options_of(WeightsConfig),
+    "attention": ATTENTION_OPTIONS,
+    "NABLA, block-sparse attention (training with it was tested on CPUs alone)": options_of(NablaOptions),
+    "compilation": options_of(CompileConfig),
+    "compilation, by accelerate's names": options_of(DynamoOptions),
+    "image to video": options_of(ConditioningConfig),
+    "loss": options_of(LossConfig),
+    "data": {**_CONFIG_FILE, **options_of(DataConfig)},
+    "run": options_of(RunConfig),
+    "optimizer and learning rate": options_of(OptimizerConfig),
+    "LoRA": options_of(NetworkConfig),
+    "timesteps": {**options_of(TimestepConfig), **options_of(ShowTimesteps)},
+    "saving and resuming": options_of(SavingConfig),
+    "metadata of the LoRA file": options_of(MetadataConfig),
+    "logging": options_of(TrackingConfig),
+    "samples during training": {**options_of(SampleConfig), **options_of(QwenOptions)},
+    "Hugging Face hub": options_of(HubConfig),
+    "": IGNORED,
+}
+"""Heading in the help -> options."""
+_OPTIONS = {name: declared for section in _SECTIONS.values() for name, declared in section.items()}
 
 _SECRETS = ("wandb_api_key", "huggingface_token")
 _PLACES = ("vae",)
@@ -62,6 +122,15 @@ _NEWCOMER_RECIPE = (
 )
 
 
+def build_parser() -> Parser:
+    """The parser with every option."""
+    parser = Parser(
+        "kandinsky5_train_network.py", "Train a LoRA for Kandinsky 5 on cached latents and captions."
+    )
+    add_options(parser, _SECTIONS)
+    return parser
+
+
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig | ShowTimestepsConfig:
     """Read the command line and its `--config_file`.
 
@@ -69,37 +138,40 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig | ShowTimestep
         ConfigError: everything that is wrong with the options, listed together.
     """
     parser = build_parser()
-    words = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(with_config_file(parser, words))
+    args = parser.parse_args(with_config_file(parser, list(sys.argv[1:] if argv is None else argv)))
+    given = given_options(parser, args)
     if args.show_timesteps:
-        image = (args.output_dir or Path()) / f"{args.output_name or 'k5'}_timesteps.png"
-        timesteps = _timesteps(args)
-        notes = idle_notes(TIMESTEP_RULES, timesteps, given_options(parser, args))
+        timesteps = read_options(TimestepConfig, args)
         return ShowTimestepsConfig(
             show_timesteps=args.show_timesteps,
             timesteps=timesteps,
-            image_path=image,
-            notes=tuple(notes.values()),
+            image_path=(args.output_dir or Path()) / f"{args.output_name or 'k5'}_timesteps.png",
+            notes=tuple(idle_notes(TIMESTEP_RULES, timesteps, given).values()),
         )
-    return _train_config(parser, args)
+    config = _train_config(parser, args)
+    return replace(config, notes=tuple(_notes(config, given)))
 
 
-def _train_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> TrainConfig:
-    problems = [*_missing(args), *_refused(args), *_impossible_pairs(args)]
+def _train_config(parser: Parser, args: argparse.Namespace) -> TrainConfig:
+    problems = [
+        *missing_options(_OPTIONS, args),
+        *attention_problems(args, for_training=True),
+        *_contradictions(args),
+    ]
     parts: dict[str, Any] = {}
     builders: dict[str, Callable[[argparse.Namespace], Any]] = {
         "model": _model,
-        "conditioning": lambda a: _fill(ConditioningConfig, a),
-        "loss": lambda a: _fill(LossConfig, a),
-        "data": lambda a: _fill(DataConfig, a),
-        "timesteps": _timesteps,
+        "conditioning": lambda a: read_options(ConditioningConfig, a),
+        "loss": lambda a: read_options(LossConfig, a),
+        "data": lambda a: read_options(DataConfig, a),
+        "timesteps": lambda a: read_options(TimestepConfig, a),
         "optimizer": _optimizer,
         "network": _network,
-        "run": lambda a: _fill(RunConfig, a),
+        "run": _run,
         "saving": _saving,
-        "metadata": lambda a: _fill(MetadataConfig, a),
+        "metadata": lambda a: read_options(MetadataConfig, a),
         "tracking": _tracking,
-        "hub": lambda a: _fill(HubConfig, a),
+        "hub": lambda a: read_options(HubConfig, a),
         "samples": _samples,
     }
     for name, build in builders.items():
@@ -107,56 +179,30 @@ def _train_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parts[name] = build(args)
         except ConfigError as error:
             problems += error.problems
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+    raise_all(problems)
     values = file_values(parser, args, places=_PLACES, places_or_ids=_PLACES_OR_IDS)
     left_out = {*_SECRETS, *_NOT_OF_THE_RUN}
-    options = {name: value for name, value in values.items() if name not in left_out}
-    config = TrainConfig(**parts, options=options)
-    return replace(config, notes=tuple(_notes(parser, args, config)))
+    return TrainConfig(
+        **parts, options={name: value for name, value in values.items() if name not in left_out}
+    )
 
 
-def _fill(kind: type, args: argparse.Namespace, **changed: Any) -> Any:
-    """A config from the options that have its fields' names."""
-    given = vars(args)
-    values = {field.name: given[field.name] for field in fields(kind) if field.name in given}
-    return kind(**{**values, **changed})
-
-
-def _missing(args: argparse.Namespace) -> list[str]:
-    required = ("task", "dataset_config", "output_dir", "output_name")
-    return [f"--{name} is required" for name in required if vars(args)[name] is None]
-
-
-def _refused(args: argparse.Namespace) -> list[str]:
-    if args.mixed_precision == "fp16" or args.dit_dtype in ("fp16", "float16"):
-        return ["fp16 cannot hold this model's activations: use --mixed_precision bf16, or no for float32"]
-    return []
-
-
-def _impossible_pairs(args: argparse.Namespace) -> list[str]:
+def _contradictions(args: argparse.Namespace) -> list[str]:
+    """What cannot be done, alone or together, where no single part of the config sees it."""
     checks = [
-        (args.fp8_scaled and not args.fp8_base, "--fp8_scaled needs --fp8_base"),
+        (
+            args.mixed_precision == "fp16" or args.dit_dtype in ("fp16", "float16"),
+            "fp16 cannot hold this model's activations: use --mixed_precision bf16, or no for float32",
+        ),
         (
             args.blocks_to_swap > 0 and not args.gradient_checkpointing,
             "--blocks_to_swap needs --gradient_checkpointing: the backward pass would read weights that left",
         ),
         (
-            args.gradient_checkpointing_cpu_offload and not args.gradient_checkpointing,
-            "--gradient_checkpointing_cpu_offload needs --gradient_checkpointing",
-        ),
-        (
-            args.gradient_checkpointing_keep_attention > 0 and not args.gradient_checkpointing,
-            "--gradient_checkpointing_keep_attention needs --gradient_checkpointing",
-        ),
-        (
             (args.compile or args.dynamo_backend != NO_BACKEND)
+            and args.gradient_checkpointing
             and args.gradient_checkpointing_keep_attention > 0,
             "--gradient_checkpointing_keep_attention cannot see into compiled blocks: leave one of them out",
-        ),
-        (
-            args.dim_from_weights and args.network_weights is None,
-            "--dim_from_weights needs --network_weights",
         ),
         (
             len(args.base_weights_multiplier) > len(args.base_weights),
@@ -164,51 +210,50 @@ def _impossible_pairs(args: argparse.Namespace) -> list[str]:
             f"{len(args.base_weights)} files of --base_weights",
         ),
         (
-            bool(args.validate_every_n_steps or args.validate_every_n_epochs)
-            and not (args.validation_dataset_config or args.validation_split),
-            "--validate_every_n_* needs --validation_split or --validation_dataset_config",
-        ),
-        (
             bool(args.validation_split and args.validation_dataset_config),
-            "--validation_split and --validation_dataset_config both say what to measure: leave one out",
+            "--validation_split and --validation_dataset_config both choose what to measure: leave one out",
         ),
         (
-            args.resume_from_huggingface and args.resume in (None, "auto"),
+            args.resume_from_huggingface and args.resume == "auto",
             "--resume_from_huggingface needs --resume USER/REPO/PATH",
         ),
-        (args.mask_min_weight > 0 and not args.masked_loss, "--mask_min_weight needs --masked_loss"),
-        (
-            args.log_with in ("tensorboard", "all") and args.logging_dir is None,
-            f"--log_with {args.log_with} needs --logging_dir",
-        ),
     ]
-    problems = [message for is_wrong, message in checks if is_wrong]
-    return [*attention_problems(args, for_training=True), *problems, *dit_weight_problems(args)]
+    return [message for is_wrong, message in checks if is_wrong]
 
 
 def _model(args: argparse.Namespace) -> ModelConfig:
-    if args.task is None:
-        raise ConfigError("--task is required")
-    task = get_task(args.task)
+    task = _task(args)
     multipliers = tuple(args.base_weights_multiplier)
-    nabla = _nabla(task, args)
-    if nabla is not None and args.gradient_checkpointing_keep_attention > 0:
+    recomputes = args.gradient_checkpointing
+    nabla = read_options(NablaOptions, args).params(task)
+    if nabla is not None and recomputes and args.gradient_checkpointing_keep_attention > 0:
         raise ConfigError(
             "--gradient_checkpointing_keep_attention cannot see into NABLA's compiled attention: leave it out"
         )
-    return _fill(
+    return read_options(
         ModelConfig,
         args,
-        attention=chosen_attention(args),
-        compile=compile_config(args, for_training=True, has_nabla=nabla is not None),
         task=task,
         dit=args.dit or task.dit_path,
         dit_params=_dit_params(task, args.override_dit),
         nabla=nabla,
         scheduler_scale=args.scheduler_scale or task.scheduler_scale,
-        base_weights=tuple(args.base_weights),
+        attention=chosen_attention(args),
+        fp8_fast=args.fp8_fast and args.fp8_base,
+        int8_fast=args.int8_fast and args.int8_base,
+        gradient_checkpointing_cpu_offload=recomputes and args.gradient_checkpointing_cpu_offload,
+        gradient_checkpointing_keep_attention=(
+            args.gradient_checkpointing_keep_attention if recomputes else 0
+        ),
+        compile=compile_config(args, for_training=True, has_nabla=nabla is not None),
         base_weights_multiplier=multipliers + (1.0,) * (len(args.base_weights) - len(multipliers)),
     )
+
+
+def _task(args: argparse.Namespace) -> Task:
+    if args.task is None:
+        raise ConfigError([])  # reported as missing
+    return get_task(args.task)
 
 
 def _dit_params(task: Task, override: str | None) -> DitParams:
@@ -223,29 +268,6 @@ def _dit_params(task: Task, override: str | None) -> DitParams:
     return override_params(task.dit_params, changes)
 
 
-def _nabla(task: Task, args: argparse.Namespace) -> NablaParams | None:
-    """The task's block-sparse attention, or what `--force_nabla_attention` asks for; given options win."""
-    base = task.nabla or (NablaParams() if args.force_nabla_attention else None)
-    if base is None:
-        return None
-    given = {
-        "method": args.nabla_method,
-        "P": args.nabla_P,
-        "wT": args.nabla_wT,
-        "wH": args.nabla_wH,
-        "wW": args.nabla_wW,
-        "add_sta": args.nabla_add_sta,
-    }
-    chosen = replace(base, **{key: value for key, value in given.items() if value is not None})
-    if chosen.method == "topcdf" and chosen.P > 1:
-        raise ConfigError(f"--nabla_P {chosen.P:g}: topcdf takes a share of at most 1")
-    return chosen
-
-
-def _timesteps(args: argparse.Namespace) -> TimestepConfig:
-    return _fill(TimestepConfig, args)
-
-
 def _optimizer(args: argparse.Namespace) -> OptimizerConfig:
     problems = []
     named = {}
@@ -258,25 +280,27 @@ def _optimizer(args: argparse.Namespace) -> OptimizerConfig:
         problems.append(
             "--lr_scheduler reduce_lr_on_plateau follows a validation loss and cannot be resumed; use cosine"
         )
-    if args.lr_scheduler == "constant" and args.lr_warmup_steps and not args.lr_scheduler_type:
-        problems.append(
-            "--lr_scheduler constant has no warm-up; use constant_with_warmup with --lr_warmup_steps"
-        )
     if problems:
         raise ConfigError(problems)
-    return _fill(OptimizerConfig, args, **named)
+    return read_options(OptimizerConfig, args, **named)
 
 
 def _network(args: argparse.Namespace) -> NetworkConfig:
     module = args.network_module.removeprefix("musubi_tuner.")
     if module not in NETWORK_MODULES:
         raise ConfigError(f"--network_module {args.network_module}: use one of {', '.join(NETWORK_MODULES)}")
-    return _fill(
+    return read_options(
         NetworkConfig,
         args,
         network_module=module,
+        dim_from_weights=args.dim_from_weights and args.network_weights is not None,
         network_args=parse_keyword_args(args.network_args, "--network_args", allow_plain_text=True),
     )
+
+
+def _run(args: argparse.Namespace) -> RunConfig:
+    config = read_options(RunConfig, args)
+    return replace(config, max_train_steps=config.max_train_steps or None)
 
 
 def _saving(args: argparse.Namespace) -> SavingConfig:
@@ -286,7 +310,7 @@ def _saving(args: argparse.Namespace) -> SavingConfig:
     if problem is not None:
         hint = "; folders belong to --output_dir" if set(args.output_name) & set("/\\") else ""
         raise ConfigError(f"--output_name {args.output_name!r}: {problem}{hint}")
-    return _fill(
+    return read_options(
         SavingConfig,
         args,
         save_last_n_epochs_state=args.save_last_n_epochs_state or args.save_last_n_epochs,
@@ -303,34 +327,34 @@ def _tracking(args: argparse.Namespace) -> TrackingConfig:
                 raise ConfigError(
                     f"--log_tracker_config {path}: {name}: arguments stand under [tensorboard] and [wandb]"
                 )
-    return _fill(TrackingConfig, args, log_tracker_settings=settings)
+    return read_options(TrackingConfig, args, log_tracker_settings=settings)
 
 
 def _samples(args: argparse.Namespace) -> SampleConfig:
-    if args.task is None:
-        raise ConfigError([])  # reported as missing
-    task = get_task(args.task)
-    return _fill(
+    task = _task(args)
+    return read_options(
         SampleConfig,
         args,
         vae=Path(args.vae or task.vae_path),
         text_encoder_qwen=args.text_encoder_qwen or local_name(task.text_encoder_qwen_path),
         text_encoder_clip=args.text_encoder_clip or local_name(task.text_encoder_clip_path),
-        quantization=qwen_quantization(fp8_llm=args.fp8_llm, quantized_qwen=args.quantized_qwen),
+        quantization=read_options(QwenOptions, args).quantization,
     )
 
 
-def _notes(parser: argparse.ArgumentParser, args: argparse.Namespace, config: TrainConfig) -> list[str]:
+def _notes(config: TrainConfig, given: set[str]) -> list[str]:
     """What has no effect, and what may not be what was meant."""
-    given = given_options(parser, args)
-    given |= {f"network_args {name}" for name in config.network.network_args}
-    return [
-        *(f"--{name} has no effect: {why}" for name, why in ACCEPTED.items() if name in given),
-        *idle_notes(TIMESTEP_RULES, config.timesteps, given).values(),
-        *idle_notes(OPTIMIZER_RULES, config.optimizer, given).values(),
-        *idle_notes(RUN_RULES, config, given).values(),
-        *_hints(config, given),
-    ]
+    given = given | {f"network_args {name}" for name in config.network.network_args}
+    idle = {
+        **idle_notes(TIMESTEP_RULES, config.timesteps, given),
+        **idle_notes(OPTIMIZER_RULES, config.optimizer, given),
+        **idle_notes(TRAIN_RULES, config, given),
+        **idle_notes(WEIGHT_RULES, config.model, given),
+        **idle_notes(COMPILE_RULES, config.model.compile, given),
+        **idle_notes(NABLA_RULES, config.model.nabla, given),
+        **idle_notes(TASK_RULES, config.model.task, given),
+    }
+    return [*ignored_notes(IGNORED, given), *idle.values(), *_hints(config, given)]
 
 
 def _hints(config: TrainConfig, given: set[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The settings of the two cache scripts."""
+"""Settings of the two cache scripts. Fields with `option` are options of the same name."""
 
 from __future__ import annotations
 
@@ -6,33 +6,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kandinsky5.configs.text_encoders import Quantization
+from dataset.geometry import NABLA_STEP
+from kandinsky5.configs.text_encoders import Quantization, prompt_templates_option
+from kandinsky5.configs.vae import vae_dtype_option
 from modules.errors import ConfigError
+from modules.options import Option, ignored_option, option, option_made_into, positive_int
 
-MIN_TILE_PX = 64
-DEFAULT_TILE_PX = 256
+KEEP_CACHE = {"keep_cache": ignored_option("caches are deleted by --prune alone")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheRunConfig:
     """What both scripts share."""
 
-    dataset_config: Path
-    batch_size: int | None = None
-    """Clips or captions per encoder call; None: the dataset's own."""
-    num_workers: int = 1
-    """Threads that read and decode media."""
-    device: str | None = None
-    skip_existing: bool = False
-    """Encode only what has no cache, or one that no longer fits."""
-    prune: bool = False
-    """Delete caches that the dataset no longer uses."""
-    strict: bool = False
-    """Any skipped item is an error."""
-    skip_bad: bool = False
-    """Damaged items are skipped without an error."""
-    confine_paths: bool = False
-    """Refuse everything that leads out of the dataset file's folder."""
+    dataset_config: Path = option_made_into(
+        Option(help="dataset file, .toml or .json", read=Path, required=True)
+    )
+    batch_size: int | None = option(
+        None, "items per encoder call (default: the dataset's batch_size)", positive_int
+    )
+    num_workers: int = option_made_into(
+        Option(help="decoding threads (default: CPU count - 1)", read=positive_int), default=1
+    )
+    device: str | None = option(None, "where to compute (default: cuda if there is one, else cpu)")
+    skip_existing: bool = option(False, "encode only what has no cache that still fits")
+    prune: bool = option(False, "delete caches that no dataset file uses any more")
+    strict: bool = option(False, "any skipped item is an error")
+    skip_bad: bool = option(False, "leave damaged items out without an error at the end")
+    confine_paths: bool = option(
+        False, "refuse folders, files and links that lead out of the dataset file's folder"
+    )
 
     def __post_init__(self) -> None:
         if self.strict and self.skip_bad:
@@ -43,11 +46,17 @@ class CacheRunConfig:
 class DebugConfig:
     """Show what would be encoded instead of encoding it."""
 
-    mode: Literal["console", "video"]
-    console_width: int = 80
-    """Characters per line."""
-    console_num_images: int | None = None
-    """Items shown per dataset without asking; None: all, asking after each on a terminal."""
+    mode: Literal["console", "video"] = option_made_into(
+        Option(
+            help="show what would be encoded, then stop",
+            name="debug_mode",
+            choices=("image", "console", "video"),
+        )
+    )
+    console_width: int = option(80, "characters per line of --debug_mode console (default: 80)", positive_int)
+    console_num_images: int | None = option(
+        None, "show N items per dataset without asking (default: all, asking after each)", positive_int
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,14 +64,17 @@ class CacheLatentsConfig:
     """`kandinsky5_cache_latents.py`."""
 
     run: CacheRunConfig
-    vae: Path | None = None
+    vae: Path | None = option(
+        None, "HunyuanVideo's VAE: a file or a diffusers folder (required without --debug_mode)", Path
+    )
     """None only together with `debug`."""
-    vae_dtype: str | None = None
-    """None: float16, on a CPU float32."""
-    nabla_resize: bool = False
+    vae_dtype: str | None = vae_dtype_option()
+    nabla_resize: bool = option(
+        False, f"round sizes up to multiples of {NABLA_STEP} pixels, as tasks with NABLA attention need them"
+    )
     tile_px: int | None = None
     """Side of the VAE's spatial tiles; None: whole frames."""
-    disable_cudnn_backend: bool = False
+    disable_cudnn_backend: bool = option(False, "compute convolutions without cuDNN")
     debug: DebugConfig | None = None
 
 
@@ -71,12 +83,19 @@ class CacheTextConfig:
     """`kandinsky5_cache_text_encoder_outputs.py`."""
 
     run: CacheRunConfig
-    text_encoder_qwen: str
-    text_encoder_clip: str
-    """A folder or a hub id each."""
-    qwen_max_length: int = 256
-    """Tokens kept after the prompt template."""
-    clip_max_length: int = 77
+    text_encoder_qwen: str = option_made_into(
+        Option(help="Qwen2.5-VL-7B-Instruct: a folder or a hub id", metavar="PATH", required=True)
+    )
+    text_encoder_clip: str = option_made_into(
+        Option(help="CLIP ViT-L/14: a folder or a hub id", metavar="PATH", required=True)
+    )
+    qwen_max_length: int = option(
+        256,
+        "tokens kept after the prompt template; training refuses captions that generation, with 256, "
+        "would cut elsewhere (default: 256)",
+        positive_int,
+    )
+    clip_max_length: int = option(77, "tokens of a caption that CLIP reads (default: 77)", positive_int)
     quantization: Quantization | None = None
     """Of Qwen's Linear weights: --fp8_llm or --quantized_qwen."""
-    prompt_templates: Path | None = None
+    prompt_templates: Path | None = prompt_templates_option()

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from modules.options import Option, option, option_made_into, positive_int
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 NO_BACKEND = "no"
 """accelerate's word for not compiling."""
-
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """Inductor's, on CUDA devices."""
+
+
+def compile_option() -> Any:
+    """`--compile`; the field holds a `CompileConfig`, or None where blocks run as they are."""
+    declared = Option(help="compile every transformer block", default=False, group="compilation")
+    return option_made_into(declared, default=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompileConfig:
     """The `--compile_*` options; torch.compile's own words."""
 
-    compile_backend: str = "inductor"
-    compile_mode: str = "default"
-    """Acts with the inductor back end."""
-    compile_dynamic: Literal["true", "false", "auto"] | None = None
-    """None: lengths are dynamic from the start, so that no bucket or caption length compiles anew."""
-    compile_fullgraph: bool = False
-    compile_cache_size_limit: int | None = None
-    """Graphs kept per block kind; None: torch's own limit."""
+    compile_backend: str = option("inductor", "torch.compile's back end (default: inductor)")
+    compile_mode: CompileMode = option("default", "how much inductor optimises (default: default)")
+    compile_dynamic: Literal["true", "false", "auto"] | None = option(
+        None,
+        "whether lengths may change without compiling again; auto: from the second length on (default: true)",
+    )
+    compile_fullgraph: bool = option(False, "refuse graph breaks")
+    compile_cache_size_limit: int | None = option(
+        None, "graphs kept per kind of block (default: torch's limit)", positive_int
+    )
 
     @property
     def uses_cuda_graphs(self) -> bool:
@@ -31,3 +41,15 @@ class CompileConfig:
         return self.compile_backend == "cudagraphs" or (
             self.compile_backend == "inductor" and self.compile_mode in _CUDA_GRAPH_MODES
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DynamoOptions:
+    """accelerate's names for the same choices, which training scripts of this family take."""
+
+    dynamo_backend: str = option(
+        NO_BACKEND, "as --compile --compile_backend TEXT (default: no)", str.lower, metavar="TEXT"
+    )
+    dynamo_mode: CompileMode | None = option(None, "as --compile_mode")
+    dynamo_fullgraph: bool = option(False, "as --compile_fullgraph")
+    dynamo_dynamic: bool = option(False, "as --compile_dynamic true")

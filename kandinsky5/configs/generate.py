@@ -1,80 +1,122 @@
-"""What `kandinsky5_generate_video.py` was told to do."""
+"""Settings of `kandinsky5_generate_video.py`. Fields with `option` are options of the same name."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dataset.geometry import FPS
-from kandinsky5.configs.compilation import CompileConfig
-from kandinsky5.configs.text_encoders import Quantization
-from kandinsky5.configs.weights import WeightsConfig
-from kandinsky5.prompts import PromptSpec
+from kandinsky5.configs.compilation import CompileConfig, compile_option
+from kandinsky5.configs.text_encoders import Quantization, prompt_templates_option
+from kandinsky5.configs.vae import vae_dtype_option
+from kandinsky5.configs.weights import DTYPES, WeightsConfig, vram_budget_option
+from kandinsky5.prompts import PromptSpec, lora_strength
 from kandinsky5.tasks import NablaParams, Task
 from modules.attention_backends import DEFAULT_BACKEND
 from modules.errors import ConfigError
+from modules.options import (
+    Option,
+    float_between,
+    int_between,
+    non_negative_int,
+    option,
+    option_made_into,
+    positive_int,
+)
 
-OutputType = Literal["video", "images", "latent", "both", "latent_images"]
-OUTPUT_TYPES: tuple[OutputType, ...] = ("video", "images", "latent", "both", "latent_images")
+DEFAULT_TASK = "k5-pro-t2v-5s-sd"
 OUTPUT_SUFFIXES = (".mp4", ".png", ".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelPaths:
-    """Where the models are; the encoders may be hub ids."""
+    """Where the models are; the encoders may be hub ids. The task's places where no option names one."""
 
-    dit: Path
-    vae: Path
-    text_encoder_qwen: str
-    text_encoder_clip: str
+    dit: Path = option_made_into(
+        Option(help="DiT: a .safetensors file, shards or a diffusers folder (default: the task's)", read=Path)
+    )
+    vae: Path = option_made_into(
+        Option(help="HunyuanVideo's VAE: a file or a folder (default: the task's)", read=Path)
+    )
+    text_encoder_qwen: str = option_made_into(
+        Option(help="Qwen2.5-VL: a folder or a hub id (default: the task's)", metavar="PATH")
+    )
+    text_encoder_clip: str = option_made_into(
+        Option(help="CLIP ViT-L/14: a folder or a hub id (default: the task's)", metavar="PATH")
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MagCacheConfig:
     """Skipping the visual blocks where they are known to change little."""
 
-    magcache_mag_ratios: tuple[float, ...] | None = None
-    """None: the official ones of the task."""
-    magcache_threshold: float = 0.12
-    magcache_k: int = 2
-    magcache_retention_ratio: float = 0.2
+    magcache_mag_ratios: tuple[float, ...] | None = option(
+        None,
+        "ratios instead of the task's: conditional and unconditional in turn, from the second step on",
+        float_between(0, 100),
+        nargs="+",
+    )
+    magcache_threshold: float = option(
+        0.12, "largest error that skipping may add up to (default: 0.12)", float_between(0, 10)
+    )
+    magcache_k: int = option(2, "longest run of skipped passes (default: 2)", positive_int)
+    magcache_retention_ratio: float = option(
+        0.2, "share of steps at the start that are never skipped (default: 0.2)", float_between(0, 1)
+    )
+
+    def __post_init__(self) -> None:
+        if self.magcache_mag_ratios is not None and len(self.magcache_mag_ratios) % 2:
+            raise ConfigError(
+                f"--magcache_mag_ratios: expected pairs, got {len(self.magcache_mag_ratios)} numbers"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DitConfig(WeightsConfig):
     """How the DiT is held and run."""
 
-    dtype: str | None = None
-    """A dtype word; None: bfloat16 on CUDA, float32 on the CPU."""
-    offload_dit_during_sampling: bool = False
+    dtype: str | None = option(
+        None, "compute dtype (default: bfloat16, on a CPU float32)", choices=DTYPES, group="size and sampling"
+    )
+    offload_dit_during_sampling: bool = option(
+        False, "with --interactive: DiT in host memory while encoders and VAE work"
+    )
     nabla: NablaParams | None = None
     """Block-sparse attention; None is full attention."""
     attention: str = DEFAULT_BACKEND
     """A name in `ATTENTION_BACKENDS`."""
-    magcache: MagCacheConfig | None = None
+    magcache: MagCacheConfig | None = option_made_into(
+        Option(
+            help="skip blocks by the task's official ratios: faster, less exact",
+            default=False,
+            group="MagCache",
+        ),
+        default=None,
+    )
     """None runs all blocks at every step."""
-    cpu_noise: bool = False
-    compile: CompileConfig | None = None
-    """None runs the blocks as they are."""
+    cpu_noise: bool = option(
+        False, "draw the noise on the CPU: the same video on every GPU", group="size and sampling"
+    )
+    compile: CompileConfig | None = compile_option()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextEncoderConfig:
     """How prompts are encoded."""
 
-    text_encoder_cpu: bool = False
+    text_encoder_cpu: bool = option(False, "encode prompts on the CPU")
     quantization: Quantization | None = None
     """Of Qwen's Linear weights: --fp8_llm or --quantized_qwen."""
-    prompt_templates: Path | None = None
+    prompt_templates: Path | None = prompt_templates_option()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VaeConfig:
     """How pixels and latents are converted."""
 
-    vae_dtype: str | None = None
-    """A dtype word; None: float16 on CUDA, float32 on the CPU."""
+    vae_dtype: str | None = vae_dtype_option()
     tile_px: int | None = None
     """Side of spatial tiles in pixels; None decodes frames whole while memory allows."""
 
@@ -83,15 +125,25 @@ class VaeConfig:
 class LoraConfig:
     """The adapters to apply and how."""
 
-    lora_weight: tuple[Path, ...] = ()
-    lora_multiplier: tuple[float, ...] = ()
+    lora_weight: tuple[Path, ...] = option(
+        (), "LoRA files of any known layout", Path, nargs="+", metavar="PATH"
+    )
+    lora_multiplier: tuple[float, ...] = option(
+        (), "strengths in the same order (default: 1.0)", lora_strength, nargs="+"
+    )
     """As many as were given; the rest are 1."""
-    lora_mode: Literal["merge", "runtime"] = "merge"
-    include_patterns: tuple[str, ...] = ()
-    exclude_patterns: tuple[str, ...] = ()
-    lora_allow_partial: bool = False
-    no_lora_trigger: bool = False
-    save_merged_model: Path | None = None
+    lora_mode: Literal["merge", "runtime"] = option(
+        "merge", "merge into the weights, or keep beside them (default: merge)"
+    )
+    include_patterns: tuple[str, ...] = option(
+        (), "use only LoRA keys in which this regular expression is found", nargs="+", metavar="RE"
+    )
+    exclude_patterns: tuple[str, ...] = option(
+        (), "leave out LoRA keys in which this regular expression is found", nargs="+", metavar="RE"
+    )
+    lora_allow_partial: bool = option(False, "use a LoRA some of whose keys match nothing")
+    no_lora_trigger: bool = option(False, "do not put a LoRA's trigger words before the prompt")
+    save_merged_model: Path | None = option(None, "write the DiT with the LoRAs merged, then stop", Path)
 
     def __post_init__(self) -> None:
         problems = []
@@ -101,13 +153,9 @@ class LoraConfig:
                 "--lora_weight: at most one for each"
             )
         if self.save_merged_model is not None and not self.lora_weight:
-            problems.append("--save_merged_model needs --lora_weight: there is nothing to merge")
+            problems.append("--save_merged_model requires --lora_weight: there is nothing to merge")
         if self.save_merged_model is not None and self.lora_mode == "runtime":
-            problems.append("--save_merged_model merges; it does not go with --lora_mode runtime")
-        if not self.lora_weight and (self.include_patterns or self.exclude_patterns):
-            problems.append(
-                "--include_patterns and --exclude_patterns choose keys of --lora_weight: none given"
-            )
+            problems.append("--save_merged_model merges, --lora_mode runtime does not: leave one of them out")
         if problems:
             raise ConfigError(problems)
 
@@ -116,16 +164,24 @@ class LoraConfig:
 class OutputConfig:
     """What is written, where and how."""
 
-    output: Path | None
+    output: Path | None = option_made_into(
+        Option(
+            help="a .mp4 file, a .png file (one image) or a folder (files named by time)",
+            metavar="PATH",
+            hidden_names=("save_path",),
+        )
+    )
     """None only with --save_merged_model."""
     output_is_folder: bool = False
-    """The word ended with a path separator."""
-    output_type: OutputType = "video"
-    fps: int = FPS
-    crf: int = 14
-    trim_tail_frames: int = 0
-    overwrite: bool = False
-    no_metadata: bool = False
+    """The path ended with a separator."""
+    output_type: Literal["video", "images", "latent", "both", "latent_images"] = option(
+        "video", "what is written; both: video and latent (default: video)"
+    )
+    fps: int = option(FPS, f"frames per second, at most 1000 (default: {FPS})", int_between(1, 1000))
+    crf: int = option(14, "quality of the video: 0 lossless, 51 worst (default: 14)", int_between(0, 51))
+    trim_tail_frames: int = option(0, "leave out the last N frames (default: 0)", non_negative_int)
+    overwrite: bool = option(False, "replace existing files instead of choosing a new name")
+    no_metadata: bool = option(False, "do not store prompt and settings in the files")
 
     def __post_init__(self) -> None:
         problems = []
@@ -145,23 +201,36 @@ class OutputConfig:
 class GenerateConfig:
     """One run of the generation script."""
 
-    task: Task
+    task: Task = option_made_into(
+        Option(
+            help=f"which checkpoint, with its settings (default: {DEFAULT_TASK})",
+            default=DEFAULT_TASK,
+            metavar="NAME",
+        )
+    )
     models: ModelPaths
     spec: PromptSpec
     """The prompt and settings of the command line; defaults for prompts from elsewhere."""
-    from_file: Path | None = None
-    interactive: bool = False
-    latent_path: Path | None = None
-    dry_run: bool = False
-    """Check and plan, then end."""
-    vram_budget: float | None = None
+    from_file: Path | None = option(
+        None, "a .txt, .json or .toml file of prompts; --output is a folder", Path
+    )
+    interactive: bool = option(False, "read prompts from the console; models stay loaded")
+    latent_path: Path | None = option(None, "decode a saved latent instead of sampling", Path)
+    dry_run: bool = option(False, "check everything, print memory and FLOPs of each prompt, then stop")
+    vram_budget: float | None = vram_budget_option(
+        "add --fp8_base and --blocks_to_swap as far as sampling needs them to fit into so much device memory"
+    )
     """GiB of device memory that sampling may need."""
-    device: str | None = None
+    device: str | None = option(
+        None, "where to compute (default: cuda if there is one, else cpu)", group="models"
+    )
     dit: DitConfig
     text: TextEncoderConfig
     vae: VaeConfig
     lora: LoraConfig
     output: OutputConfig
+    options: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Every option as given or defaulted, by name; files and folders are `Path`."""
 
     def __post_init__(self) -> None:
         sources = {
@@ -172,29 +241,13 @@ class GenerateConfig:
         }
         given = [flag for flag, is_given in sources.items() if is_given]
         problems = []
-        if self.lora.save_merged_model is not None:
-            if len(given) > 0:
-                problems.append(
-                    f"--save_merged_model writes a model and stops; it does not go with {given[0]}"
-                )
-        elif len(given) != 1:
+        merges = self.lora.save_merged_model is not None
+        if not merges and len(given) != 1:
             what = f"got {' and '.join(given)}" if given else "none was given"
-            problems.append(f"exactly one of {', '.join(sources)} is wanted: {what}")
-        if self.dry_run or self.vram_budget is not None:
-            option = "--dry_run" if self.dry_run else "--vram_budget"
-            others = {
-                "--interactive": self.interactive,
-                "--latent_path": self.latent_path is not None,
-                "--save_merged_model": self.lora.save_merged_model is not None,
-            }
-            problems += [
-                f"{option} plans for --prompt or --from_file; it does not go with {name}"
-                for name, is_used in others.items()
-                if is_used
-            ]
-        if self.output.output is None and self.lora.save_merged_model is None:
-            problems.append("--output is missing: a .mp4, a .png or a folder")
-        if self.dit.use_pinned_memory_for_block_swap and not self.dit.blocks_to_swap:
-            problems.append("--use_pinned_memory_for_block_swap acts with --blocks_to_swap only: add it")
+            problems.append(f"exactly one of {', '.join(sources)} is required: {what}")
+        if self.dry_run and (merges or self.interactive or self.latent_path is not None):
+            problems.append("--dry_run plans for --prompt or --from_file: give one of them alone")
+        if self.output.output is None and not merges:
+            problems.append("--output is required: a .mp4, a .png or a folder")
         if problems:
             raise ConfigError(problems)

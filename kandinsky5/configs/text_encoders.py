@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from kandinsky5.tasks import DitParams, Task
 from modules.errors import ConfigError
+from modules.options import option
 
 Quantization = Literal["nf4", "fp8"]
 """Of the Linear weights: 4 bits by bitsandbytes, or our float8."""
@@ -46,14 +48,26 @@ def encoders_for_task(
     )
 
 
-def qwen_quantization(*, fp8_llm: bool, quantized_qwen: bool) -> Quantization | None:
-    """What the two options ask for together; None leaves the weights as they come.
+def prompt_templates_option() -> Any:
+    """`--prompt_templates`."""
+    help = "read the official prompt templates from this file instead of the installed diffusers"
+    return option(None, help, Path)
 
-    Raises:
-        ConfigError: both at once.
-    """
-    if fp8_llm and quantized_qwen:
-        raise ConfigError("--fp8_llm holds Qwen in 8 bits and --quantized_qwen in 4: give one of them")
-    if quantized_qwen:
-        return "nf4"
-    return "fp8" if fp8_llm else None
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QwenOptions:
+    """How Qwen's weights are held."""
+
+    fp8_llm: bool = option(False, "hold Qwen's weights in float8: half the memory", other_names=("fp8_vlm",))
+    quantized_qwen: bool = option(False, "load Qwen in 4 bits (NF4) with bitsandbytes")
+
+    def __post_init__(self) -> None:
+        if self.fp8_llm and self.quantized_qwen:
+            raise ConfigError("--fp8_llm holds Qwen in 8 bits and --quantized_qwen in 4: give one of them")
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What the two options ask for together; None leaves the weights as they come."""
+        if self.quantized_qwen:
+            return "nf4"
+        return "fp8" if self.fp8_llm else None

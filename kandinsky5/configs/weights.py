@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
+from modules.errors import ConfigError
+from modules.options import float_between, non_negative_int, option
+
+DTYPES = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
 DEFAULT_RING_SIZE = 2
 """Device buffers that the swapped blocks share in turn."""
 
@@ -17,20 +22,42 @@ class WeightFormat(Enum):
     INT8 = "int8"
 
 
+def vram_budget_option(help: str) -> Any:
+    """`--vram_budget`, with what it adds in a script."""
+    return option(None, help, float_between(1.0, 1024.0), metavar="GB", group="weights and memory")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsConfig:
     """The format and the place of the weights."""
 
-    fp8_base: bool = False
-    fp8_fast: bool = False
-    """Multiply in float8 too; acts with fp8_base."""
-    int8_base: bool = False
-    int8_fast: bool = False
-    """Multiply in int8 too; acts with int8_base."""
-    blocks_to_swap: int = 0
-    use_pinned_memory_for_block_swap: bool = False
-    disable_numpy_memmap: bool = False
-    no_weight_check: bool = False
+    fp8_base: bool = option(
+        False,
+        "hold attention and feed-forward weights in float8",
+        other_names=("fp8_scaled",),
+        hidden_names=("fp8",),
+    )
+    fp8_fast: bool = option(
+        False,
+        "with --fp8_base: multiply in float8 too; compute capability 8.9 (Ada, Hopper) or later, "
+        "not run on a GPU yet",
+    )
+    int8_base: bool = option(False, "hold attention and feed-forward weights in int8 instead, on any card")
+    int8_fast: bool = option(
+        False,
+        "with --int8_base: multiply in int8 too; compute capability 7.5 (Turing, Ampere) or later, "
+        "not run on a GPU yet",
+    )
+    blocks_to_swap: int = option(0, "blocks whose weights stay in host memory (default: 0)", non_negative_int)
+    use_pinned_memory_for_block_swap: bool = option(False, "with --blocks_to_swap: pinned host memory")
+    disable_numpy_memmap: bool = option(False, "read model files without memory mapping")
+    no_weight_check: bool = option(False, "do not search the weights for NaN and Inf while loading")
+
+    def __post_init__(self) -> None:
+        if self.fp8_base and self.int8_base:
+            raise ConfigError(
+                "--fp8_base and --int8_base choose a form of the same weights: give one of them"
+            )
 
     @property
     def weight_format(self) -> WeightFormat:

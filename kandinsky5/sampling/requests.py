@@ -16,25 +16,18 @@ from dataset.geometry import (
     LATENT_CHANNELS,
     PIXELS_PER_LATENT,
     latent_frame_count,
-    pixel_frame_count,
     round_frames,
 )
 from dataset.media.media import probe_image, read_image
 from kandinsky5.prompts import PromptSpec
 from kandinsky5.sampling.images import image_clip_size
-from kandinsky5.tasks import MAX_LATENT_FRAMES, MAX_LATENT_SIDE, TASKS, Task
+from kandinsky5.tasks import MAX_SIDE, TASKS, Task
 from modules.errors import ConfigError, DataError
 from modules.logs import get_logger
 
 log = get_logger(__name__)
 
-MAX_SIDE = MAX_LATENT_SIDE * PIXELS_PER_LATENT
-MAX_FRAMES = pixel_frame_count(MAX_LATENT_FRAMES)
 DEFAULT_SEED = 42
-MAX_STEPS = 1000
-MAX_MULTIPLIER = 1e3
-"""Of a LoRA; what is stronger leaves no number finite."""
-_SEED_LIMIT = 2**63
 _OFFICIAL_SIZES = {
     512: {(512, 512), (512, 768), (768, 512)},
     1024: {(1024, 1024), (640, 1408), (1408, 640), (768, 1280), (1280, 768), (896, 1152), (1152, 896)},
@@ -87,7 +80,7 @@ def resolve_request(
     default_negative_prompt: str,
     lora_count: int = 0,
 ) -> VideoRequest:
-    """Fill in the task's defaults and check everything that needs no model.
+    """Fill in the task's defaults and check everything that needs no model; `PromptSpec` has the ranges.
 
     Sizes from a prompt file are rounded down with a log line; sizes from the command line must fit, because
     there the nearest ones can be named and typed at once. Frames are rounded down to 4k + 1 in both.
@@ -101,15 +94,18 @@ def resolve_request(
         ConfigError: with all problems of this request.
         DataError: an image cannot be decoded as a whole.
     """
-    problems: list[str] = []
     prefix = f"{spec.where}: " if spec.where else ""
-    num_frames = _frames(spec.frames, default_frames, prefix, problems)
-    problems += [prefix + line for line in _image_problems(spec, task, num_frames)]
+    num_frames = _frames(spec.frames, default_frames, prefix)
+    problems = [prefix + line for line in _image_problems(spec, task, num_frames)]
     if problems:  # a size may have to be read from the image, so its problems come first
         raise ConfigError(problems)
     _check_images(spec, prefix)
     width, height = _size(spec, task, size_divisor, prefix, problems)
-    problems += [prefix + line for line in _number_problems(spec, lora_count)]
+    if spec.lora_multiplier is not None and len(spec.lora_multiplier) > lora_count:
+        problems.append(
+            f"{prefix}{len(spec.lora_multiplier)} LoRA multipliers for {lora_count} --lora_weight: "
+            "at most one for each"
+        )
     if problems:
         raise ConfigError(problems)
     return VideoRequest(
@@ -118,7 +114,7 @@ def resolve_request(
         width=width,
         height=height,
         num_frames=num_frames,
-        steps=task.steps if spec.steps is None else _clamped_steps(spec.steps, prefix),
+        steps=task.steps if spec.steps is None else spec.steps,
         guidance=task.guidance if spec.guidance is None else spec.guidance,
         scheduler_scale=spec.scheduler_scale or task.scheduler_scale,
         seed=DEFAULT_SEED if spec.seed is None else spec.seed,
@@ -149,12 +145,9 @@ def log_size_remarks(request: VideoRequest, task: Task) -> None:
         log.info("%dx%d is not one of the sizes the model was made for: %s", *size, official)
 
 
-def _frames(frames: int | None, default: int, prefix: str, problems: list[str]) -> int:
+def _frames(frames: int | None, default: int, prefix: str) -> int:
     if frames is None:
         return default
-    if not 1 <= frames <= MAX_FRAMES:
-        problems.append(f"{prefix}--frames {frames}: 1 to {MAX_FRAMES} pixel frames are possible, as 4k+1")
-        return 1
     legal = round_frames(frames)
     if legal != frames:
         log.info(
@@ -222,7 +215,7 @@ def _side(
     if side is None:
         return None
     lower = side // divisor * divisor
-    if side < 1 or side > MAX_SIDE or (lower == 0 and where):
+    if lower == 0 and where:
         problems.append(
             f"{prefix}--{name} {side}: multiples of {divisor} from {divisor} to {MAX_SIDE} are possible"
         )
@@ -232,34 +225,6 @@ def _side(
     elif lower != side:
         log.info("%s%s %d rounded down to %d, a multiple of %d", prefix, name, side, lower, divisor)
     return lower or divisor
-
-
-def _number_problems(spec: PromptSpec, lora_count: int) -> list[str]:
-    problems = []
-    if spec.seed is not None and not 0 <= spec.seed < _SEED_LIMIT:
-        problems.append(f"--seed {spec.seed}: 0 to 2**63 - 1 is possible")
-    if spec.scheduler_scale is not None and spec.scheduler_scale <= 0:
-        problems.append(f"--scheduler_scale {spec.scheduler_scale:g}: must be above 0")
-    if spec.guidance is not None and spec.guidance < 0:
-        problems.append(f"--guidance {spec.guidance:g}: must be at least 0")
-    if spec.lora_multiplier is not None and len(spec.lora_multiplier) > lora_count:
-        problems.append(
-            f"{len(spec.lora_multiplier)} LoRA multipliers for {lora_count} --lora_weight: "
-            "at most one for each"
-        )
-    problems += [
-        f"LoRA multiplier {multiplier:g}: -{MAX_MULTIPLIER:g} to {MAX_MULTIPLIER:g} is possible"
-        for multiplier in spec.lora_multiplier or ()
-        if abs(multiplier) > MAX_MULTIPLIER
-    ]
-    return problems
-
-
-def _clamped_steps(steps: int, prefix: str) -> int:
-    clamped = min(max(steps, 1), MAX_STEPS)
-    if clamped != steps:
-        log.info("%s%d steps: using %d", prefix, steps, clamped)
-    return clamped
 
 
 def full_multipliers(given: Sequence[float], count: int) -> tuple[float, ...]:

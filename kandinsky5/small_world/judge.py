@@ -22,7 +22,6 @@ from torch import Tensor
 
 from dataset.media.media import read_image
 from dataset.media.videos import probe_video, read_frames
-from kandinsky5.cli.common import Parser, user_errors
 from kandinsky5.small_world.world import (
     COLOURS,
     DIRECTIONS,
@@ -35,6 +34,7 @@ from kandinsky5.small_world.world import (
     Scene,
     coverage,
 )
+from modules.command_line import Parser, user_errors
 
 NOTHING = "nothing"
 

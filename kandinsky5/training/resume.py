@@ -41,7 +41,7 @@ _NOT_COMPARED = (
     "optimizer_",
     *("output_", "save_", "overwrite", "resume", "allow_", "strict", "on_nan", "traceback", "config_file"),
     *("log_", "logging_", "wandb_", "huggingface_", "metadata_", "no_metadata", "training_comment"),
-    *("sample_", "validat", "vae", "text_encoder_", "fp8_llm", "quantized_qwen"),
+    *("sample_", "validat", "vae", "text_encoder_", "prompt_templates", "fp8_llm", "quantized_qwen"),
     *("offload_dit_during_sampling", "scheduler_scale"),
     *("max_data_loader_", "persistent_", "use_pinned_", "block", "gradient_checkpointing", "ddp_"),
     "vram_budget",

@@ -112,7 +112,7 @@ def read_requests(config: TrainConfig) -> list[VideoRequest]:
     listed = read_prompt_file(settings.sample_prompts)
     for note in listed.notes:
         log.info("%s", note)
-    templates = load_prompt_templates()
+    templates = load_prompt_templates(config.samples.prompt_templates)
     defaults = PromptSpec(scheduler_scale=config.model.scheduler_scale)
     requests: list[VideoRequest] = []
     problems = list(listed.problems)
@@ -185,7 +185,8 @@ def _encode_texts(
         samples.text_encoder_clip,
         samples.quantization,
     )
-    encoders = load_text_encoders(settings, device=device)
+    templates = load_prompt_templates(samples.prompt_templates)
+    encoders = load_text_encoders(settings, device=device, templates=templates)
     try:
         return encode_prompts(encoders, requests)
     finally:

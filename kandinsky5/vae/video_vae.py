@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dataset.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, round_frames
-from kandinsky5.configs.caching import MIN_TILE_PX
+from kandinsky5.configs.vae import MIN_TILE_PX
 from kandinsky5.vae.attention import FrameCausalMidBlock
 from kandinsky5.vae.files import check_vae_file, read_vae, vae_fingerprint, vae_from_config
 from kandinsky5.vae.tiles import TileGrid, Tiling, map_tiles, map_windows

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from kandinsky5.cli.common import SAVES_HOST_MEMORY, user_errors
+from kandinsky5.cli.common import SAVES_HOST_MEMORY
+from modules.command_line import user_errors
 from networks.lora_files import read_adapter_tensors
 from tests.kandinsky5.training import fault_kit
 from tests.kandinsky5.training.training_runs import train

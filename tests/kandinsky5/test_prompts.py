@@ -43,7 +43,7 @@ def test_a_prompt_may_be_empty() -> None:
     [
         ("cat --w wide", ("--w", "'wide'")),
         ("cat --q 3", ("--q", "known")),
-        ("cat --g nan", ("--g", "number")),
+        ("cat --g nan", ("--g", "must lie within")),
     ],
 )
 def test_wrong_settings_name_the_line_and_the_flag(line: str, words: tuple[str, ...]) -> None:

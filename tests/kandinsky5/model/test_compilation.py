@@ -219,7 +219,6 @@ def test_generation_with_compiled_blocks_gives_the_same_latents(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--compile_mode", "max-autotune"), "add --compile"),
         (("--compile", "--compile_fullgraph", "--fp8_base"), "layers in float8"),
         (("--compile", "--compile_fullgraph", "--force_nabla_attention"), "NABLA's attention"),
         (

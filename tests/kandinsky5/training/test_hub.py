@@ -168,8 +168,6 @@ def test_a_repository_that_cannot_be_used_is_said_before_a_model_loads(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--async_upload",), "--async_upload needs --huggingface_repo_id"),
-        (("--save_state_to_huggingface",), "--save_state_to_huggingface needs --huggingface_repo_id"),
         (("--resume_from_huggingface", "--resume", "auto"), "needs --resume USER/REPO/PATH"),
         (("--resume_from_huggingface", "--resume", "state"), "expected USER/REPO/PATH"),
     ],

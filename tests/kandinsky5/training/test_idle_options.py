@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from kandinsky5.cli.idle_options import OPTIMIZER_RULES, RUN_RULES, TIMESTEP_RULES
 from kandinsky5.cli.train import parse_train
+from kandinsky5.cli.without_effect import (
+    COMPILE_RULES,
+    NABLA_RULES,
+    OPTIMIZER_RULES,
+    TASK_RULES,
+    TIMESTEP_RULES,
+    TRAIN_RULES,
+    WEIGHT_RULES,
+)
 from kandinsky5.configs.train import ShowTimestepsConfig, TrainConfig
 from kandinsky5.training.checks import machine_notes
 from kandinsky5.training.results.saved_config import write_config
@@ -17,7 +25,15 @@ from kandinsky5_train_network import main
 from tests.kandinsky5.training.training_runs import SMALLER, exit_code, train, write_word_while_loading
 
 BASE = ("--task", "k5-tiny-t2v", "--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "name")
-RULES = (*TIMESTEP_RULES, *OPTIMIZER_RULES, *RUN_RULES)
+RULES = (
+    *TIMESTEP_RULES,
+    *OPTIMIZER_RULES,
+    *TRAIN_RULES,
+    *WEIGHT_RULES,
+    *COMPILE_RULES,
+    *NABLA_RULES,
+    *TASK_RULES,
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ EXAMPLES = [
     Example("lr_scheduler_args", "x=1", _NO_SCHEDULE, _CUSTOM),
     Example(
         "lr_warmup_steps", "2",
-        (f"{_SCHEDULE_FREE} --lr_scheduler cosine", f"{_ADAFACTOR} --lr_scheduler adafactor", _CUSTOM,
+        ("", f"{_SCHEDULE_FREE} --lr_scheduler cosine", f"{_ADAFACTOR} --lr_scheduler adafactor", _CUSTOM,
          "--lr_scheduler piecewise_constant"),
         "--lr_scheduler rex",
     ),
@@ -96,6 +112,35 @@ EXAMPLES = [
     ),
     Example("nabla_add_sta", "", ("",), _NABLA),
     Example("force_nabla_attention", "", (_NABLA,), ""),
+    Example("fp8_fast", "", ("", "--int8_base"), "--fp8_base"),
+    Example("int8_fast", "", ("", "--fp8_base"), "--int8_base"),
+    *(
+        Example(name, value, ("",), "--compile")
+        for name, value in (
+            ("compile_backend", "eager"),
+            ("compile_mode", "max-autotune-no-cudagraphs"),
+            ("compile_dynamic", "auto"),
+            ("compile_fullgraph", ""),
+            ("compile_cache_size_limit", "9"),
+        )
+    ),
+    *(
+        Example(name, value, ("",), "--dynamo_backend inductor")
+        for name, value in (
+            ("dynamo_mode", "max-autotune-no-cudagraphs"),
+            ("dynamo_fullgraph", ""),
+            ("dynamo_dynamic", ""),
+        )
+    ),
+    Example("gradient_checkpointing_cpu_offload", "", ("",), "--gradient_checkpointing"),
+    Example("gradient_checkpointing_keep_attention", "2", ("",), "--gradient_checkpointing"),
+    Example("mask_min_weight", "0.5", ("",), "--masked_loss"),
+    Example("dim_from_weights", "", ("",), "--network_weights a.safetensors"),
+    *(
+        Example(name, "2", ("",), "--validation_split 0.1")
+        for name in ("validate_every_n_steps", "validate_every_n_epochs")
+    ),
+    Example("resume_from_huggingface", "", ("",), "--resume me/it/state"),
     Example("mixed_precision", "bf16", ("--dit_dtype fp32",), ""),
     Example(
         "compile_mode", "max-autotune-no-cudagraphs", ("--compile --compile_backend eager",),
@@ -138,6 +183,13 @@ EXAMPLES = [
     Example("huggingface_token", "x", ("",), "--resume_from_huggingface --resume me/it/state"),
     Example("huggingface_repo_type", "dataset", ("",), "--huggingface_repo_id me/it"),
     Example("huggingface_repo_visibility", "public", ("",), "--huggingface_repo_id me/it"),
+    Example("huggingface_path_in_repo", "x", ("",), "--huggingface_repo_id me/it"),
+    Example("save_state_to_huggingface", "", ("",), "--huggingface_repo_id me/it"),
+    Example("async_upload", "", ("",), "--huggingface_repo_id me/it"),
+    Example("sample_every_n_steps", "2", ("",), _PROMPTS),
+    Example("sample_every_n_epochs", "2", ("",), _PROMPTS),
+    Example("sample_at_first", "", ("",), "--sample_prompts p.txt"),
+    Example("prompt_templates", "t.json", ("",), _PROMPTS),
     Example("vae", "x", ("",), _PROMPTS),
     Example("text_encoder_qwen", "x", ("",), _PROMPTS),
     Example("text_encoder_clip", "x", ("",), _PROMPTS),

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from kandinsky5.cli.train import parse_train
-from kandinsky5.cli.train_options import build_parser
+from kandinsky5.cli.train import IGNORED, build_parser, parse_train
+from kandinsky5.configs.attention import NablaOptions
+from kandinsky5.configs.compilation import CompileConfig, DynamoOptions
+from kandinsky5.configs.text_encoders import QwenOptions
 from kandinsky5.configs.train import ShowTimestepsConfig, TrainConfig
 from kandinsky5_train_network import main
+from modules.attention_backends import ATTENTION_BACKENDS
 from modules.errors import ConfigError
+from modules.options import options_of
 
 BASE = ["--task", "k5-tiny-t2v", "--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "name"]
 
@@ -64,7 +69,7 @@ def test_help_knows_every_option_and_needs_no_torch(root: Path) -> None:
 
 def test_everything_wrong_is_said_at_once() -> None:
     problems = problems_of(
-        "--task", "k5-pro", "--flash_attn", "--sdpa", "--optimizer_args", "x", "--fp8_scaled"
+        "--task", "k5-pro", "--flash_attn", "--sdpa", "--optimizer_args", "x", "--log_with", "all"
     )
     text = "\n".join(problems)
     expected = (
@@ -73,7 +78,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         "only one attention",
         "unknown task",
     )
-    for part in (*expected, "name=value", "--fp8_scaled needs --fp8_base"):
+    for part in (*expected, "name=value", "--log_with all needs --logging_dir"):
         assert part in text
 
 
@@ -81,11 +86,8 @@ def test_everything_wrong_is_said_at_once() -> None:
     ("words", "message"),
     [
         (["--mixed_precision", "fp16"], "fp16"),
-        (["--lr_warmup_steps", "5"], "constant_with_warmup"),
         (["--lr_scheduler", "reduce_lr_on_plateau"], "use cosine"),
         (["--blocks_to_swap", "2"], "--gradient_checkpointing"),
-        (["--gradient_checkpointing_cpu_offload"], "needs --gradient_checkpointing"),
-        (["--dim_from_weights"], "--network_weights"),
         (["--base_weights_multiplier", "0.5"], "1 values for 0 files"),
         (["--network_module", "networks.other"], "networks.lora_kandinsky"),
         (["--override_dit", '{"depth": 3}'], "model_dim"),
@@ -101,7 +103,9 @@ def test_everything_wrong_is_said_at_once() -> None:
         (["--min_timestep", "800", "--max_timestep", "200"], "below"),
         (["--output_name", "a/b"], "folders belong to --output_dir"),
         (["--nabla_P", "3", "--force_nabla_attention"], "at most 1"),
-        (["--mode_scale", "-3"], "--mode_scale must lie within"),
+        (["--max_train_steps", "0"], "give one of them"),
+        (["--fp8_base", "--int8_base"], "give one of them"),
+        (["--resume_from_huggingface", "--resume", "auto"], "--resume USER/REPO/PATH"),
         (["--optimizer_args", "eps=1e999"], "eps is no finite"),
         (["--optimizer_args", "betas=(0.9,1e999)"], "betas is no finite"),
         (["--network_args", "loraplus_lr_ratio=1e999"], "loraplus_lr_ratio is no finite"),
@@ -114,7 +118,11 @@ def test_what_cannot_work_is_refused_with_the_way_out(words: list[str], message:
 @pytest.mark.parametrize(
     "words",
     [
-        ["--max_train_steps", "0"],
+        ["--max_train_steps", "-1"],
+        ["--mode_scale", "-3"],
+        ["--num_timestep_buckets", "1"],
+        ["--ema_decay", "1"],
+        ["--seed", "9223372036854775808"],
         ["--learning_rate", "nan"],
         ["--max_train_step", "5"],
         ["--lr_warmup_steps", "150%"],
@@ -270,3 +278,87 @@ def test_secrets_stay_out_of_the_recorded_options() -> None:
 def test_showing_timesteps_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     config = parse_train(["--show_timesteps", "console"])
     assert isinstance(config, ShowTimestepsConfig)
+
+
+def test_fp8_scaled_is_another_name_of_fp8_base(tmp_path: Path) -> None:
+    assert parse("--fp8_scaled").model == parse("--fp8_base").model
+    assert parse("--fp8_scaled").model.fp8_base
+    (tmp_path / "run.toml").write_text("fp8_base = true\nfp8_scaled = false\n", encoding="utf-8")
+    assert parse("--config_file", str(tmp_path / "run.toml")).model.fp8_base
+
+
+@pytest.mark.parametrize("value", ['""', "[]"])
+def test_an_empty_value_in_a_configuration_file_is_not_given(value: str, tmp_path: Path) -> None:
+    """For every option but the lists, whose empty list is a value that equals the default."""
+    actions = [action for action in build_parser()._actions if action.dest not in ("help", "config_file")]
+    names = [action.dest for action in actions if value == '""' or action.nargs == "*"]
+    given = {*(word.removeprefix("--") for word in BASE[::2])}
+    text = "".join(f"{name} = {value}\n" for name in dict.fromkeys(names) if name not in given)
+    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+    assert parse("--config_file", str(tmp_path / "run.toml")) == parse()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("network_dim = 32.0", "--network_dim 32"),
+        ("seed = 7.0\nsave_every_n_epochs = 2.0", "--seed 7 --save_every_n_epochs 2"),
+        ("lr_scheduler = 'cosine'\nlr_warmup_steps = 100.0", "--lr_scheduler cosine --lr_warmup_steps 100"),
+        ("lr_scheduler = 'cosine'\nlr_warmup_steps = 0.25", "--lr_scheduler cosine --lr_warmup_steps 0.25"),
+        ("learning_rate = 1.0", "--learning_rate 1"),
+        ("metadata_title = 2.0", "--metadata_title 2.0"),
+        ("scale_weight_norms = 0.0\nnum_timestep_buckets = 0.0", ""),
+    ],
+)
+def test_an_integral_float_in_a_configuration_file_is_a_whole_number(
+    text: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+    from_file, typed = parse("--config_file", str(tmp_path / "run.toml")), parse(*words.split())
+    assert dataclasses.replace(from_file, notes=()) == dataclasses.replace(typed, notes=())
+
+
+@pytest.mark.parametrize("option", ["num_timestep_buckets", "scale_weight_norms"])
+def test_zero_is_off_where_upstream_reads_it_so(option: str) -> None:
+    assert parse(f"--{option}", "0") == parse()
+
+
+def test_no_steps_beside_epochs_leave_the_length_to_the_epochs() -> None:
+    run = parse("--max_train_steps", "0", "--max_train_epochs", "3").run
+    assert (run.max_train_steps, run.max_train_epochs) == (None, 3)
+
+
+def test_every_option_is_declared_once_and_read_into_the_config() -> None:
+    """A flag whose value no part of the config holds would change nothing, without a word."""
+    plain = parse()
+    parts = [getattr(plain, field.name) for field in dataclasses.fields(plain) if field.name != "options"]
+    held = {
+        field.name for part in parts if dataclasses.is_dataclass(part) for field in dataclasses.fields(part)
+    }
+    made_into = {
+        *ATTENTION_BACKENDS,
+        *options_of(NablaOptions),
+        *options_of(CompileConfig),
+        *options_of(DynamoOptions),
+        *options_of(QwenOptions),
+        *("override_dit", "log_tracker_config", "show_timesteps", "config_file", "traceback", "help"),
+    }
+    options = {action.dest for action in build_parser()._actions}
+    ignored = {name for name, declared in IGNORED.items() if declared.is_ignored}
+    assert options == held & options | made_into | ignored
+
+
+def test_templates_that_a_message_names_can_be_given_for_samples() -> None:
+    words = ("--prompt_templates", "t.json", "--sample_prompts", "p.txt", "--sample_at_first")
+    assert parse(*words).samples.prompt_templates == Path("t.json")
+
+
+def test_settings_of_both_families_of_compile_options_act_together() -> None:
+    mode = "max-autotune-no-cudagraphs"
+    for words in (
+        ("--compile", "--dynamo_mode", mode),
+        ("--dynamo_backend", "inductor", "--compile_mode", mode),
+    ):
+        assert parse(*words).model.compile == CompileConfig(compile_mode=mode)
+    both = ("--dynamo_backend", "eager", "--compile_backend", "aot_eager")
+    assert "only one of the two" in "\n".join(problems_of(*BASE, *both))

@@ -47,7 +47,7 @@ def models(
     """The options that name VAE and encoders; the encoders are loaded once for all tests."""
     monkeypatch.setattr(encoders, "free", lambda: None)
     monkeypatch.setattr(train_samples, "load_text_encoders", lambda *_, **__: encoders)
-    monkeypatch.setattr(train_samples, "load_prompt_templates", lambda: templates)
+    monkeypatch.setattr(train_samples, "load_prompt_templates", lambda _: templates)
     return (
         *("--vae", tiny_models / "vae", "--text_encoder_qwen", tiny_models / "text_encoder"),
         *("--text_encoder_clip", tiny_models / "text_encoder2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kandinsky5.configs.train import TIMESTEP_SAMPLINGS, TimestepConfig
+from kandinsky5.configs.train import TIMESTEP_SAMPLINGS, TimestepConfig, mode_scale
 from kandinsky5.training.loss.timesteps import (
     MAX_REDRAWS,
     RARE_SHARE,
@@ -127,10 +128,9 @@ def test_weights_of_the_loss() -> None:
         assert loss_weight(TimestepConfig(weighting_scheme=scheme), sigma).tolist() == [1.0, 1.0, 1.0]
 
 
-def test_impossible_settings_are_listed_together() -> None:
-    with pytest.raises(ConfigError) as caught:
-        TimestepConfig(discrete_flow_shift=0, min_timestep=900, max_timestep=100, num_timestep_buckets=1)
-    assert len(caught.value.problems) == 3
+def test_limits_in_the_wrong_order_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--min_timestep must be below --max_timestep"):
+        TimestepConfig(min_timestep=900, max_timestep=100)
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 1.29, 2 / (math.pi - 2)])
@@ -143,8 +143,8 @@ def test_every_allowed_mode_scale_gives_a_distribution_over_all_levels(scale: fl
 
 @pytest.mark.parametrize("scale", [-3.0, 2.0, math.nan])
 def test_a_mode_scale_that_gives_no_distribution_is_refused(scale: float) -> None:
-    with pytest.raises(ConfigError, match=r"--mode_scale must lie within -1 \.\. 1\.7519"):
-        TimestepConfig(weighting_scheme="mode", mode_scale=scale)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must lie within"):
+        mode_scale(str(scale))
 
 
 def test_limits_that_hardly_any_draw_falls_into_are_warned_of() -> None:
