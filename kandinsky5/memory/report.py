@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.memory.budget import CONTEXT_BYTES, FRAGMENTATION, Choice, with_reserve
-from kandinsky5.memory.plan import NABLA_DENSITY, MemoryPlan, MemoryUsage
+from kandinsky5.memory.plan import NABLA_DENSITY, MemoryPlan, MemoryUsage, Options
 from modules.byte_sizes import GIB, ByteUnit, size_text, unit_for
 from modules.dtypes import dtype_name
 from modules.host_memory import available_memory, total_memory
@@ -60,7 +59,7 @@ def plan_report(
     ])
 
 
-def budget_report(choice: Choice[WeightsConfig], budget: int) -> str:
+def budget_report(choice: Choice[Options], budget: int) -> str:
     """The options that `--vram_budget` added and why, for the log."""
     plan = choice.plan
     added = " ".join(choice.added) or "nothing to add"

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from kandinsky5.cli.common import Parser, non_negative_int, positive_int, user_errors
 from kandinsky5.sampling.video_files import write_video
 from kandinsky5.small_world.world import ALL_SCENES, COLOURS, MOTIONS, SHAPES, WORDINGS, Scene, draw
 from kandinsky5.tasks import FPS
 from kandinsky5.vae.video_vae import pixels_to_uint8
+from modules.command_line import Parser, user_errors
 from modules.errors import ConfigError
 from modules.logs import get_logger
+from modules.options import non_negative_int, positive_int
 
 log = get_logger(__name__)
 

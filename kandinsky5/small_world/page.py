@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from kandinsky5.cli.common import Parser, user_errors
 from kandinsky5.small_world.judge import NOTHING, read_clip
 from kandinsky5.small_world.score import Judged, Shares, judge_folder
 from kandinsky5.vae.video_vae import pixels_to_uint8
+from modules.command_line import Parser, user_errors
 from modules.logs import get_logger
 
 log = get_logger(__name__)

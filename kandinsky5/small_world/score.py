@@ -15,9 +15,9 @@ from pathlib import Path
 
 import av
 
-from kandinsky5.cli.common import Parser, user_errors
 from kandinsky5.small_world.judge import Verdict, judge, read_clip
 from kandinsky5.small_world.world import COLOURS, MOTIONS, SHAPES, Scene
+from modules.command_line import Parser, user_errors
 from modules.errors import DataError
 
 

@@ -63,7 +63,7 @@ class Stage:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self._params = list(self.model.parameters())
+        self._params: list[Tensor] = list(self.model.parameters())
         matrices = [param for param in self._params if param.ndim > 1]
         others = [param for param in self._params if param.ndim <= 1]
         self._optimizer = torch.optim.AdamW(

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kandinsky5.cli.common import Parser, positive_int, user_errors
 from kandinsky5.model.dit import is_float32_island
 from kandinsky5.small_world.caches import ClipCache, TextCache
 from kandinsky5.small_world.dit_training import DIT, train_dit
@@ -25,7 +24,9 @@ from kandinsky5.small_world.world import BASE_SCENES
 from kandinsky5.tasks import get_task
 from kandinsky5.tiny_models import build_clip, build_text_encoder, write_vae_folder
 from kandinsky5.vae.video_vae import load_vae
+from modules.command_line import Parser, user_errors
 from modules.logs import get_logger
+from modules.options import positive_int
 from modules.tensor_files import write_tensors
 
 log = get_logger(__name__)

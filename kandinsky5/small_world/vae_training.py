@@ -116,12 +116,12 @@ _START_NOISE = 0.3
 """Share of the usual random weights that is kept beside what lets the channels pass."""
 
 
-def _zero(layer: nn.Module) -> None:
+def _zero(layer: Any) -> None:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
 
 
-def _pass_channels(conv: nn.Conv3d, kernel: Tensor | None = None) -> None:
+def _pass_channels(conv: Any, kernel: Tensor | None = None) -> None:
     """Each output channel is its input channel, as far as there are both, plus some noise."""
     conv.weight.mul_(_START_NOISE)
     nn.init.zeros_(conv.bias)
@@ -132,7 +132,7 @@ def _pass_channels(conv: nn.Conv3d, kernel: Tensor | None = None) -> None:
             conv.weight[channel, channel, -1] += kernel
 
 
-def _pass_colours(conv: nn.Conv3d, gain: float, *, doubled: Literal["in", "out"]) -> None:
+def _pass_colours(conv: Any, gain: float, *, doubled: Literal["in", "out"]) -> None:
     """Three signed channels to three and their negatives, or back."""
     conv.weight.mul_(_START_NOISE)
     nn.init.zeros_(conv.bias)

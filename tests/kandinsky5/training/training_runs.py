@@ -103,9 +103,9 @@ def write_word_while_loading(output: Path, word: str, patch: pytest.MonkeyPatch)
     """What a user writes into the control file of a run whose model loads."""
     plain = assembly.load_model
 
-    def load_model(*given: Any) -> Any:
+    def load_model(*given: Any, **named: Any) -> Any:
         (output / "lora.control").write_text(word, encoding="utf-8")
-        return plain(*given)
+        return plain(*given, **named)
 
     patch.setattr(assembly, "load_model", load_model)
 
