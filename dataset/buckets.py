@@ -1,4 +1,4 @@
-"""Which pixel size an item is trained at: aspect-ratio buckets, and the one resize that leads there.
+"""Aspect-ratio buckets: the training size of an item and the resize to it.
 
 Pure arithmetic. Source of the rules: kohya-ss/musubi-tuner, whose users expect the same buckets.
 """
@@ -62,7 +62,7 @@ def nabla_size(bucket: Size) -> Size:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CropPlan:
-    """How a source becomes the target size: resize to `resized`, then cut the target out at `offset`."""
+    """Resize to `resized`, then crop the target size at `offset`."""
 
     resized: Size
     offset: tuple[int, int]

@@ -1,4 +1,4 @@
-"""What there is to encode, and its pixels: plans clips from headers, then decodes them ahead of the encoder.
+"""Plans clips from media headers and decodes them ahead of the encoder.
 
 `plan_clips` lists the clips of a dataset, `cut_batches` groups them, `load_batches` yields their pixels in
 order; clips that cannot be decoded come as `LoadedBatch.damaged`.
@@ -92,7 +92,7 @@ class PlannedClip:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipPlan:
-    """Everything there is to encode in a dataset."""
+    """The clips of a dataset to encode."""
 
     clips: tuple[PlannedClip, ...]
     """Sorted by shape, then name, then start: an order that no folder listing or worker count changes."""
@@ -119,7 +119,7 @@ class LoadedBatch:
 def plan_clips(
     dataset: AnyDatasetConfig, listing: SourceListing, *, nabla_resize: bool, num_workers: int = 1
 ) -> ClipPlan:
-    """Decide from headers what is encoded from each item; no more than one frame per video is decoded.
+    """Plan the clips of each item from headers; decodes at most one frame per video.
 
     Args:
         nabla_resize: round the encoded size up to what NABLA needs; names keep the bucket's size.
@@ -353,7 +353,7 @@ def load_clip(clip: PlannedClip) -> np.ndarray:
     """Decode one clip: uint8 [F_px, H_px, W_px, 3], RGB; its first and last frame are clip[0] and clip[-1].
 
     Raises:
-        MediaError: the source is damaged, or is no longer the one that was planned with.
+        MediaError: the source is damaged or has changed since planning.
     """
     return _stacked(clip, _load_frames((clip,)))
 

@@ -1,4 +1,4 @@
-"""Keeps a dataset file to its own folder, for files that come from others (`--confine_paths`)."""
+"""Confines a dataset file from an untrusted source to its own folder (`--confine_paths`)."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Confinement:
         return cls(Path(os.path.realpath(dataset_file.parent)))
 
     def holds(self, path: Path) -> bool:
-        """Whether a file or folder lies under the root, and all that a folder lists does so too.
+        """Whether a file or folder is inside the root, with all that a folder lists.
 
         Links are resolved; what does not exist counts by its name.
         """
         return self._holds(path) and all(map(self._holds, _entries(path)))
 
     def check(self, dataset: AnyDatasetConfig) -> None:
-        """Check what a dataset names and what its folders list: media, captions, masks and caches alike.
+        """Check the paths of a dataset and the contents of its folders: media, captions, masks and caches.
 
         The paths in a JSONL file are not looked at here.
 
         Raises:
-            ConfigError: something leads out, by itself or through a link.
+            ConfigError: a path leads outside, directly or through a link.
         """
         folders = {
             f"{dataset.content}_directory": dataset.directory,

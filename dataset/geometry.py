@@ -1,4 +1,4 @@
-"""Sizes that data and model share: how the VAE packs pixels and frames, and what the model was trained at.
+"""Sizes shared by data and model: VAE compression factors and the sizes of the pretraining.
 
 Pure arithmetic, without torch. Letters as in the rest of the project: a clip of num_frames x height x width
 pixels has [F, H, W] latent positions.
@@ -22,7 +22,7 @@ HD_LATENT_AREA = 14080
 
 
 def round_frames(num_frames: int) -> int:
-    """Round pixel frames down to 4k+1, the lengths that the VAE packs without a rest."""
+    """Round pixel frames down to 4k+1, the lengths that the VAE encodes without a remainder."""
     return (num_frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
 
 
@@ -42,10 +42,10 @@ def pixel_size(latent_height: int, latent_width: int) -> tuple[int, int]:
 
 
 def size_label(width: int, height: int, num_frames: int) -> str:
-    """How logs name a size in pixels: "672x384x25"."""
+    """A size in pixels for logs: "672x384x25"."""
     return f"{width}x{height}x{num_frames}"
 
 
 def size_step(*, uses_nabla: bool) -> int:
-    """What pixel sides are multiples of."""
+    """The required divisor of width and height in pixels."""
     return NABLA_STEP if uses_nabla else PIXEL_STEP

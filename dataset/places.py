@@ -1,4 +1,4 @@
-"""Tells folders and files apart without naming them: marks that are the same after all has moved together."""
+"""Anonymous ids of files and folders that stay equal when everything is moved together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def place_mark(folder: Path, *paths: Path | None) -> str:
-    """A short mark of where `paths` lie as seen from `folder`; links are not followed."""
+    """A short hash of `paths` relative to `folder`; links are not followed."""
     places = [None if path is None else _seen_from(folder, path) for path in paths]
     return hashlib.sha256(json.dumps(places).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""The media and captions of a dataset: which items there are, and which are left out and why."""
+"""Lists the media and captions of a dataset, with skipped items and reasons."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ class SourceItem:
     is_frame_folder: bool = False
     """A video given as a folder of images, one per frame."""
     mask_path: Path | None = None
-    """What of it the masked loss counts; None counts everything."""
+    """Its mask for the masked loss; None weights everything equally."""
     key: str = ""
     """Tells it from other media of the same file name: a `place_mark`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkippedItem:
-    """A media item that is left out, with the reason."""
+    """A skipped media item, with the reason."""
 
     name: str
     """File name without its folder."""
     reason: str
     """The kind of reason, the same for all items it applies to, to count by."""
     detail: str = ""
-    """What is particular to this item; holds no folder."""
+    """Detail of this item; contains no folder."""
     is_failure: bool = False
     """The file is broken, so the run ends with exit code 3 unless --skip_bad was given."""
     key: str = ""
@@ -71,7 +71,7 @@ class SkippedItem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceListing:
-    """What a dataset holds, in a fixed order."""
+    """The contents of a dataset, in a fixed order."""
 
     items: tuple[SourceItem, ...]
     skipped: tuple[SkippedItem, ...]
@@ -95,7 +95,7 @@ def list_items(dataset: AnyDatasetConfig, *, confinement: Confinement | None = N
     """List the media of a dataset with their captions; media are not opened.
 
     Args:
-        confinement: refuse what leads out of a folder; the paths of a JSONL file then count from its own.
+        confinement: refuse paths outside a folder; the paths of a JSONL file then count from its own.
     Raises:
         ConfigError: the folder or JSONL file does not exist, a JSONL line is wrong, or a path leads out.
         DataError: there is nothing to use, or two media would share one cache file.
@@ -395,7 +395,9 @@ def _jsonl_captions(value: dict[str, Any]) -> tuple[str, ...]:
     written = value["caption"]
     captions = written if isinstance(written, list) else [written]
     if not captions or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError('caption must be a text in quotes or a list of them: ["a cat", "a cat on a sofa"]')
+        raise ValueError(
+            'caption must be a string in quotes or a list of strings: ["a cat", "a cat on a sofa"]'
+        )
     if not all(map(_is_unicode, captions)):
         raise ValueError(_HALF_A_CHARACTER)
     return tuple(caption.strip() for caption in captions)

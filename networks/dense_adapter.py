@@ -1,4 +1,4 @@
-"""What LoHa and LoKr adapters share: their change is made as a whole weight, in the compute dtype."""
+"""Base of LoHa and LoKr adapters, whose change is materialised as a full weight in the compute dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from networks.lora import Adapter
 
 
 class DenseAdapter(Adapter, ABC):
-    """An adapter whose change has no cheaper form than the weight-sized matrix."""
+    """An adapter whose change is computed as a weight-sized matrix."""
 
     @abstractmethod
     def change(self, dtype: torch.dtype) -> Tensor:

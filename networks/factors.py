@@ -1,4 +1,4 @@
-"""The factors that an adapter file holds for one layer, and the change of the weight that they make."""
+"""Factors of one layer in an adapter file, and the weight change they represent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from networks.lora_types import LoraType, type_of_roles
 
 @dataclass(frozen=True, slots=True)
 class LayerFactors(ABC):
-    """The factors of one layer under their role names, and the number their product is multiplied by."""
+    """The factors of one layer by role name, and the scale of their product."""
 
     tensors: Mapping[str, Tensor]
     scale: float
@@ -26,7 +26,7 @@ class LayerFactors(ABC):
     @classmethod
     @abstractmethod
     def is_complete(cls, roles: Collection[str]) -> bool:
-        """Whether tensors with these roles, all of this kind, make up a layer."""
+        """Whether tensors with these roles form a complete layer of this kind."""
 
     def to(self, device: torch.device) -> Self:
         """The same factors on another device."""
@@ -61,7 +61,7 @@ class LayerFactors(ABC):
         return torch.linalg.vector_norm(self.delta(), dtype=torch.float64)
 
     def product_problem(self) -> str | None:
-        """The matrices that cannot be multiplied, with their shapes; None if all fit."""
+        """Describe matrices whose shapes do not match for a product; None if all match."""
         for left, right in self.PRODUCTS:
             if left not in self.tensors or right not in self.tensors:
                 continue
@@ -77,7 +77,7 @@ def factors_class(kind: LoraType) -> type[LayerFactors]:
 
 
 def factors_from_roles(tensors: Mapping[str, Tensor], scale: float) -> LayerFactors | None:
-    """The factors that tensors with these roles make up; None if they are incomplete or of several kinds."""
+    """Build the factors from tensors by role; None if they are incomplete or of several kinds."""
     kind = type_of_roles(frozenset(tensors))
     factors = None if kind is None else factors_class(kind)
     return factors(tensors, scale) if factors is not None and factors.is_complete(tensors) else None

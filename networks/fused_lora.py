@@ -1,6 +1,6 @@
-"""Frozen linear layers and their low-rank changes as one step of automatic differentiation.
+"""Fused autograd function for frozen linear layers with their low-rank changes.
 
-Written apart, a layer and its change each return a gradient for their common input, and one more pass over
+Computed apart, a layer and its change each return a gradient for their common input, and one more pass over
 activations adds the two; and the change needs an output of its own. Here both are accumulated by the matrix
 products themselves (`addmm`), forward and backward. Layers that share an input (query, key and value) go
 through one product with their stacked `down` factors. A function before the layers (GELU, a modulated layer
@@ -26,7 +26,7 @@ WIDE_PRODUCT_DEVICES = frozenset({"cuda", "meta"})
 
 
 class FrozenLinear(Protocol):
-    """A layer that can say its input gradient without autograd."""
+    """A layer that computes its input gradient without autograd."""
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """grad [N, out] -> a fresh [N, in]."""
@@ -46,7 +46,7 @@ class LowRankLayer(NamedTuple):
 
 
 def can_fuse(base: nn.Module) -> bool:
-    """Whether `fused_lora` knows this layer's gradient; compilers fuse the plain form themselves."""
+    """Whether `fused_lora` supports this layer; compilers fuse the plain form themselves."""
     is_known = type(base) is nn.Linear or hasattr(base, "input_gradient")
     return is_known and not torch.compiler.is_compiling()
 

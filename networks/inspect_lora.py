@@ -1,4 +1,4 @@
-"""Say what is inside a LoRA file and which programs will load it: `python -m networks.inspect_lora`."""
+"""Report the contents of a LoRA file and the programs that can load it: `python -m networks.inspect_lora`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _WITHOUT_ALPHA_KEYS = {"diffusers", "official pipeline"}
 
 
 def report(path: Path) -> str:
-    """The whole report as text.
+    """Return the report as text.
 
     Raises:
         ModelFileError: the file cannot be read or is no LoRA.

@@ -22,7 +22,7 @@ def split_size(size: int, factor: int = -1) -> tuple[int, int]:
     """Two factors of `size`, the smaller first: 512 -> (16, 32); with factor 4 -> (4, 128).
 
     Args:
-        factor: the wanted smaller part, or its limit where it does not divide; -1 for the most even pair.
+        factor: the requested smaller factor, or its upper bound if it does not divide; -1: an even pair.
     """
     limit = math.isqrt(size)
     if factor > 0:

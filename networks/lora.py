@@ -1,4 +1,4 @@
-"""Low-rank adapters on the linear layers of any frozen model: the layer, and the network that holds them.
+"""Low-rank adapters on the linear layers of any frozen model: the layer and the network.
 
 Two objects share the work. `Adapter` modules own the trainable factors and belong to the `LoRANetwork`; the
 `LoRALinear` that takes the place of a linear layer inside the model only refers to its adapter. So the model
@@ -83,10 +83,10 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def factors(self) -> LayerFactors:
-        """What a file holds of this layer: views of the parameters, the one that starts at zero last."""
+        """The saved factors: views of the parameters, the zero-initialised one last."""
 
     def is_skipped(self, step_seed: tuple[int, ...]) -> bool:
-        """Whether module dropout leaves this layer out of the present step (no device is asked)."""
+        """Whether module dropout skips this layer in the current step (no device sync)."""
         chance = self.dropout.module_dropout
         if not self.training or chance == 0.0:
             return False
@@ -166,7 +166,7 @@ class LoRAAdapter(Adapter):
         return fused_lora(x, [layer])[0]
 
     def fusible(self, base: nn.Module, multiplier: float, step_seed: tuple[int, ...]) -> LowRankLayer | None:
-        """What `fused_lora` needs of this layer in this step; None where it has to be computed apart."""
+        """Inputs of `fused_lora` for this layer in this step; None if it must be computed separately."""
         drops_ranks = self.training and (self.dropout.network_dropout or self.dropout.rank_dropout)
         if drops_ranks or not can_fuse(base):
             return None
@@ -289,7 +289,7 @@ class LoRANetwork(nn.Module):
 
     @property
     def host(self) -> nn.Module:
-        """The model the adapters act in."""
+        """The model that contains the adapters."""
         return self._host[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -301,14 +301,14 @@ class LoRANetwork(nn.Module):
         return self._state.multiplier
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Strength of all adapters; at 0 the model's output is bit for bit its own."""
+        """Set the strength of all adapters; at 0 the output is bit-identical to the base model's."""
         self._state.multiplier = multiplier
 
     def set_step_seed(self, seed: int, *position: int) -> None:
         """Fix the dropout masks until the next call: a function of `seed`, `position` and the layer alone.
 
         Args:
-            position: what tells this forward and backward pass from all others (step, micro-step, process).
+            position: identifies this forward and backward pass (step, micro-step, process).
         """
         self._state.step_seed = (seed, *position)
 
@@ -327,7 +327,7 @@ class LoRANetwork(nn.Module):
             self._state.is_enabled = before
 
     def remove(self) -> None:
-        """Give the model its own layers back; the network keeps its factors."""
+        """Restore the model's own layers; the network keeps its factors."""
         for path in self.adapters:
             holder_path, _, name = path.rpartition(".")
             holder = self.host.get_submodule(holder_path)

@@ -1,4 +1,4 @@
-"""Does a trained network act? The size of its changes beside the weights that they change."""
+"""Effect of a trained network: the size of its changes relative to the weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LoraEffect:
         return len(self.unchanged) == self.num_layers
 
     def describe(self) -> str:
-        """One line: how much, where least and most, and how many layers stay as they were."""
+        """One line: mean, smallest and largest change, and the number of unchanged layers."""
         least, most = (choose(self.blocks, key=self.blocks.__getitem__) for choose in (min, max))
         return (
             f"the weights change by {self.change:.3%} (least {least} {self.blocks[least]:.3%}, "

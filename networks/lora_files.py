@@ -1,4 +1,4 @@
-"""LoRA files: every layout in use is read, and what is written here loads in the other programs.
+"""LoRA files: reads every layout in use, and writes files that other programs load.
 
 Layouts (told apart by their keys, see `lora_keys`):
 
@@ -47,7 +47,7 @@ _MAX_TRIGGER_LENGTH = 500
 
 @dataclass(frozen=True, slots=True)
 class LoadedLora:
-    """A LoRA file, ready to be merged, applied or trained on."""
+    """A LoRA file, ready to be merged, applied or trained further."""
 
     path: Path
     layers: Mapping[str, LayerFactors]
@@ -69,7 +69,7 @@ class LoadedLora:
         """
         plain = {name: layer for name, layer in self.layers.items() if isinstance(layer, LoraFactors)}
         if len(plain) != len(self.layers):
-            raise ConfigError(f"{self.path}: holds LoHa or LoKr layers; a plain LoRA is needed here")
+            raise ConfigError(f"{self.path}: holds LoHa or LoKr layers; a plain LoRA is required here")
         return plain
 
 
@@ -85,10 +85,10 @@ def read_lora(
 
     Args:
         layers: the model's linear layers by dotted name, with (out_features, in_features) if they are known.
-        allow_partial: keys without a layer are only warned about, as long as some have one.
+        allow_partial: only warn about keys without a layer, as long as some match.
         include_patterns, exclude_patterns: regular expressions searched in the keys; others are left out.
     Raises:
-        ModelFileError: missing, damaged, not a LoRA, made for another model, or not wholly usable.
+        ModelFileError: missing, damaged, not a LoRA, made for another model, or not fully usable.
         ConfigError: a pattern is no regular expression.
     """
     tensors, metadata = read_adapter_tensors(path)
@@ -178,7 +178,7 @@ def _check_matches(
         names = names_in_short(unmatched)
         text = f"{path}: {len(unmatched)} of {total} keys match no layer of this model: {names}"
         if not allow_partial:
-            raise ModelFileError(f"{text}\nUse --lora_allow_partial to go on without them.")
+            raise ModelFileError(f"{text}\nUse --lora_allow_partial to continue without them.")
         log.warning("%s", text)
 
 
@@ -251,7 +251,7 @@ def load_weights(network: LoRANetwork, lora: LoadedLora) -> None:
             tensor.copy_(factors.tensors[role].float() * ratio)
     fresh = len(network.adapters) - len(lora.layers)
     if fresh:
-        log.info("%s: %d layers are not in the file and start from nothing", lora.path.name, fresh)
+        log.info("%s: %d layers are not in the file and start from scratch", lora.path.name, fresh)
 
 
 def save_lora(

@@ -100,7 +100,7 @@ def _compile(option: str, patterns: Sequence[str], names: Sequence[str]) -> list
         try:
             expression = re.compile(pattern)
         except re.error as error:
-            problems.append(f"--network_args {option}: {pattern!r} is no regular expression: {error}")
+            problems.append(f"--network_args {option}: {pattern!r} is not a regular expression: {error}")
             continue
         if not _matches([expression], *names):
             problems.append(

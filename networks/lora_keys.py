@@ -1,4 +1,4 @@
-"""The names that LoRA files use for layers and factors, told apart by the model's own list of layer names.
+"""Parses layer and factor names of LoRA files with the model's own list of layer names.
 
 Underscored names (kohya, LyCORIS) cannot be turned back into dotted ones by replacing characters, because the
 dotted names contain underscores themselves; they are looked up instead.
@@ -25,7 +25,7 @@ _DORA_SUFFIXES = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vect
 
 
 def parse_key(key: str) -> tuple[str, str] | None:
-    """(layer name as written, role) of a tensor; None for what belongs to no adapter that we know.
+    """(layer name as written, role) of a tensor; None for keys of unknown adapters.
 
     Roles: `lora_down`, `lora_up` (also for lora_A, lora_B), `alpha`, `hada_*`, `lokr_*`.
     """
@@ -41,7 +41,7 @@ def is_dora_key(key: str) -> bool:
 
 
 def underscored(layer: str) -> str:
-    """A dotted name as kohya's and LyCORIS' files spell it, without their prefix."""
+    """A dotted name in the spelling of kohya and LyCORIS, without their prefix."""
     return layer.replace(".", "_")
 
 
@@ -69,7 +69,7 @@ class LayerNames:
 
 @dataclass(frozen=True, slots=True)
 class KeyGroups:
-    """The keys of a file, sorted by what they belong to."""
+    """The keys of a file, grouped by layer."""
 
     layers: dict[str, dict[str, str]] = field(default_factory=dict)
     """Dotted layer name -> role -> key in the file."""
@@ -97,7 +97,7 @@ def group_keys(keys: Collection[str], names: LayerNames) -> KeyGroups:
 
 
 def layout_of(keys: Collection[str]) -> str:
-    """Which program's names a LoRA file uses: kohya, lycoris, diffusers, comfy, peft, bare or mixed."""
+    """Return the naming scheme of a LoRA file: kohya, lycoris, diffusers, comfy, peft, bare or mixed."""
     found = {_layout_of_key(parsed[0]) for key in keys if (parsed := parse_key(key)) is not None}
     return found.pop() if len(found) == 1 else "mixed"
 

@@ -51,10 +51,10 @@ def find_scale(path: Path, metadata: Mapping[str, str]) -> PeftScale:
     """The scale of a file without `.alpha` tensors.
 
     Looked for in this order: our own mark (then 1), `lora_adapter_metadata`, `<stem>_config_lora.json`,
-    `config_lora.json`; without any of them 1, said in the log.
+    `config_lora.json`; without any of them 1, which is logged.
 
     Raises:
-        ModelFileError: the settings cannot be read, or ask for what only other software can apply (DoRA).
+        ModelFileError: the settings cannot be read, or require features that are not supported (DoRA).
     """
     if metadata.get(FOLDED_MARK[0]) == FOLDED_MARK[1]:
         return PeftScale()

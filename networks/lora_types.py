@@ -47,7 +47,7 @@ class LoraType:
     args: Mapping[str, ArgCheck] = field(default_factory=dict)
     """Settings of `--network_args` that only this kind has."""
     constructor_args: tuple[str, ...] = ()
-    """Those of `args` that its adapter's constructor takes."""
+    """The `args` that its adapter's constructor accepts."""
     programs: tuple[str, ...] = LYCORIS_PROGRAMS
     """The programs that can apply it."""
 
@@ -119,7 +119,7 @@ def lora_type(network_module: str) -> LoraType:
 
 
 def type_of_roles(roles: frozenset[str]) -> LoraType | None:
-    """The kind whose role names these are; None for a mixture."""
+    """Return the kind with these role names; None for a mixture."""
     return next((kind for kind in LORA_TYPES if roles and roles <= set(kind.roles)), None)
 
 

@@ -64,7 +64,7 @@ def merge_files(
 def _check_weights(dit: Path, tensors: Mapping[str, TensorInfo], prefix: str) -> None:
     problems = [f"float8 scales do not fit their weights: {text}" for text in unfit_scales(tensors, prefix)]
     problems += [
-        f"nothing can be added to weights of type {dtype_name(info.dtype)}: {name}"
+        f"LoRAs cannot be merged into weights of type {dtype_name(info.dtype)}: {name}"
         for name, info in tensors.items()
         if name.startswith(prefix) and name.endswith(".weight") and info.dtype not in WEIGHT_DTYPES
     ]

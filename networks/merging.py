@@ -1,4 +1,4 @@
-"""Adding adapters to the weights they belong to, tensor by tensor."""
+"""Merges adapters into the weights, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def is_merged_layer(layer: str, loras: Sequence[LoadedLora]) -> bool:
 def add_deltas(weight: Tensor, layer: str, loras: Sequence[LoadedLora]) -> Tensor:
     """weight [out, in] plus the changes of all LoRAs, summed in float32 on the weight's device: float32.
 
-    A layer that no LoRA changes comes back as it is.
+    A layer that no LoRA changes is returned as is.
     """
     if not is_merged_layer(layer, loras):
         return weight
@@ -117,7 +117,7 @@ def find_scale_name(names: Mapping[str, object], base: str) -> str | None:
 
 
 def unfit_scales(tensors: Mapping[str, TensorInfo], prefix: str) -> list[str]:
-    """The scales of float8 weights whose shape or dtype cannot be used, in words.
+    """The scales of float8 weights whose shape or dtype cannot be used, as lines for a message.
 
     Args:
         tensors: of a whole checkpoint.

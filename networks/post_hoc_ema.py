@@ -42,7 +42,7 @@ def power_of_sigma_rel(sigma_rel: float) -> float:
 
 
 def decay_rates(count: int, *, beta: float, beta2: float | None, sigma_rel: float | None) -> list[float]:
-    """How much of the average so far stays at each of `count` merges.
+    """Decay of the average at each of `count` merges.
 
     `beta` each time; linear from `beta` to `beta2`; or with sigma_rel (1 - 1/t)^(gamma + 1) at merge t.
     """
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(options.path) < 2:
             raise ConfigError("at least two LoRA files are needed for an average")
         if options.sigma_rel is not None and options.beta2 is not None:
-            raise ConfigError("--sigma_rel does not go with --beta2")
+            raise ConfigError("--sigma_rel cannot be combined with --beta2")
         missing = [path for path in options.path if not path.is_file()]
         if missing:
             raise ModelFileError([f"{path}: no such file" for path in missing])

@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's factors: calmer than the last step, ready at every save."""
+"""Exponential moving average (EMA) of a network's factors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def decay_at(step: int, decay: float) -> float:
-    """What stays of the average at optimizer step `step`, counted from 1: less in the beginning.
+    """EMA decay at optimizer step `step`, counted from 1, with a warm-up.
 
     A LoRA starts at zero; without the ramp its average would stay near zero for 1 / (1 - decay) steps.
     Source: min(decay, (1 + n) / (10 + n)), as TensorFlow's ExponentialMovingAverage with num_updates.
@@ -22,7 +22,7 @@ class WeightAverage:
     """average <- d * average + (1 - d) * weights, factor by factor, float32 on the factors' device.
 
     Args:
-        values: the average so far, by parameter name; None starts from the present weights.
+        values: the average so far, by parameter name; None starts from the current weights.
     """
 
     def __init__(self, network: nn.Module, decay: float, values: Mapping[str, Tensor] | None = None) -> None:
@@ -36,7 +36,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step `step`, counted from 1."""
+        """Update the averages with the weights after optimizer step `step`, counted from 1."""
         share = 1.0 - decay_at(step, self.decay)
         torch._foreach_lerp_(list(self._values.values()), list(self._parameters.values()), share)
 
@@ -56,5 +56,5 @@ class WeightAverage:
             parameter.copy_(values[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a saved state needs to go on: the averages by parameter name."""
+        """The averages by parameter name, for a saved state."""
         return dict(self._values)

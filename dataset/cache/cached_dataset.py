@@ -31,18 +31,18 @@ class BatchPlan:
     items: tuple[int, ...]
     """Positions in `CachedDataset.items`."""
     item_keys: tuple[str, ...]
-    """Name each clip of an epoch, the same on every machine: noise and timesteps are drawn by them."""
+    """Name each clip of an epoch, the same on every machine: seeds of noise and timesteps depend on them."""
     drops_caption: tuple[bool, ...]
-    """Whether the clip is trained with the empty caption this time."""
+    """Whether caption dropout replaces the caption by the empty one."""
     caption_numbers: tuple[int, ...]
     """Which of its captions each clip is trained with, from 0."""
     timestep_quantiles: tuple[float, ...] | None
-    """Uniform numbers in [0, 1) that share out the noise levels over the epoch."""
+    """Stratified uniform numbers in [0, 1) that spread the sigmas over the epoch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CachedBatch:
-    """What a training step gets; B clips of one latent shape."""
+    """The input of a training step; B clips of one latent shape."""
 
     latents: Tensor
     """[B, 16, F, H, W], float32, scaled."""
@@ -82,8 +82,8 @@ class CachedDataset:
 
         Args:
             seed: order, caption dropout and timestep pools are functions of it and the epoch.
-            num_timestep_buckets: spread the noise levels of an epoch evenly over this many parts; None and 1
-                leave them to chance.
+            num_timestep_buckets: spread the sigmas of an epoch evenly over this many parts; None and
+                1 draw them independently.
         Raises:
             CacheError: caches are missing, damaged or do not fit the dataset file; the message lists them
                 and gives the command that makes them.
@@ -109,7 +109,7 @@ class CachedDataset:
 
     @property
     def caption_rules(self) -> tuple[str, ...]:
-        """What decides the captions that are drawn or held, where it is not one per item."""
+        """The caption settings beyond one caption per item (dropout, priors), for reproducibility."""
         rates = {d.index: d.caption_dropout_rate for d in self.config.datasets if d.caption_dropout_rate}
         priors = {d.index: (d.is_prior, d.prior_caption) for d in self.config.datasets if _has_prior(d)}
         return (
@@ -119,7 +119,7 @@ class CachedDataset:
         )
 
     def part(self, keep: Callable[[CachedItem], bool], *notes: str) -> CachedDataset:
-        """The same datasets with some of their items only; nothing is read again.
+        """The same datasets restricted to some of their items, without reading anything again.
 
         Args:
             notes: log lines about it.

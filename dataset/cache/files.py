@@ -1,6 +1,6 @@
-"""The cache format: tensor keys, metadata, and whether a file still fits what it was made from.
+"""The cache format: tensor keys, metadata, and checks that a file is up to date.
 
-Keys and names are musubi-tuner's; its own files are read as far as their content can be trusted.
+Keys and names are musubi-tuner's; its files are read where their content is known to be correct.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ARCHITECTURE = "kandinsky5"
 FORMAT_VERSION = "1.0.1"
 """musubi-tuner's, which its readers expect."""
 CACHE_VERSION = 1
-"""Ours: raised when the content of a cache changes its meaning; older files are then made again."""
+"""Ours: incremented when the meaning of the content changes; older caches are then rebuilt."""
 
 _SINGLE_ENCODES = "single_image_encodes"
 _UPSTREAM_MAX_FRAMES = 24
@@ -60,7 +60,7 @@ class CacheMeta:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentCacheMeta(CacheMeta):
-    """All that a latent cache depends on; two equal ones hold the same latents."""
+    """Everything that a latent cache depends on; equal metadata means equal latents."""
 
     width: int
     height: int
@@ -83,7 +83,7 @@ class LatentCacheMeta(CacheMeta):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextCacheMeta(CacheMeta):
-    """All that a text cache depends on."""
+    """Everything that a text cache depends on."""
 
     caption1: str
     more_captions: tuple[str, ...] = ()
@@ -124,7 +124,7 @@ def _short(text: str | None) -> str:
 def latent_meta(
     clip: PlannedClip, *, encoder_fingerprint: str, dtype: str, tile_px: int | None
 ) -> LatentCacheMeta:
-    """What the cache of this clip must record to be fresh; dtype is torch's word, "float16"."""
+    """Metadata that an up-to-date cache of this clip has; dtype by torch's name, "float16"."""
     width, height = clip.source_size if clip.is_image else clip.bucket
     return LatentCacheMeta(
         width=width,
@@ -144,7 +144,7 @@ def latent_meta(
 
 
 def cache_origin(header: TensorFileHeader) -> str:
-    """Names what a cache was made from, and its shapes: the same for a cache that is made again alike."""
+    """Identifies the inputs and shapes of a cache; equal for a cache that is rebuilt from the same inputs."""
     tensors = [[name, dtype_name(info.dtype), list(info.shape)] for name, info in header.tensors.items()]
     named = json.dumps([sorted(header.metadata.items()), sorted(tensors)])
     return hashlib.sha256(named.encode("utf-8")).hexdigest()[:32]
@@ -265,7 +265,7 @@ def _check_frame_count(path: Path, content: Content, latent_frames: int) -> None
 
 
 def upstream_latent_problem(path: Path, content: Content) -> str | None:
-    """Why a latent cache of musubi-tuner must not be used, or None."""
+    """Reason not to use a latent cache of musubi-tuner, or None."""
     name = parse_latent_name(path.name, content)
     if name is not None and (name.num_frames or 1) > _UPSTREAM_MAX_FRAMES:
         return f"made by musubi-tuner, which shifts the content of clips over {_UPSTREAM_MAX_FRAMES} frames"
@@ -327,7 +327,7 @@ def _caption_prefix(number: int) -> str:
 
 
 def latent_cache_problem(path: Path, expected: LatentCacheMeta) -> str | None:
-    """Why the latent cache at `path` has to be made (again); None when it is whole and fits.
+    """Reason to (re)build the latent cache at `path`; None if it is complete and up to date.
 
     Raises:
         NewerCacheError: it was made by a newer version of this program.
@@ -353,7 +353,7 @@ def latent_cache_problem(path: Path, expected: LatentCacheMeta) -> str | None:
 
 
 def text_cache_problem(path: Path, expected: TextCacheMeta) -> str | None:
-    """Why the text cache at `path` has to be made (again); None when it is whole and fits.
+    """Reason to (re)build the text cache at `path`; None if it is complete and up to date.
 
     Raises:
         NewerCacheError: it was made by a newer version of this program.
@@ -485,10 +485,10 @@ def read_latent_cache(path: Path, content: Content) -> LatentCache:
 
 
 def read_text_cache(path: Path, caption: int = 0) -> TextCache:
-    """Read one caption of a text cache, counted from 0.
+    """Read the caption at a zero-based index of a text cache.
 
     Raises:
-        CacheError: as `inspect_text_cache`, a number is not finite, or there are not so many captions.
+        CacheError: as `inspect_text_cache`, a number is not finite, or the index is out of range.
     """
     info = inspect_text_cache(path)
     if caption >= len(info.keys):
@@ -499,7 +499,7 @@ def read_text_cache(path: Path, caption: int = 0) -> TextCache:
 
 
 def read_cached(path: Path, *keys: str) -> list[Tensor]:
-    """Tensors of a cache by their keys.
+    """Read tensors of a cache by key.
 
     Raises:
         CacheError: the file is damaged, or a number is not finite.

@@ -1,4 +1,4 @@
-"""Checks by its header whether a readable cache fits the dataset file and the run."""
+"""Checks from its header whether a cache matches the dataset file and the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dataset.media.frames import fps_rules
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MatchOptions:
-    """What a run needs of its caches, and what it tolerates."""
+    """Requirements of a run on its caches, and permitted deviations."""
 
     needs_image_latents: bool = False
     """An image-to-video task: clips must hold their first and last frame."""
@@ -35,7 +35,7 @@ class MatchOptions:
 
 @dataclass(frozen=True, slots=True)
 class CacheRules:
-    """What the caches of a dataset must be like; its methods return why one cannot be used, or None."""
+    """Requirements on the caches of a dataset; methods return the reason to reject one, or None."""
 
     dataset: AnyDatasetConfig
     options: MatchOptions
@@ -51,7 +51,7 @@ class CacheRules:
         if template == "video" and not self.options.allow_upstream_text_cache:
             return (
                 "made by musubi-tuner with the prompt template for images "
-                "(--allow_upstream_text_cache uses it all the same)"
+                "(--allow_upstream_text_cache accepts it)"
             )
         return None
 
@@ -78,7 +78,7 @@ class CacheRules:
                 return problem
         if self.options.needs_image_latents and (name.num_frames or 1) > 1:
             if not info.is_ours:
-                return "made by musubi-tuner, whose latents_image are not what image-to-video needs"
+                return "made by musubi-tuner, whose latents_image cannot be used for image-to-video"
             if info.image_key is None:
                 return "holds no latents_image, which image-to-video needs"
         return self._size_problem(name, info) or self._frames_problem(name, info)

@@ -1,4 +1,4 @@
-"""A share of the source files that is measured and never trained on, chosen by a hash of their names."""
+"""Splits off validation source files by a hash of their names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FLAG = "--validation_split"
 
 
 def hash_position(source: str) -> float:
-    """Where in [0, 1) a source file stands: a function of its base name alone.
+    """Position of a source file in [0, 1), a function of its base name alone.
 
     So neither other files, nor their order, nor a seed decide on which side a file is.
     """
@@ -19,7 +19,7 @@ def hash_position(source: str) -> float:
 
 
 def hold_out(data: CachedDataset, share: float) -> tuple[CachedDataset, CachedDataset]:
-    """Divide a dataset into what is trained on and what is measured.
+    """Split a dataset into training and validation parts.
 
     All cuts of a source file, and files of the same base name in all datasets, stay on one side.
 

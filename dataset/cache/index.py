@@ -1,4 +1,4 @@
-"""The index a cache script leaves in the cache folder: what was used, what was skipped and why.
+"""The index that a cache script writes into the cache folder: used and skipped items with reasons.
 
 Training reads it instead of the sources. It holds names only, never a folder, so that caches can be moved to
 another machine.
@@ -32,7 +32,7 @@ INDEX_VERSION = 1
 
 
 class DamagedIndexError(CacheError):
-    """An index whose content cannot be understood; the cache scripts make it again."""
+    """The index cannot be parsed; the cache scripts rebuild it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class IndexItem:
 
     name: str
     key: str = ""
-    """Tells it from other media of the same base name; empty in indexes of older versions."""
+    """Distinguishes media of the same base name; empty in indexes of older versions."""
     files: tuple[str, ...]
     masks: tuple[str, ...] = ()
     """Mask caches of those of its latent caches that have one."""
@@ -50,13 +50,13 @@ class IndexItem:
 
     @property
     def digest_by_file(self) -> dict[str, str]:
-        """What each file records if it is still the one that was cached for this entry."""
+        """Digest by file name, to detect files replaced since this entry was written."""
         return dict(zip((*self.files, *self.masks), self.digests, strict=True)) if self.digests else {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexEntry:
-    """What one run of a cache script found for one dataset with one choice of settings."""
+    """The result of a cache script for one dataset with one set of settings."""
 
     items: tuple[IndexItem, ...]
     skipped: tuple[SkippedItem, ...]
@@ -66,19 +66,19 @@ class IndexEntry:
 
 
 def index_path(cache_directory: Path, kind: CacheKind) -> Path:
-    """Where the index of a cache folder lies."""
+    """The path of the index of a cache folder."""
     return cache_directory / f"k5_index_{kind}.json"
 
 
 def source_mark(dataset: AnyDatasetConfig, kind: CacheKind) -> str:
-    """Tells the dataset's source from others that are cached into the same folder."""
+    """Distinguishes the dataset's source from others cached into the same folder."""
     source = dataset.jsonl_file or dataset.directory
     masks = dataset.mask_directory if kind == "latents" else None
     return place_mark(dataset.cache_directory, source, masks)
 
 
 def entry_key(dataset: AnyDatasetConfig, kind: CacheKind) -> str:
-    """Under which name the index keeps the dataset's entry."""
+    """The key of the dataset's entry in the index."""
     return f"{_settings_hash(dataset, kind)}-{source_mark(dataset, kind)}"
 
 
@@ -172,7 +172,7 @@ def read_index(cache_directory: Path, kind: CacheKind) -> dict[str, IndexEntry] 
 
 def _damaged(path: Path, error: Exception) -> DamagedIndexError:
     return DamagedIndexError(
-        f"{path}: the index is damaged ({error!r}); run the cache script again, which makes a new one"
+        f"{path}: the index is damaged ({error!r}); run the cache script again to rebuild it"
     )
 
 

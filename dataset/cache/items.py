@@ -52,7 +52,7 @@ class CachedItem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetSummary:
-    """How many items of a dataset are used, and why others are not."""
+    """Counts of used and skipped items of a dataset, with reasons."""
 
     index: int
     content: Content

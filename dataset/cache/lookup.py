@@ -22,14 +22,14 @@ from modules.errors import CacheError, UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheListing:
-    """The cache files of one dataset, of which none has been opened yet; base names as in file names."""
+    """The cache files of one dataset, not opened yet; base names as in file names."""
 
     latents: Mapping[str, Sequence[Path]]
     """By base name."""
     texts: Mapping[str, Path]
     """By base name."""
     skipped: tuple[SkippedItem, ...]
-    """Items that the cache scripts left out."""
+    """Items that the cache scripts skipped."""
     mask_names: frozenset[str] | None
     """Mask caches that the index lists; None without an index."""
     digests: Mapping[str, str]
@@ -44,7 +44,7 @@ class CacheListing:
         return path.is_file() if self.mask_names is None else path.name in self.mask_names
 
     def replaced_problem(self, path: Path, metadata: Mapping[str, str]) -> str | None:
-        """Why a file that the index lists is not the one it was listed as, or None."""
+        """Reason why a listed file has been replaced since it was indexed, or None."""
         expected = self.digests.get(path.name)
         if expected is None or expected == metadata_digest(metadata):
             return None
@@ -54,7 +54,7 @@ class CacheListing:
         )
 
     def skipped_names(self) -> frozenset[str]:
-        """Base names that need no cache: of items that a cache script left out with a reason.
+        """Base names that need no cache: of items that a cache script skipped.
 
         Where keys are known, another item of the same base name is not meant.
         """
@@ -176,7 +176,7 @@ def _media_are_here(dataset: AnyDatasetConfig) -> bool:
 
 
 def cache_commands(config_path: Path, kinds: Iterable[CacheKind]) -> str:
-    """The commands that make the caches of these kinds, as the last lines of a message."""
+    """The commands that create the caches of these kinds, as the last lines of a message."""
     lines = ["Create the caches, then start the training again:"]
     for kind in kinds:
         if kind == "text":

@@ -1,4 +1,4 @@
-"""The cache of a clip's mask: what each latent position weighs in the loss, in a file beside the latents."""
+"""The cache of a clip's mask: loss weights per latent position, in a file beside the latents."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # training reads caches and needs no media libraries
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskCacheMeta(CacheMeta):
-    """All that a mask cache depends on."""
+    """Everything that a mask cache depends on."""
 
     width: int
     height: int
@@ -36,7 +36,7 @@ class MaskCacheMeta(CacheMeta):
 
 
 def mask_meta(clip: PlannedClip) -> MaskCacheMeta:
-    """What the mask cache of this clip must record to be fresh; the clip has a mask."""
+    """Metadata that an up-to-date mask cache of this clip has; requires a clip with a mask."""
     assert clip.mask is not None
     numbers = ",".join(map(str, clip.frame_numbers))
     return MaskCacheMeta(
@@ -48,7 +48,7 @@ def mask_meta(clip: PlannedClip) -> MaskCacheMeta:
 
 
 def mask_cache_problem(path: Path, expected: MaskCacheMeta) -> str | None:
-    """Why the mask cache at `path` has to be made (again); None when it is whole and fits.
+    """Reason to (re)build the mask cache at `path`; None if it is complete and up to date.
 
     Raises:
         NewerCacheError: it was made by a newer version of this program.

@@ -1,7 +1,7 @@
 """Pairs the two cache files of each clip and checks them by their headers, before the first training step.
 
 `match_caches` lists the files of each dataset (`lookup`), opens them, compares them with the dataset file and
-the run (`fit`), and raises one error with everything that is wrong.
+the run (`fit`), and raises one error that lists every problem.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Cache file names: made from an item, and taken apart again.
+"""Builds and parses cache file names.
 
-The names are musubi-tuner's, so that its caches and ours can lie in one folder. For an image the size in
+The names are musubi-tuner's, so that its caches and ours can share a folder. For an image the size in
 the name is that of the source; for a video it is the bucket's.
 """
 
@@ -82,7 +82,7 @@ def prior_text_cache_name(content: Content) -> str:
 
 
 def parse_latent_name(name: str, content: Content) -> LatentName | None:
-    """Take the name of a latent cache apart; None when it is not one of a dataset of this content."""
+    """Parse the name of a latent cache; None if it does not belong to a dataset of this content."""
     match = _LATENT_NAME.fullmatch(name)
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""Cache files that no dataset uses any more."""
+"""Finds cache files that no dataset uses any more."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def unused_caches(
 
     Args:
         content: of the folder's dataset.
-        skipped: what the last run left out.
+        skipped: items that the last run skipped.
     """
     unread_names = {
         cache_base_name(name)

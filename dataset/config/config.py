@@ -41,7 +41,7 @@ class _CommonConfig:
     index: int
     """Number of the [[datasets]] table, from 0."""
     origin: str
-    """Where the source stands in the dataset file, for messages: "dataset.toml line 7"."""
+    """Position of the source in the dataset file, for messages: "dataset.toml line 7"."""
     cache_directory: Path
     resolution: Size = (960, 544)
     """(width, height): its area is the target, and without buckets it is the size itself."""
@@ -54,7 +54,7 @@ class _CommonConfig:
     bucket_no_upscale: bool = False
     """Only ever true together with `enable_bucket`."""
     caption_dropout_rate: float = 0.0
-    """Chance that a clip is trained with the empty caption."""
+    """Probability of training a clip with the empty caption."""
     mask_directory: Path | None = None
     """Masks for the masked loss, named like the media they belong to."""
     prior_caption: str | None = None
@@ -210,7 +210,7 @@ class DatasetConfig:
     path: Path
     datasets: tuple[AnyDatasetConfig, ...]
     notes: tuple[str, ...] = ()
-    """What the user should know but need not change: log lines."""
+    """Remarks that require no change: log lines."""
 
     def describe(self) -> str:
         """The settings of all datasets, as they are logged."""
@@ -222,7 +222,7 @@ class DatasetConfig:
 
 
 def exact_rate(fps: float) -> Fraction:
-    """A frame rate as the fraction that was meant: 29.97 is 30000/1001, 23.976 is 24000/1001, 30.0 is 30."""
+    """A frame rate as the intended fraction: 29.97 is 30000/1001, 23.976 is 24000/1001, 30.0 is 30."""
     if fps == int(fps):
         return Fraction(int(fps))
     ntsc = Fraction(math.ceil(fps) * 1000, 1001)
@@ -240,7 +240,7 @@ def load_dataset_config(
         path: a `.toml` or `.json` file.
         batch_size, caption_dropout_rate: the command line's, used where the file gives none.
     Raises:
-        ConfigError: everything that is wrong with the file, in one list.
+        ConfigError: all problems of the file, in one list.
     """
     text = read_config_text(path)
     options = {"batch_size": batch_size, "caption_dropout_rate": caption_dropout_rate}
@@ -421,7 +421,7 @@ class _Reader:
 
 def _unknown_key(key: str, keys: dict[str, KeyCheck], index: int | None, content: str) -> str:
     if index is None and (key in VIDEO_KEYS or key in IMAGE_KEYS):
-        return f"{key} belongs into a [[datasets]] table, not into [general]"
+        return f"{key} belongs in a [[datasets]] table, not in [general]"
     if content == "image" and key in VIDEO_KEYS:
         return f"{key} is a key of video datasets, this one has images"
     if content == "video" and key in IMAGE_KEYS:

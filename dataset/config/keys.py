@@ -1,4 +1,4 @@
-"""The keys a dataset file may hold, each with the check that its value must pass."""
+"""The keys of a dataset file, with the check of each value."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _extension(raw: Any) -> str:
 
 def _caption(raw: Any) -> str:
     if not isinstance(raw, str) or not raw.strip():
-        raise ValueError("must be a text in quotes")
+        raise ValueError("must be a string in quotes")
     return raw.strip()
 
 

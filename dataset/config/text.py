@@ -1,4 +1,4 @@
-"""Parses TOML and JSON dataset files, and remembers on which line a key stands."""
+"""Parses TOML and JSON dataset files, and records the line of each key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds video files that were cut short by how their containers are nested; nothing is decoded or demuxed.
+"""Detects truncated video files from the container structure, without decoding or demuxing.
 
 FFmpeg reads a fragmented MP4, a live Matroska or an FLV as far as it goes and reports nothing when the rest
 is missing. A file whose last box, element or tag is announced longer than what is left of the file was cut.

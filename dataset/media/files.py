@@ -1,4 +1,4 @@
-"""What media files are called, and the frames of a video that is a folder of images."""
+"""Media file extensions, and the frames of a video given as a folder of images."""
 
 from __future__ import annotations
 

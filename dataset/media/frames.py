@@ -1,4 +1,4 @@
-"""Which frames of a video are trained on: the five ways to cut it, and the way to 24 frames a second.
+"""Selects frames of a video: the five extraction modes, and resampling to 24 fps.
 
 Pure arithmetic. Source of the rules: kohya-ss/musubi-tuner, with its drifting float sums replaced by exact
 fractions.

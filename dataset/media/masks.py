@@ -1,4 +1,4 @@
-"""Masks of clips: checked against their clip, decoded as it is, and brought to the size of its latents."""
+"""Masks of clips: checked against the clip, decoded alike and resized to its latents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MISFIT = "does not fit"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedMask:
-    """A mask that was found to fit its clip."""
+    """A mask that matches its clip."""
 
     path: Path
     video: VideoInfo | None
@@ -47,12 +47,12 @@ class PlannedMask:
         return bool(self.frames)
 
     def current_fingerprint(self) -> str:
-        """What `fingerprint` would be now."""
+        """The fingerprint of the mask file as it is now."""
         return _fingerprint(self.path, _folder_frames(self.path) if self.is_folder else ())
 
 
 def plan_mask(path: Path, size: Size, num_frames: int) -> PlannedMask:
-    """Look at a mask without decoding it.
+    """Probe a mask without decoding it.
 
     Args:
         size: (width, height) of the upright source that it masks.
@@ -80,7 +80,7 @@ def plan_mask(path: Path, size: Size, num_frames: int) -> PlannedMask:
 
 
 def latent_mask(mask: PlannedMask, frame_numbers: Sequence[int], crop: Size) -> Tensor:
-    """What part of each latent position of a clip is masked in.
+    """The loss weight of each latent position of a clip.
 
     The frames are resized and cut as the clip's are. Brightness 0 .. 255 becomes 0 .. 1, averaged over the
     8 x 8 pixels of a position and over the frames that make a latent frame: the first alone, then four by
@@ -92,7 +92,7 @@ def latent_mask(mask: PlannedMask, frame_numbers: Sequence[int], crop: Size) -> 
     Returns:
         [F, H, W], float32.
     Raises:
-        MediaError: the mask is damaged, or is no longer the one that was planned with.
+        MediaError: the mask is damaged or has changed since planning.
     """
     with memory_errors(mask.path):
         frames = _shrunk_frames(mask, sorted(set(frame_numbers)), crop)

@@ -30,7 +30,7 @@ MAX_PIXELS = 2**27
 UNREADABLE = "cannot be opened"
 DAMAGED = "damaged"
 TOO_LARGE = "too large"
-NO_MEMORY = "does not fit into the memory"
+NO_MEMORY = "does not fit in memory"
 CHANGED = "changed while it was read"
 
 _LIMIT = f"the limit is {MAX_PIXELS / 1e6:.0f} million pixels"
@@ -54,7 +54,7 @@ _OPENCV_NO_MEMORY = -4  # cv2.Error.StsNoMem
 
 
 class MediaError(DataError):
-    """One image or video that cannot be used, with its kind of reason apart from the detail."""
+    """An image or video that cannot be used; the kind of reason is separate from the detail."""
 
     def __init__(self, path: Path, reason: str, detail: str) -> None:
         super().__init__(f"{path}: {reason} ({detail})")
@@ -63,7 +63,7 @@ class MediaError(DataError):
 
 
 def check_pixel_count(path: Path, size: Size) -> None:
-    """Refuse pictures whose decoding would fill the memory.
+    """Refuse images that are too large to decode.
 
     Raises:
         MediaError: the picture has more than MAX_PIXELS pixels.
@@ -73,7 +73,7 @@ def check_pixel_count(path: Path, size: Size) -> None:
 
 
 def check_resized_pixel_count(path: Path, source: Size, target: Size) -> None:
-    """Refuse sources so long and thin that they fill the memory once they cover the target.
+    """Refuse sources with an aspect ratio so extreme that the resized image is too large.
 
     Raises:
         MediaError: the source, scaled for `resize_and_crop`, has more than MAX_PIXELS pixels.
@@ -86,10 +86,10 @@ def check_resized_pixel_count(path: Path, source: Size, target: Size) -> None:
 
 @contextlib.contextmanager
 def memory_errors(path: Path) -> Iterator[None]:
-    """Turn a memory that is too small for one file into the refusal of that file.
+    """Turn an out-of-memory error for one file into an error about that file.
 
     Raises:
-        MediaError: Python, numpy or OpenCV could not have what the work inside needs.
+        MediaError: Python, numpy or OpenCV could not allocate memory.
     """
     try:
         yield
@@ -101,7 +101,7 @@ def memory_errors(path: Path) -> Iterator[None]:
 
 
 def probe_image(path: Path) -> Size:
-    """Width and height of an image when it stands upright, from its header.
+    """Width and height of an image after EXIF rotation, from its header.
 
     Raises:
         MediaError: the file cannot be opened, or is too large to be decoded safely.
@@ -176,7 +176,7 @@ def _to_rgb(image: Image.Image) -> Frame:
 
 
 def over_white(rgba: Image.Image) -> Image.Image:
-    """What is seen of a picture with transparent parts; RGBA, opaque."""
+    """Composite an RGBA image with transparency over white; the result is opaque RGBA."""
     return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
 
 

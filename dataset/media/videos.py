@@ -1,8 +1,8 @@
 """Reads videos with PyAV: what is in them, and chosen frames, upright and in presentation order.
 
 A damaged file is an error, never a shorter clip: cut files are found from their packets, before anything but
-the first frame is decoded, and frames that the decoder had to guess are refused. What no reader can notice is
-changed bytes that still make a valid stream, and a file without an index (an MPEG program stream, FLV, a live
+the first frame is decoded, and frames that the decoder had to guess are refused. Undetectable are changed
+bytes that still form a valid stream, and a file without an index (an MPEG program stream, FLV, a live
 recording, a fragmented MP4) that was cut exactly between two packets.
 """
 
@@ -54,7 +54,7 @@ _SEEK_WORTHWHILE = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoInfo:
-    """A whole video, looked at without decoding more than its first frame."""
+    """Properties of a video, read without decoding more than its first frame."""
 
     stored: Size
     """(width, height) of a decoded frame, before it is turned."""
@@ -77,7 +77,7 @@ class VideoInfo:
 
     @property
     def treatment(self) -> str:
-        """What is done to the decoded pixels besides turning them; "" for nearly all files."""
+        """Processing of the decoded pixels besides rotation; "" for nearly all files."""
         scaled = "" if self.square == self.stored else "-square{}x{}".format(*self.square)
         return scaled + ("-over-white" if self.has_alpha else "")
 
@@ -88,7 +88,7 @@ class VideoInfo:
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Look at a video: size, frame times, orientation, and whether the file is all there.
+    """Probe a video: size, frame times, orientation and completeness.
 
     Raises:
         MediaError: it cannot be opened, holds no video, is cut short, or its first frame cannot be decoded.

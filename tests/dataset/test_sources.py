@@ -303,5 +303,5 @@ def test_a_jsonl_line_may_list_captions(tmp_path: Path) -> None:
     assert jsonl(path).items[0].captions == ("one", "two")
     for wrong in ([], ["one", 2], {"a": 1}, None):
         write_lines(path, {"image_path": str(tmp_path / "a.png"), "caption": wrong})
-        with pytest.raises(ConfigError, match="line 1: caption must be a text in quotes or a list"):
+        with pytest.raises(ConfigError, match="line 1: caption must be a string in quotes or a list"):
             jsonl(path)

@@ -185,7 +185,7 @@ def test_a_byte_order_mark_and_crlf_are_no_problem(tmp_path: Path) -> None:
         (IMAGE + 'image_jsonl_file = "a.jsonl"\ncache_directory = "c"\n', "both"),
         (IMAGE + "target_frames = [1]\n", "key of video datasets"),
         (VIDEO + 'image_directory = "a"\n', "key of image datasets"),
-        ("[general]\ntarget_frames = [1]\n" + VIDEO, "belongs into a [[datasets]] table"),
+        ("[general]\ntarget_frames = [1]\n" + VIDEO, "belongs in a [[datasets]] table"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -57,7 +57,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
             "steps is 2",
         ),
         (("--network_args", "exclude_patterns=['nothing']"), "'nothing' matches no layer"),
-        (("--network_args", "exclude_patterns=['(']"), "is no regular expression"),
+        (("--network_args", "exclude_patterns=['(']"), "is not a regular expression"),
         (("--network_args", "exclude_patterns=['.*']"), "leave no layer to train"),
     ],
 )
