@@ -1,4 +1,4 @@
-"""Makes the text caches of a dataset file: the captions as both text encoders see them."""
+"""Creates the text caches of a dataset file with both text encoders."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class _TextWork:
     items: Sequence[_TextTarget]
     """Of the media items, in their order."""
     extra: Sequence[_TextTarget]
-    """Of captions that belong to no item."""
+    """Of captions that do not belong to an item."""
     batches: Sequence[tuple[_TextTarget, ...]] = ()
     stale: frozenset[Path] = frozenset()
     """Caches to write."""

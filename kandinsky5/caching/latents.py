@@ -1,4 +1,4 @@
-"""Makes the latent and mask caches of a dataset file, or shows the clips that would be encoded."""
+"""Creates the latent and mask caches of a dataset file, or previews the clips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the mask caches of a dataset: no encoder is needed, and latents that are cached stay as they are."""
+"""Writes the mask caches of a dataset: no encoder is required, and cached latents stay unchanged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MaskWork:
 
 
 def mask_notes(dataset: AnyDatasetConfig, listing: SourceListing) -> Iterator[str]:
-    """What the user should know of masks that are missing or fit nothing, as log lines."""
+    """Log lines on missing and unmatched masks."""
     folder, kind = dataset.mask_directory, dataset.content
     without = [item.path.name for item in listing.items if item.mask_path is None]
     if folder is not None and without:
@@ -50,7 +50,7 @@ def mask_notes(dataset: AnyDatasetConfig, listing: SourceListing) -> Iterator[st
 
 
 def write_masks(work: MaskWork, run: CacheRunConfig) -> None:
-    """Make the mask caches that are missing or no longer fit; without --skip_existing all of them.
+    """Create missing and outdated mask caches; without --skip_existing all of them.
 
     Damaged masks go to the outcome's skipped items: their clips are then not trained on.
     """

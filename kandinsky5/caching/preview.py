@@ -1,4 +1,4 @@
-"""Shows what would be encoded: clips as files to look at, or as characters on the console."""
+"""Previews the clips to encode: as files, or as characters on the console."""
 
 from __future__ import annotations
 

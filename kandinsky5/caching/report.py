@@ -1,4 +1,4 @@
-"""What both cache scripts do around encoding: folders under lock, what was found and used, unused files."""
+"""Shared by both cache scripts: folder locks, summaries, the index and unused files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from modules.processes import Processes
 log = get_logger(__name__)
 
 CONTINUE_HINT = "run the same command with --skip_existing; the files written so far are whole"
-"""For `disk_errors`: how a caching run that was stopped by the disk goes on."""
+"""For `disk_errors`: how to continue a caching run that a full disk has stopped."""
 _GIGABYTE = 1e9
 
 
@@ -60,7 +60,7 @@ class Outcome:
 
 @contextmanager
 def cache_folders(datasets: Sequence[AnyDatasetConfig], processes: Processes) -> Iterator[None]:
-    """Hold the cache folders' locks, in one order for all runs, and clear what killed runs left there.
+    """Lock the cache folders in a fixed order, and delete leftovers of killed runs.
 
     The first of several processes holds them for all.
 
@@ -80,7 +80,7 @@ def cache_folders(datasets: Sequence[AnyDatasetConfig], processes: Processes) ->
 
 
 def combine(outcomes: Sequence[Outcome], processes: Processes) -> None:
-    """Put together what all processes did; the order of what was skipped does not depend on who found it."""
+    """Merge the outcomes of all processes, in an order independent of the process."""
     everywhere = processes.gather([(outcome.encoded, outcome.skipped) for outcome in outcomes])
     for number, outcome in enumerate(outcomes):
         known = outcome.skipped[: outcome.num_listed]
@@ -90,7 +90,7 @@ def combine(outcomes: Sequence[Outcome], processes: Processes) -> None:
 
 
 def check_strict(outcomes: Sequence[Outcome], run: CacheRunConfig) -> None:
-    """With --strict, refuse to begin when anything is skipped.
+    """With --strict, refuse to start if any item is skipped.
 
     Raises:
         DataError: the items and their reasons.
@@ -101,7 +101,7 @@ def check_strict(outcomes: Sequence[Outcome], run: CacheRunConfig) -> None:
 
 
 def write_index(outcome: Outcome, kind: CacheKind, entry: IndexEntry, run: CacheRunConfig) -> None:
-    """Put what a run found for a dataset into the index of its cache folder."""
+    """Write the result for a dataset into the index of its cache folder."""
     folder = outcome.dataset.cache_directory
     entry = replace(entry, users=(place_mark(folder, run.dataset_config),))
     with disk_errors(folder, CONTINUE_HINT):
@@ -109,7 +109,7 @@ def write_index(outcome: Outcome, kind: CacheKind, entry: IndexEntry, run: Cache
 
 
 def handle_unused(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunConfig) -> None:
-    """Say how many caches no dataset file uses any more; with --prune, delete them."""
+    """Log the number of unused caches; with --prune, delete them."""
     for outcome in outcomes:
         folder = outcome.dataset.cache_directory
         unused = unused_caches(folder, kind, outcome.dataset.content, outcome.skipped)
@@ -152,8 +152,8 @@ def finish(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunConfig) ->
     if failures and not run.skip_bad:
         damaged = counted(len(failures), "damaged item was", "damaged items were")
         problems.append(
-            f"{damaged} left out, everything else is cached. Repair or remove what is damaged, or add "
-            "--skip_bad to go on without it"
+            f"{damaged} left out, everything else is cached. Repair or remove damaged files, or add "
+            "--skip_bad to skip them"
         )
     problems.extend(
         f"dataset {outcome.dataset.index}: nothing is left to train on"

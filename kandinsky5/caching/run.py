@@ -1,4 +1,4 @@
-"""What both caching scripts do: read the datasets, encode what is missing under lock, and keep the index.
+"""The run of both caching scripts: reads the datasets, encodes missing caches, updates the index.
 
 Batches are cut from the full sorted list and encoded whole, whatever is cached already: the batch an item is
 encoded in, and so its bytes, never depend on what was done before.
@@ -34,7 +34,7 @@ log = get_logger(__name__)
 
 
 class CachingJob(Protocol):
-    """Making one kind of cache for all datasets, in one of several processes."""
+    """Creates one kind of cache for all datasets, in one of several processes."""
 
     @property
     def kind(self) -> CacheKind: ...
@@ -61,7 +61,7 @@ def make_caches(job_for: Callable[[Processes], CachingJob], run: CacheRunConfig)
     """Run a job; several processes of a launcher share its batches, the first one writes indexes and logs.
 
     Raises:
-        ConfigError, DataError, ModelFileError, ResourceError: each with what to do; damaged media end the run
+        ConfigError, DataError, ModelFileError, ResourceError: each with a remedy; damaged media end the run
         only after everything else is cached.
     """
     with exit_on_signal(), joined_processes() as processes:

@@ -1,4 +1,4 @@
-"""Sampled latents to files: decoding, writing, and keeping what cannot be written."""
+"""Decodes and writes sampled latents; keeps the latents of clips that cannot be written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Sampled:
 
 
 class ClipWriter:
-    """Decodes and writes what was sampled; a failed one is kept as latents."""
+    """Decodes and writes sampled clips; failed clips are kept as latents."""
 
     def __init__(self, config: GenerateConfig, names: OutputNames, compute_dtype: torch.dtype) -> None:
         self._config, self._names, self._dtype = config, names, dtype_name(compute_dtype)
@@ -44,7 +44,7 @@ class ClipWriter:
         return self._config.output.output_type != "latent"
 
     def decode_all(self, load_vae: Callable[[], VideoVAE], finished: deque[Sampled]) -> list[UserError]:
-        """Decode and write what is finished, taking it out; returns what went wrong.
+        """Decode and write the finished clips and remove them from the queue; returns the errors.
 
         A full disk or a failed encoder does not cost the other clips.
         """
@@ -60,7 +60,7 @@ class ClipWriter:
 
     @contextmanager
     def keeping(self, finished: deque[Sampled]) -> Iterator[None]:
-        """However the block ends, the latents of what is still in `finished` then are saved."""
+        """Save the latents of clips still in `finished` when the block ends, even by an error."""
         try:
             yield
         finally:

@@ -29,7 +29,7 @@ def decode_saved_latents(config: GenerateConfig, path: Path, device: torch.devic
         ResourceError: the device's libraries cannot compute the VAE.
     """
     if config.output.output_type == "latent":
-        raise ConfigError("--latent_path decodes a latent: --output_type video or images is wanted")
+        raise ConfigError("--latent_path decodes a latent: use --output_type video or images")
     latents, metadata = read_latents(path)
     check_vae(config.vae.vae_dtype, device)
     check_vae_file(config.models.vae)

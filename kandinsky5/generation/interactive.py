@@ -70,7 +70,7 @@ def run_interactive(session: GenerationSession, read_line: Callable[[], str] | N
     """Make one video per line until the input ends; a wrong line or an interrupted one is only reported.
 
     Args:
-        read_line: gives the next line and raises EOFError at the end; default is the console.
+        read_line: returns the next line and raises EOFError at the end; default is the console.
     """
     read = read_line or console_reader()
     models = _LoadedModels(session)
@@ -87,7 +87,7 @@ def _serve(session: GenerationSession, models: _LoadedModels, read: Callable[[],
         except EOFError:
             return
         except UnicodeDecodeError:
-            log.error("prompt: the line is no UTF-8 text; type it again")
+            log.error("prompt: the line is not valid UTF-8; type it again")
             continue
         except KeyboardInterrupt:
             continue  # nothing is running: only the half-typed line goes

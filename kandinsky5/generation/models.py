@@ -72,7 +72,7 @@ def check_models(config: GenerateConfig, device: torch.device) -> None:
 
 
 def check_dit_options(config: GenerateConfig, device: torch.device) -> None:
-    """What depends on the model's size, the device and installed packages.
+    """Check options against the model's size, the device and installed packages.
 
     Raises:
         ConfigError: too many blocks to swap, no MagCache ratios, a dtype the attention cannot compute in.
@@ -97,7 +97,7 @@ def check_dit_options(config: GenerateConfig, device: torch.device) -> None:
 
 
 def magcache_ratios(config: GenerateConfig) -> Sequence[float] | None:
-    """The ratios to skip by, given or official; None without any."""
+    """The MagCache ratios, given or official; None without MagCache."""
     given = None if config.dit.magcache is None else config.dit.magcache.magcache_mag_ratios
     return given or task_ratios(config.task.name)
 
@@ -150,7 +150,7 @@ def _check_runtime(lora: LoadedLora) -> None:
 def trigger_words(
     config: GenerateConfig, loras: Sequence[LoadedLora], multipliers: Sequence[float]
 ) -> tuple[str, ...]:
-    """The words that the LoRAs want before a prompt for which they have these multipliers."""
+    """Trigger words of the LoRAs to put before a prompt, for these multipliers."""
     if config.lora.no_lora_trigger:
         return ()
     pairs = zip(loras, multipliers, strict=True)
@@ -158,7 +158,7 @@ def trigger_words(
 
 
 def log_trigger_words(config: GenerateConfig, loras: Sequence[LoadedLora]) -> None:
-    """Say once which words there are and what becomes of them."""
+    """Log the trigger words once, and how they are used."""
     triggers = [lora.trigger for lora in loras if lora.trigger]
     if triggers:
         declined, used = "not used (--no_lora_trigger)", "put before the prompt where its strength is not 0"
@@ -168,7 +168,7 @@ def log_trigger_words(config: GenerateConfig, loras: Sequence[LoadedLora]) -> No
 
 @dataclass(frozen=True, slots=True)
 class SamplingModel:
-    """The DiT with what was applied to it."""
+    """The DiT with its LoRAs."""
 
     dit: DiffusionTransformer3D
     networks: tuple[LoRANetwork, ...]
@@ -181,7 +181,7 @@ class SamplingModel:
 
 
 class ModelLoader:
-    """Loads the models of one run as its options say; keeps none of them."""
+    """Loads the models of one run by its options, without keeping references."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Where results go and what is stored with them: names, latent files, and writing that never loses frames."""
+"""Output files: names, metadata, latent files, and fallbacks that never lose frames."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _WRITE_ERRORS = (av.FFmpegError, OSError, RuntimeError, ValueError, MemoryError)
 
 @dataclass(frozen=True, slots=True)
 class OutputPaths:
-    """The files of one result; None for what was not asked for."""
+    """The files of one result; None for files that were not requested."""
 
     folder: Path
     stem: str
@@ -58,7 +58,7 @@ class OutputPaths:
 
 
 class OutputNames:
-    """Decides on names and proves, before anything slow, that files can be made there.
+    """Chooses file names and checks, before anything slow, that they can be written.
 
     Args:
         makes_many: several results from one command: `output` is a folder whatever it looks like.
@@ -97,7 +97,7 @@ class OutputNames:
         return self._suffix == ".png" and self._config.output_type == "video"
 
     def problems(self, num_frames: int, way_out: str = "") -> list[str]:
-        """Why a clip of so many frames cannot be written as asked; `way_out` is what else may be changed."""
+        """Why so many frames cannot be written as requested; `way_out` is what else may be changed."""
         problems = []
         if self.wants_one_image and num_frames > 1:
             problems.append(
@@ -128,7 +128,7 @@ class OutputNames:
         raise AssertionError("unreachable")
 
     def rescue_paths(self, seed: int) -> OutputPaths:
-        """For a result of which nothing is written but what can be kept."""
+        """Paths for rescued frames or latents of a result that is not written otherwise."""
         return OutputPaths(self.folder, self._stem_for(seed))
 
     def _stem_for(self, seed: int) -> str:
@@ -162,7 +162,7 @@ def write_outputs(
     metadata: Mapping[str, str],
     latent_metadata: Mapping[str, str],
 ) -> list[Path]:
-    """Write what `paths` asks for; returns what was written.
+    """Write the files of `paths`; returns the paths written.
 
     Args:
         frames: uint8 [F, H, W, 3]; needed for everything but latents.
@@ -247,7 +247,7 @@ def _rescue(
 
 
 def keep_latents(paths: OutputPaths, latents: Tensor, metadata: Mapping[str, str]) -> str:
-    """Save latents [1, 16, F, H, W] that nothing else was made of; returns what to tell the user."""
+    """Save latents [1, 16, F, H, W] of a clip that was not written; returns a message."""
     for folder in (paths.folder, Path(tempfile.gettempdir())):
         place = _free_path(folder, paths.stem, _LATENT_ENDING)
         try:

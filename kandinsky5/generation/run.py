@@ -24,7 +24,7 @@ log = get_logger(__name__)
 
 
 def generate(config: GenerateConfig) -> None:
-    """Do what the command line asked for.
+    """Run the generation script with a checked config.
 
     Raises:
         UserError: anything the user can fix; nothing half-written is left.
@@ -63,7 +63,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 def collect_requests(session: GenerationSession) -> tuple[list[VideoRequest], list[str]]:
-    """What to make, in order, and one line for every prompt of a file that cannot be made.
+    """The requests in order, and one line for every invalid prompt of a file.
 
     Raises:
         ConfigError: nothing can be made, or the one request of the command line is wrong.

@@ -71,12 +71,12 @@ class GenerationSession:
         self.writer = ClipWriter(config, names, self.loader.compute_dtype)
 
     def planner(self) -> GenerationPlanner:
-        """Plans for the device; with `--vram_budget` for a CUDA card, wherever it is asked."""
+        """Plans for the device; with `--vram_budget` for a CUDA card, on any machine."""
         device = self.device if self.config.vram_budget is None else torch.device("cuda")
         return GenerationPlanner(self.config, self.loader.loras, device)
 
     def fit_budget(self, requests: Sequence[VideoRequest]) -> None:
-        """Take over what `--vram_budget` adds for the largest request.
+        """Apply the options that `--vram_budget` adds for the largest request.
 
         Raises:
             ConfigError: nothing fits.
@@ -101,7 +101,7 @@ class GenerationSession:
         )
 
     def resolve(self, spec: PromptSpec) -> VideoRequest:
-        """One prompt with its settings, filled up from the command line and the task.
+        """Resolve one prompt; missing settings come from the command line and the task.
 
         Raises:
             ConfigError: settings that are impossible or contradict the output.
@@ -134,10 +134,10 @@ class GenerationSession:
         return trigger_words(self.config, self.loader.loras, multipliers)
 
     def make(self, requests: Sequence[VideoRequest]) -> None:
-        """Run all stages, each model loaded once and gone before the next.
+        """Run all stages; each model is loaded once and freed before the next.
 
         Raises:
-            UserError: something failed; what was finished is written, if only as latents.
+            UserError: something failed; finished clips are written, at least as latents.
         """
         for request in requests:
             log.info("to make this again:\n  %s", repeat_command(self.config, request))
@@ -160,7 +160,7 @@ class GenerationSession:
         raise_together(failures)
 
     def check_vae_values(self, requests: Sequence[VideoRequest] = ()) -> None:
-        """Read the VAE through before hours of sampling, unless images of `requests` need it before that.
+        """Check the VAE's values before sampling, unless images of `requests` load it earlier anyway.
 
         Raises:
             ModelFileError: it holds NaN or infinity.
@@ -251,6 +251,6 @@ class GenerationSession:
 
 
 def raise_together(failures: Sequence[UserError]) -> None:
-    """Raise what was put off, as one error of the first one's kind; nothing if the list is empty."""
+    """Raise deferred errors as one error of the first one's kind; none if the list is empty."""
     if failures:
         raise type(failures[0])([line for error in failures for line in error.problems])

@@ -1,1 +1,1 @@
-"""Estimates of memory and the plan that fits a device."""
+"""Memory estimates, and memory options that fit a device."""

@@ -1,6 +1,6 @@
 """Estimates the activations and the operations of a pass by running the real model on the meta device.
 
-Nothing here knows what a block computes. A model of two and of three visual blocks (three and four with
+Nothing here depends on what a block computes. A model of two and of three visual blocks (three and four with
 offload) is run by the code that trains and samples, and the numbers of the whole depth follow, because all
 blocks are alike: one more block adds the difference of the two.
 """
@@ -66,13 +66,13 @@ class Activations:
     self_attention_flops: int
     """The share of dense self-attention, which NABLA computes in part."""
     host: int = 0
-    """Bytes of block inputs that wait in pinned host memory."""
+    """Bytes of block inputs offloaded to pinned host memory."""
     moved: int = 0
     """The same without the rounding of the allocator: the bytes that travel there and back."""
 
 
 class EqualOnMeta(TorchDispatchMode):
-    """Within it tensors on the meta device are equal: loading compares the scales of float8 weights."""
+    """Within it meta tensors compare equal: loading compares the scales of float8 weights."""
 
     def __torch_dispatch__(
         self,
@@ -87,12 +87,12 @@ class EqualOnMeta(TorchDispatchMode):
 
 
 class HostLedger:
-    """A `TensorMover` that moves nothing and adds up what would lie in host memory."""
+    """A `TensorMover` that moves nothing and counts the bytes that would be in host memory."""
 
     def __init__(self, rounded: Callable[[int], int] = int) -> None:
         self._rounded = rounded
         self.bytes = 0
-        """As the host's allocator rounds them."""
+        """As rounded by the host's allocator."""
         self.moved = 0
         """Of the tensors alone."""
 
@@ -123,7 +123,7 @@ def step_activations(
     Args:
         dit: whole, on the meta device, with its checkpointing settings.
         network: the LoRA in it, on the meta device too.
-        velocity: puts the model together as training does.
+        velocity: builds the velocity model as training does.
         offload_min_bytes: block inputs of at least this size go to host memory; None keeps them all.
         host_rounding: bytes of a tensor -> bytes that the host's allocator takes for it.
     """
@@ -208,7 +208,7 @@ def _shortened(dit: DiffusionTransformer3D, blocks: int, kept: int) -> Iterator[
 
 
 def peak_of_step(model: VelocityModel, network: LoRANetwork, task: Task, batch: BatchShape) -> int:
-    """Bytes at the peak of forward and backward; gradients that stay with the LoRA are not among them."""
+    """Bytes at the peak of forward and backward; without gradients that stay with the LoRA."""
     with LiveBytes() as counted:
         handles = [
             parameter.register_post_accumulate_grad_hook(lambda p: counted.forget(p.grad))
@@ -233,7 +233,7 @@ def peak_of_step(model: VelocityModel, network: LoRANetwork, task: Task, batch: 
 def make_inputs(
     dit: DiffusionTransformer3D, task: Task, batch: BatchShape
 ) -> tuple[Tensor, Tensor, TextBatch, FrameConditioning | None]:
-    """Latents, noise levels, captions and given frames of a batch, without data on the model's device."""
+    """Latents, sigmas, captions and conditioning frames of a batch, on the meta device."""
     device = next(dit.parameters()).device
     params = dit.dit_params
     shape = (batch.clips, params.in_visual_dim, batch.latent_frames, batch.latent_height, batch.latent_width)

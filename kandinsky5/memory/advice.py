@@ -1,4 +1,4 @@
-"""What to say when device memory runs out: the sizes of the step, and the options that would help most."""
+"""Out-of-memory messages: the sizes of the step, and the options that would help most."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHOWN = 3
 def out_of_memory_message(
     planner: TrainingPlanner, batch: BatchShape, where: str, error: torch.OutOfMemoryError
 ) -> str:
-    """The message of a training that ran out of device memory.
+    """Message for a training step that ran out of device memory.
 
     Args:
         batch: the largest that was being computed.
@@ -41,13 +41,13 @@ def out_of_memory_message(
         lines.append("What helps most:")
         lines += [f"  {words}: {size_text(saved)} less" for words, saved in helpers]
     lines.append("Fewer frames or a smaller resolution in the dataset file help in any case.")
-    lines.append("States saved before stay; go on with --resume auto.")
+    lines.append("Earlier states are kept; continue with --resume auto.")
     return "\n".join(lines)
 
 
 @contextmanager
 def memory_advice(doing: str, advice: str) -> Iterator[None]:
-    """Within the block running out of device memory becomes a message.
+    """Turn an out-of-memory error within the block into a message.
 
     Args:
         advice: the options to use.
@@ -61,7 +61,7 @@ def memory_advice(doing: str, advice: str) -> Iterator[None]:
 
 
 def out_of_memory_while_loading(error: torch.OutOfMemoryError) -> str:
-    """The message of a training whose model did not fit."""
+    """Message for a training whose model did not fit."""
     return (
         f"out of device memory while the model was loaded: {str(error).splitlines()[0]}\n"
         "What helps: --fp8_base, or --blocks_to_swap N with --gradient_checkpointing. --vram_budget GB "
@@ -70,7 +70,7 @@ def out_of_memory_while_loading(error: torch.OutOfMemoryError) -> str:
 
 
 def helping_options(planner: TrainingPlanner, batch: BatchShape) -> list[tuple[str, int]]:
-    """Options that are not in use and what each takes off the peak of a step, in bytes; the largest three."""
+    """The three unused options that reduce the peak of a step the most, with the savings in bytes."""
     given = planner.given
     peak = planner.plan(given, batch).peak
     found = [(words, peak - planner.plan(model, batch).peak) for words, model in _unused_options(given)]

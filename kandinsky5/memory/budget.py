@@ -33,7 +33,7 @@ CHOSEN_OPTIONS = (
     "gradient_checkpointing_cpu_offload",
     "blocks_to_swap",
 )
-"""What is chosen among; generation knows the first and the last."""
+"""The memory options to choose from; generation has the first and the last."""
 
 CONTEXT_BYTES = GIB // 2
 """Assumed for a CUDA context and the workspaces of its libraries."""
@@ -48,11 +48,11 @@ class Choice(Generic[Options]):
     options: Options
     plan: MemoryPlan
     added: tuple[str, ...]
-    """As a user would type them."""
+    """As typed on the command line."""
 
 
 def with_reserve(planned: int) -> int:
-    """Bytes a card should have for a plan: with the context and what fragmentation costs."""
+    """Bytes of device memory for a plan, with the CUDA context and fragmentation."""
     return CONTEXT_BYTES + int(planned * (1 + FRAGMENTATION))
 
 
@@ -94,7 +94,7 @@ def fewest_that_fit(
 
 
 def added_options(given: WeightsConfig, chosen: WeightsConfig) -> tuple[str, ...]:
-    """What `chosen` has and `given`, of the same command, has not, in the words of the command line."""
+    """The options of `chosen` that are not in `given`, as typed on the command line."""
     words = []
     for name in CHOSEN_OPTIONS:
         value = getattr(chosen, name, None)

@@ -1,4 +1,4 @@
-"""What an optimizer keeps for every parameter, found out by a step on one parameter of every shape."""
+"""Measures the state of an optimizer by a step on one parameter of every shape."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _CUDA_ONLY = ("fused", "capturable", "differentiable")
 
 @dataclass(frozen=True, slots=True)
 class OptimizerMemory:
-    """Bytes of an optimizer."""
+    """Memory of an optimizer, in bytes."""
 
     on_device: int
     on_host: int
     """Of paged optimizers: memory that moves between host and device by itself."""
     scratch: int
-    """Made and freed again within each step, on the device."""
+    """Temporary memory of each step, on the device."""
 
 
 def optimizer_memory(

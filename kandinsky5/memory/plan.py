@@ -47,7 +47,7 @@ class MemoryUsage:
     pageable: Mapping[str, int] = field(default_factory=dict)
     """Host memory."""
     pinned: Mapping[str, int] = field(default_factory=dict)
-    """Page-locked host memory, as the host's allocator rounds it."""
+    """Pinned host memory, as rounded by the host's allocator."""
     moved: Mapping[str, int] = field(default_factory=dict)
     """Transfers to the device; in a step with gradient checkpointing, weights and activations make two."""
 
@@ -107,7 +107,7 @@ def weights_usage(
     ring_size: int,
     force_pin: bool = False,
 ) -> MemoryUsage:
-    """The memory of the frozen model once it is loaded and its weights stream.
+    """Memory of the frozen model after loading, with streamed weights.
 
     Args:
         dit: on the meta device, with the dtypes of the loaded model.
@@ -146,7 +146,7 @@ def _group_usage(group: StreamedGroup, device: torch.device, *, is_pinned: bool)
 
 
 def batches_of(data: CachedDataset, text_tokens: int) -> list[BatchShape]:
-    """Every kind of batch in the first epoch, the largest first; captions are taken as `text_tokens` long."""
+    """Every batch shape of the first epoch, the largest first; captions are taken as `text_tokens` long."""
     batches = {batch_of(data, plan, text_tokens) for plan in data.epoch_batches(1)}
     return sorted(batches, key=lambda batch: (batch_elements(batch), batch.latent_height), reverse=True)
 
@@ -164,12 +164,12 @@ def batch_of(data: CachedDataset, plan: BatchPlan, text_tokens: int) -> BatchSha
 
 
 def largest_batch(data: CachedDataset, plans: Iterable[BatchPlan], text_tokens: int) -> BatchShape:
-    """The size of the batch that needs most of several."""
+    """The shape that requires the most memory."""
     return max((batch_of(data, plan, text_tokens) for plan in plans), key=batch_elements)
 
 
 def batch_elements(batch: BatchShape) -> tuple[int, int]:
-    """Sorts batches by what they need: latent positions of all clips, then of one."""
+    """Sort key of batches by memory: latent positions of all clips, then of one."""
     clip = batch.latent_frames * batch.latent_height * batch.latent_width
     return batch.clips * clip, clip
 
@@ -203,7 +203,7 @@ class Planner(ABC, Generic[Options, Job]):
 
     @abstractmethod
     def advice(self, plan: MemoryPlan) -> str:
-        """What helps beyond memory options."""
+        """Advice beyond memory options."""
 
     @abstractmethod
     def assemble(self, options: Options) -> AssembledModel:

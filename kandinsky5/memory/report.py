@@ -1,4 +1,4 @@
-"""The plan of a run as text: the table of `--dry_run`, and the line of `--vram_budget`."""
+"""Formats the plan of a run as text: the table of `--dry_run`, and the line of `--vram_budget`."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def host_memory_shortage(usage: MemoryUsage) -> str | None:
     largest = ", ".join(f"{name} {size_text(size)}" for name, size in parts[:_SHOWN_PARTS] if size)
     return (
         f"Host memory: {size_text(usage.host_bytes)} are planned ({largest}), {size_text(available)} of "
-        f"{size_text(total_memory())} are available. The run may end without memory or swap to the disk: "
+        f"{size_text(total_memory())} are available. The run may run out of memory or swap to disk: "
         "close other programs, or use a smaller --blocks_to_swap, --fp8_base, or no "
         "--gradient_checkpointing_cpu_offload."
     )

@@ -1,4 +1,4 @@
-"""Assembles the model that is trained: the frozen DiT with merged LoRAs, and the LoRA that learns."""
+"""Assembles the model that is trained: the frozen DiT with merged LoRAs, and the trained LoRA."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def load_model(
 
 
 def finish_model(model: ModelConfig, dit: DiffusionTransformer3D, device: torch.device) -> None:
-    """Let weights on the host stream, and compile, once the LoRA is in and on the device."""
+    """Set up weight streaming and compilation; call after the LoRA is injected and on the device."""
     stream_weights(
         dit,
         model.blocks_to_swap,

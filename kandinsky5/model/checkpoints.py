@@ -62,7 +62,7 @@ _FOREIGN_MODELS = (
 
 @dataclass(frozen=True, slots=True)
 class DitFileInfo:
-    """What the headers of a DiT checkpoint say."""
+    """The parsed headers of a DiT checkpoint."""
 
     files: tuple[Path, ...]
     prefix: str
@@ -75,7 +75,7 @@ class DitFileInfo:
         return any(info.dtype in FP8_DTYPES for info in self.tensors.values())
 
     def describe(self) -> str:
-        """Files, size and dtypes in a few words."""
+        """Files, size and dtypes in one line."""
         elements: Counter[str] = Counter()
         for info in self.tensors.values():
             elements[dtype_name(info.dtype)] += (info.end - info.start) // info.dtype.itemsize
@@ -103,7 +103,7 @@ def check_dit_file(path: Path, params: DitParams) -> DitFileInfo:
     Args:
         path: a file, a shard or index of several, or a diffusers folder (`transformer/` or its parent).
     Raises:
-        ModelFileError: missing, damaged, another kind of model, or another size; the first names are told.
+        ModelFileError: missing, damaged, another kind of model, or another size (with the first names).
     """
     files = find_weight_files(path, subfolder="transformer")
     with open_weight_files(files) as weights:
@@ -171,7 +171,7 @@ def _foreign_hint(found: Mapping[str, TensorInfo]) -> str:
 
 
 def file_name_warning(path: Path, *, is_i2v: bool) -> str | None:
-    """A warning when the file's name says T2V and the task I2V, or the reverse; the tensors cannot tell."""
+    """A warning if file name and task disagree on T2V and I2V, which the tensors do not show."""
     name = path.name.lower()
     said, wanted = ("t2v", "i2v") if is_i2v else ("i2v", "t2v")
     if said in name and wanted not in name:
@@ -301,9 +301,7 @@ class _WeightReader:
         """Ask the device once, at the end, about all tensors."""
         bad = self._finite.bad_names() if self._finite is not None else []
         if bad:
-            raise ModelFileError(
-                f"{path}: {not_finite_message(bad)}; --no_weight_check loads it nevertheless."
-            )
+            raise ModelFileError(f"{path}: {not_finite_message(bad)}; --no_weight_check skips this check.")
 
     def _raw(self, key: str) -> Tensor:
         if self._device.type == "meta":

@@ -24,10 +24,10 @@ def float8_may_be_compiled(device: torch.device) -> bool:
 
 
 def check_compile_backend(config: CompileConfig | None) -> None:
-    """Refuse a back end that torch does not know, before a model is loaded.
+    """Refuse an unknown torch.compile backend, before a model is loaded.
 
     Raises:
-        ConfigError: with the names there are.
+        ConfigError: lists the known names.
     """
     if config is None:
         return
@@ -61,4 +61,4 @@ def compile_blocks(dit: DiffusionTransformer3D, config: CompileConfig, device: t
     for block in blocks:
         # The method, not the module: hooks of the module are not compiled.
         block.forward = torch.compile(block.forward, **settings)  # pyright: ignore[reportAttributeAccessIssue]
-    log.info("%d blocks are compiled when they first run, which takes a while", len(blocks))
+    log.info("compiling %d blocks on their first run, which takes a while", len(blocks))

@@ -16,7 +16,7 @@ from kandinsky5.tasks import NablaParams
 from modules.transfers import send
 
 ConditioningForm = Literal["inference", "channels"]
-"""How the model is shown clean frames.
+"""How clean frames are passed to the model.
 
 inference: in place of the noisy ones, as the official pipelines do.
 channels: in the condition channels, beside noisy frames, as the official LoRA trainer does.
@@ -26,7 +26,7 @@ ImageMode = Literal["first", "first_last"]
 
 @dataclass(frozen=True, slots=True)
 class TextConditioning:
-    """What the encoders make of one caption, real tokens only."""
+    """Encoder outputs of one caption, without padding."""
 
     text_embeds: Tensor
     """[L, in_text_dim]."""
@@ -48,7 +48,7 @@ class TextBatch:
 
 @dataclass(frozen=True, slots=True)
 class FrameConditioning:
-    """Clean frames that the model is given."""
+    """Clean conditioning frames."""
 
     latents: Tensor
     """[B, 16, F, H, W], clean at the given frames and zero elsewhere."""
@@ -76,7 +76,7 @@ def condition_frames(
     form: ConditioningForm = "inference",
     use: Tensor | None = None,
 ) -> FrameConditioning:
-    """Give the model the first frame of each clip, or its first and last.
+    """Condition on the first frame of each clip, or on its first and last.
 
     Args:
         image_latents: [B, 16, 2, H, W], encodes of the first and the last pixel frame, each on its own.
@@ -128,7 +128,7 @@ def build_model_input(noisy_latents: Tensor, frames: FrameConditioning | None, h
         [B, F, H, W, 33], or 16 channels for models without conditioning.
     """
     if frames is not None and not has_channels:
-        raise ValueError("this model has no condition channels: it cannot be given frames")
+        raise ValueError("this model has no condition channels: it cannot be conditioned on frames")
     noisy = noisy_latents
     condition = torch.zeros_like(noisy)
     mask = torch.zeros_like(noisy[:, :1])
@@ -144,7 +144,7 @@ def build_model_input(noisy_latents: Tensor, frames: FrameConditioning | None, h
 
 @dataclass(frozen=True, slots=True)
 class VelocityModel:
-    """The DiT with what its task fixes; call it to predict a velocity."""
+    """The DiT with the settings of its task; call it to predict a velocity."""
 
     dit: DiffusionTransformer3D
     scale_factor: tuple[float, float, float]

@@ -94,7 +94,7 @@ class DiffusionTransformer3D(nn.Module):
         self.kept_attention_blocks = 0
         self.activation_offload: ActivationOffload | None = None
         self.weight_streams: list[BlockSwap] = []
-        """What brings weights from host memory, in place (see `kandinsky5.model.offload`)."""
+        """Streams weights from host memory, in place (see `kandinsky5.model.offload`)."""
         self.nabla_observer: MaskObserver | None = None
         head_dim = sum(axes_dims)
         block_sizes = (model_dim, ff_dim, time_dim, head_dim)
@@ -132,18 +132,18 @@ class DiffusionTransformer3D(nn.Module):
         return [module for module in self.modules() if isinstance(module, ModulationLayer)]
 
     def reset_buffers(self, device: torch.device | str) -> None:
-        """Put the float32 tables, which no checkpoint holds, onto `device`."""
+        """Recompute the float32 tables, which checkpoints do not contain, on `device`."""
         for module in self.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
 
     def embed_time(self, timestep: Tensor, pooled_text_embed: Tensor) -> Tensor:
-        """timestep [B], pooled_text_embed [B, dim2] -> what drives every modulation, [B, E] float32."""
+        """timestep [B], pooled_text_embed [B, dim2] -> time embedding [B, E], float32."""
         pooled = self.pooled_text_embeddings(pooled_text_embed.to(self.compute_dtype))
         return self.time_embeddings(timestep) + pooled.float()
 
     def refine_text(self, text_embed: Tensor, activated_time: Tensor, text_mask: KeyMask | None) -> Tensor:
-        """text_embed [B, L, dim], silu(time_embed) [B, E] -> what the video attends to, [B, L, D]."""
+        """text_embed [B, L, dim], silu(time_embed) [B, E] -> refined text tokens [B, L, D]."""
         text = self.text_embeddings(text_embed.to(self.compute_dtype))
         rotary = self.text_rotary((text.shape[1],), (1.0,))
         for block in self.text_blocks():

@@ -1,4 +1,4 @@
-"""Stands for a DiT checkpoint that is not there: its names, shapes and dtypes, and random numbers as data.
+"""A stand-in for a missing DiT checkpoint: its names, shapes and dtypes, with random data.
 
 Benchmarks load it through the code that loads the published files; plans are made from it where nothing has
 been downloaded yet.

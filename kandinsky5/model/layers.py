@@ -28,7 +28,7 @@ from modules.fused_ops import (
 )
 
 RMS_NORM_EPS = torch.finfo(torch.float32).eps
-"""What nn.RMSNorm's default eps is for float32 input; 1e-6 is wrong for small activations."""
+"""The default eps of nn.RMSNorm for float32 input; 1e-6 is wrong for small activations."""
 
 MAX_TEXT_POSITIONS = 1024
 MAX_VISUAL_POSITIONS = 128
@@ -41,7 +41,7 @@ def rotary_frequencies(count: int) -> Tensor:
 
 
 class Modulation(NamedTuple):
-    """How the noise level acts on one branch of a block."""
+    """The modulation of one branch of a block by the timestep."""
 
     norm: ModulatedLayerNorm
     """Of what enters the branch; its bias is the shift, its weight 1 + scale, float32."""
@@ -72,7 +72,7 @@ class TimeEmbeddings(nn.Module):
 
 
 def linear_float32(hidden: Tensor, linear: nn.Linear) -> Tensor:
-    """A Linear computed in float32 where its input lies, from weights stored in any dtype on any device."""
+    """A Linear computed in float32 on its input's device, from weights stored in any dtype on any device."""
     weight, bias = (
         tensor.to(hidden.device, non_blocking=True).float() for tensor in (linear.weight, linear.bias)
     )
@@ -94,7 +94,7 @@ class TextEmbeddings(nn.Module):
 
 
 class VisualEmbeddings(nn.Module):
-    """Cuts latents into patches and projects each to a token."""
+    """Splits latents into patches and projects each to a token."""
 
     def __init__(self, channels: int, model_dim: int, patch_size: tuple[int, int, int]) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class VisualEmbeddings(nn.Module):
 
 
 class ModulationLayer(nn.Module):
-    """The noise level's shifts, scales and gates; computed in float32, stored in the file's dtype."""
+    """Shifts, scales and gates from the time embedding; computed in float32, stored in the file's dtype."""
 
     def __init__(self, time_dim: int, model_dim: int, num_params: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""MagCache: skips the visual blocks where their contribution is known to change little.
+"""MagCache: skips the visual blocks at steps where their residual is known to change little.
 
 Source: kandinskylab/kandinsky-5:kandinsky/magcache_utils.py.
 """
@@ -83,7 +83,7 @@ class MagCache:
     ) -> None:
         self.ratios = effective_ratios(ratios, num_steps)
         self.skipped: list[bool] = []
-        """What was decided, call by call."""
+        """The decision for each call."""
         self._stride = 1 if uses_guidance else 2
         self._threshold = threshold
         self._max_skips = max_skips
@@ -92,7 +92,7 @@ class MagCache:
         self._branches = (_Branch(), _Branch())
 
     def next_pass(self) -> BlockResidual:
-        """The residual to hand to the next forward pass, marked to be used or to be recorded."""
+        """The residual for the next forward pass, marked for use or for recording."""
         if self._call >= len(self.ratios):
             self._call = 0
             self._branches = (_Branch(), _Branch())

@@ -1,8 +1,8 @@
-"""Modulation of all passes of a sampling run, computed at once.
+"""Precomputed modulation for all passes of a sampling run.
 
-It depends on the noise level and on the pooled caption only, and its weights are an eighth of the model: read
-once per run instead of once per pass, they cost nothing where they come from host memory. The table lies on
-the host, a row per pass.
+It depends on the timestep and on the pooled caption only, and its weights are an eighth of the model: read
+once per run instead of once per pass, they cost nothing where they come from host memory. The table is in
+host memory, a row per pass.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def _widths(dit: DiffusionTransformer3D) -> list[int]:
 
 
 class ModulationTable:
-    """What every modulation layer gives in every pass, in the order of the passes.
+    """The outputs of every modulation layer, in the order of the passes.
 
     Args:
-        sigmas: [steps] float32, the noise level of each step.
+        sigmas: [steps] float32, the sigma of each step.
         pooled: [1, in_text_dim2] per pass of a step: of the caption, and of the negative one with guidance.
         device: where the model computes.
     """
@@ -58,7 +58,7 @@ class ModulationTable:
 
     @contextmanager
     def next_pass(self) -> Iterator[None]:
-        """Within the block the layers give what the table holds for the next pass."""
+        """Within the block the layers return the table's values for the next pass."""
         assert self._next < len(self._table), "the table is made for fewer passes"
         row = self._table[self._next : self._next + 1].to(self._device, non_blocking=True)
         self._next += 1

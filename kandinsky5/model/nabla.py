@@ -31,7 +31,7 @@ MaskObserver = Callable[[Tensor], None]
 
 @dataclass(frozen=True, slots=True)
 class NablaPlan:
-    """What all visual blocks of one forward pass share."""
+    """Data shared by all visual blocks of one forward pass."""
 
     params: NablaParams
     sta_mask: Tensor
@@ -43,7 +43,7 @@ class NablaPlan:
 
 
 class DensityReport:
-    """A `MaskObserver` that logs, after the first forward pass, how sparse it was and what computed it.
+    """A `MaskObserver` that logs, after the first forward pass, its density and the implementation.
 
     Args:
         num_blocks: visual blocks of the model.

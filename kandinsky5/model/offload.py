@@ -1,4 +1,4 @@
-"""Which parts of the DiT live in host memory, and how many may."""
+"""Selects the parts of the DiT that stay in host memory and are streamed to the device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RESIDENT_VISUAL_BLOCKS = 2
 
 
 def split_blocks_to_swap(params: DitParams, count: int) -> tuple[int, int]:
-    """How many text and how many visual blocks are swapped when `count` are asked for.
+    """Split `count` swapped blocks into text and visual blocks.
 
     A quarter of them, at most half of the text blocks, are text blocks, as in musubi-tuner.
     """
@@ -56,7 +56,7 @@ def swapped_blocks(dit: DiffusionTransformer3D, count: int) -> list[nn.Module]:
 def host_placement(
     params: DitParams, device: torch.device, *, blocks_to_swap: int, modulation_on_host: bool
 ) -> Callable[[str], torch.device]:
-    """Where each weight is loaded to: what streams to the device later stays in host memory.
+    """The device each weight is loaded to; streamed weights stay in host memory.
 
     Modulation is an eighth of the model and is read once per step, so with `modulation_on_host` its weights
     come to the device one layer at a time (`stream_weights`).
@@ -78,7 +78,7 @@ def host_placement(
 
 @dataclass(frozen=True, slots=True)
 class StreamedGroup:
-    """Modules whose weights take turns in one ring of device buffers."""
+    """Modules whose weights share one ring of device buffers."""
 
     what: str
     modules: Sequence[nn.Module]
@@ -86,11 +86,11 @@ class StreamedGroup:
     takes_modulation: bool
 
     def travels(self, name: str) -> bool:
-        """Whether a weight of one of the modules streams with it."""
+        """Whether a weight of one of the modules is streamed."""
         return self.takes_modulation or "modulation" not in name
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """All that streams."""
+        """The streamed tensors."""
         for module in self.modules:
             yield from travelling_tensors(module, self.travels)
 
@@ -102,7 +102,7 @@ class StreamedGroup:
 def streamed_groups(
     dit: DiffusionTransformer3D, count: int, *, wants_modulation: bool, ring_size: int
 ) -> list[StreamedGroup]:
-    """What streams when `count` blocks are swapped, and modulation or not."""
+    """The groups streamed with `count` swapped blocks, with or without modulation."""
     groups = []
     if count:
         groups.append(StreamedGroup("blocks", swapped_blocks(dit, count), ring_size, False))
@@ -176,9 +176,9 @@ def stream_weights(
 def resident_weights_on_host(
     dit: DiffusionTransformer3D, device: torch.device, *, enabled: bool
 ) -> Iterator[None]:
-    """Within the block the weights that stay on the device make room there; the model cannot run meanwhile.
+    """Within the block the resident weights are in host memory; the model cannot run meanwhile.
 
-    What streams keeps its rings of buffers, and what lies in host memory anyway does not move.
+    Streamed weights keep their rings of buffers and do not move.
     """
     if not enabled or device.type == "cpu":
         yield

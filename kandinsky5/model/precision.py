@@ -1,4 +1,4 @@
-"""What a device can multiply and in which dtype it computes, from the words of the command line."""
+"""Checks and chooses compute dtypes of a device from the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_fast_products(settings: DitConfig | ModelConfig, device: torch.device)
 
 
 def compute_dtype(word: str | None, device: torch.device) -> torch.dtype:
-    """What the user asked for, else bfloat16 on an accelerator and float32 on the CPU."""
+    """The dtype requested by the user, else bfloat16 on an accelerator and float32 on the CPU."""
     if word is not None:
         return dtype_from_word(word)
     return torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -43,7 +43,7 @@ def check_vae(word: str | None, device: torch.device) -> None:
 
 
 def vae_dtype(word: str | None, device: torch.device) -> torch.dtype:
-    """What the user asked for, else float16 on an accelerator and float32 on the CPU."""
+    """The dtype requested by the user, else float16 on an accelerator and float32 on the CPU."""
     if word is not None:
         return dtype_from_word(word)
     return torch.float32 if device.type == "cpu" else torch.float16

@@ -1,4 +1,4 @@
-"""Images that a clip starts or ends with: what size the clip takes from them, and how they fill it.
+"""Conditioning images: the clip size they imply, and resizing to it.
 
 Source: kandinskylab/kandinsky-5:kandinsky/i2v_pipeline.py (size rule, bilinear resize with antialiasing).
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # torch is imported late: sizes are needed before anything he
 
 
 def image_clip_size(height: int, width: int, *, max_area: int, divisor: int) -> tuple[int, int]:
-    """(height, width) of the clip for an image: scaled up or down to `max_area` pixels.
+    """(height, width) of the clip for an image, scaled to `max_area` pixels.
 
     Each side is rounded to the nearest multiple of `divisor` by itself, halves to even, so the aspect ratio
     may change a little and nothing is cropped.
@@ -29,7 +29,7 @@ def image_pixels(path: Path, height: int, width: int, *, crop: bool) -> Tensor:
     """A conditioning image at the clip's size, ready for the VAE.
 
     Args:
-        crop: scale the image to cover the size and cut the middle out; else scale each side to fit.
+        crop: scale the image to cover the size and crop the centre; else scale each side to fit.
     Returns:
         [1, 3, 1, height, width] float32 in [-1, 1], on the CPU.
     Raises:

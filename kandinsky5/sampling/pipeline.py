@@ -63,7 +63,7 @@ class ClipInputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerSettings:
-    """The settings of a run that hold for all of its clips, and the cache of one."""
+    """The sampler settings of a run, and the MagCache of one clip."""
 
     task: Task
     nabla: NablaParams | None
@@ -71,7 +71,7 @@ class SamplerSettings:
     noise_device: torch.device
     """"cpu" gives the same noise on every device."""
     magcache: MagCache | None = None
-    """Made for one clip's steps and guidance; None runs all blocks."""
+    """Built for one clip's steps and guidance; None runs all blocks."""
 
 
 def full_prompt(request: VideoRequest) -> str:
@@ -105,7 +105,7 @@ def encode_prompts(encoders: TextEncoders, requests: Sequence[VideoRequest]) -> 
 
 
 def encode_images(vae: VideoVAE, request: VideoRequest, *, tile_px: int | None = None) -> Tensor | None:
-    """Encode the frames a request gives, each as a clip of one frame.
+    """Encode the conditioning images of a request, each as a clip of one frame.
 
     Returns:
         [1, 16, 2, H, W] float32 on the CPU (the second is zero without a last image), or None without images.
@@ -194,7 +194,7 @@ def _check_finite(latents: Tensor, step: int, request: VideoRequest) -> None:
 def decode_frames(vae: VideoVAE, latents: Tensor, *, tile_px: int | None = None) -> np.ndarray:
     """Decode latents [1, 16, F, H, W] into frames uint8 [F_px, H_px, W_px, 3] on the CPU.
 
-    When device memory runs out, the clip is decoded once more in smaller and smaller spatial tiles, which is
+    When device memory runs out, decoding is retried with smaller and smaller spatial tiles, which is
     logged; tiles blur seams slightly.
 
     Raises:
@@ -211,7 +211,7 @@ def decode_frames(vae: VideoVAE, latents: Tensor, *, tile_px: int | None = None)
                     "try --vae_dtype float16, close other programs on the device, "
                     "or decode later with --latent_path"
                 ) from error
-        log.warning("the VAE ran out of memory: decoding once more in tiles of %d pixels", smaller)
+        log.warning("the VAE ran out of memory: decoding again in tiles of %d pixels", smaller)
         tile_px = smaller
         if vae.device.type == "cuda":
             torch.cuda.empty_cache()

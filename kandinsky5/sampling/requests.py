@@ -1,6 +1,6 @@
-"""From what was asked to what is made: defaults of the task filled in, sizes and frames checked or rounded.
+"""Resolves requests: fills in the task's defaults, checks or rounds sizes and frames.
 
-No model and no torch here, so every problem is known before anything slow starts.
+No model and no torch here, so every problem is reported before anything slow starts.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def resolve_request(
 
 
 def log_size_remarks(request: VideoRequest, task: Task) -> None:
-    """Say what is unusual about a size that is legal all the same."""
+    """Log remarks on a size that is valid but unusual."""
     size = (request.width, request.height)
     if task.is_tiny:
         return

@@ -1,6 +1,6 @@
 """From noise to latents: schedule, guidance, Euler steps, and what image-to-video adds.
 
-Source: kandinskylab/kandinsky-5:kandinsky/generation_utils.py; the latents stay float32 between steps.
+Source: kandinskylab/kandinsky-5:kandinsky/generation_utils.py; latents stay in float32 between steps.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ NORMALISED_FRAMES = 4
 REFERENCE_FRAMES = 5
 _MEAN_RANGE = (-0.05, 0.1)
 _STD_RANGE = (-0.1, 0.25)
-"""How far the first frames' mean and deviation may be moved towards the reference's."""
+"""Limit on shifting the first frames' mean and deviation towards the reference's."""
 
 
 def sigma_schedule(num_steps: int, shift: float) -> Tensor:
-    """num_steps + 1 noise levels from 1 to 0, denser near 1 for a shift above 1; float32 on the CPU."""
+    """num_steps + 1 sigmas from 1 to 0, denser near 1 for a shift above 1; float32 on the CPU."""
     uniform = torch.linspace(1, 0, num_steps + 1, dtype=torch.float32)
     return shift * uniform / (1 + (shift - 1) * uniform)
 
@@ -70,7 +70,7 @@ def euler_sample(
 
     Args:
         noise: [B, 16, F, H, W] float32.
-        schedule: [steps + 1] falling noise levels.
+        schedule: [steps + 1] decreasing sigmas.
         frames: clean frames, put back before every step; `finish_image_to_video` does it after the last.
     Returns:
         [B, 16, F, H, W] float32.
@@ -117,7 +117,7 @@ class GuidedVelocity:
 
 
 def uses_guidance(guidance: float) -> bool:
-    """Whether the second pass is run at all."""
+    """Whether the second pass is run."""
     return abs(guidance - 1.0) > 1e-6
 
 
@@ -125,7 +125,7 @@ def normalise_first_frames(latents: Tensor) -> Tensor:
     """Move each of the first four latent frames of an image-to-video clip towards the next five.
 
     latents [B, 16, F, H, W] -> the same shape. Mean and unbiased deviation run over channels and positions.
-    Clips below five latent frames have nothing to refer to and are returned as they are.
+    Clips below five latent frames have no reference frames and are returned unchanged.
     """
     if latents.shape[2] <= NORMALISED_FRAMES:
         return latents
@@ -142,5 +142,5 @@ def normalise_first_frames(latents: Tensor) -> Tensor:
 
 
 def finish_image_to_video(latents: Tensor, frames: FrameConditioning) -> Tensor:
-    """What the official pipeline does to finished latents: given frames restored, first ones normalised."""
+    """Post-process latents as the official pipeline does: given frames restored, first ones normalised."""
     return normalise_first_frames(frames.restore(latents))

@@ -1,4 +1,4 @@
-"""Frames to files: H.264 video, single images, folders of images; written whole, the same bytes each time."""
+"""Frames to files: H.264 video, single images, folders of images; written atomically and reproducibly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FRAMES_PREFIX = ".k5frames-"
 
 
 def check_video_encoder() -> None:
-    """Find out before the first step whether videos can be written.
+    """Check before the first step that videos can be written.
 
     Raises:
         ResourceError: this PyAV comes without the H.264 encoder.
@@ -48,7 +48,7 @@ def write_video(
     crf: int = DEFAULT_CRF,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an .mp4: H.264, yuv420p, BT.709 with limited range, which every player knows.
+    """Write an .mp4: H.264, yuv420p, BT.709 with limited range, which every player supports.
 
     Args:
         frames: uint8 [F, H, W, 3], even sides.
@@ -94,7 +94,7 @@ def write_png(path: Path, pixels: np.ndarray, metadata: Mapping[str, str] | None
 
 
 def write_frames(folder: Path, frames: np.ndarray, metadata: Mapping[str, str] | None = None) -> list[Path]:
-    """Write frames uint8 [F, H, W, 3] as 00000.png, 00001.png, ... into a new folder, there once it is whole.
+    """Write frames uint8 [F, H, W, 3] as 00000.png, 00001.png, ... into a new folder, visible once complete.
 
     Raises:
         OSError: the disk failed, or something of that name is there; nothing new is left.

@@ -36,7 +36,7 @@ _SHOWN_CHARACTERS = 60
 
 
 class TextEncoders:
-    """Qwen2.5-VL and CLIP, loaded; `encode` is all there is to do with them."""
+    """Qwen2.5-VL and CLIP, loaded; see `encode`."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class TextEncoders:
         """Encode captions in one batch, padded to the longest.
 
         Args:
-            captions: used as they are but for white space at both ends; no character is special.
+            captions: used verbatim except for white space at both ends; no character is special.
             content: which template: `image` for clips of one frame, else `video`.
         Returns:
             One entry per caption on the CPU: text_embeds [L, in_text_dim] bfloat16, only the real tokens
@@ -81,7 +81,7 @@ class TextEncoders:
         return [TextConditioning(*pair) for pair in zip(embeds, pooled, strict=True)]
 
     def free(self) -> None:
-        """Give the memory of both models back; afterwards nothing can be encoded."""
+        """Free the memory of both models; `encode` then raises."""
         self._qwen = self._clip = None
         gc.collect()
         if torch.cuda.is_available():
@@ -191,7 +191,7 @@ def check_text_dims(encoders: TextEncoders, expected: tuple[int, int]) -> None:
 def check_text_encoder_paths(
     qwen: str, clip: str, expected_dims: tuple[int, int] | tuple[None, None] = (None, None)
 ) -> list[str]:
-    """Problems of the two `--text_encoder_*` values, found without loading anything.
+    """Problems of the two `--text_encoder_*` values, checked without loading anything.
 
     Args:
         expected_dims: the DiT's in_text_dim and in_text_dim2, when there is a DiT.
@@ -203,7 +203,7 @@ def check_text_encoder_paths(
 
 
 def text_encoder_fingerprint(qwen: str, clip: str, quantization: Quantization | None = None) -> str:
-    """What `TextEncoders.fingerprint` will be, without loading the weights.
+    """Compute `TextEncoders.fingerprint` without loading the weights.
 
     Raises:
         ModelFileError: a folder cannot be used.

@@ -1,4 +1,4 @@
-"""Finds the folders of the text encoders and reads from them only what encoding captions needs."""
+"""Finds the folders of the text encoders and reads only the files required to encode captions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class LoadedEncoder:
-    """A text model on its device, its tokenizer, and the hash that stands for both."""
+    """A text model on its device, its tokenizer, and a hash of both."""
 
     model: Any
     tokenizer: Any
@@ -65,7 +65,7 @@ class LoadedEncoder:
 
 
 def check_text_encoder(name: str, kind: EncoderKind, width: int | None = None) -> list[str]:
-    """Problems that can be seen without loading; hub ids are only looked at, not downloaded.
+    """Check an encoder without loading it; hub ids are not downloaded.
 
     Args:
         width: the hidden size that the DiT takes; None leaves it unchecked.
@@ -86,12 +86,12 @@ def check_text_encoder(name: str, kind: EncoderKind, width: int | None = None) -
 
 
 def wrong_width_message(kind: EncoderKind, found: int, wanted: int) -> str:
-    """What to say of an encoder that is not the one the DiT was trained with."""
+    """Message for an encoder that does not match the DiT."""
     return f"{_FLAGS[kind]}: the model is {found} wide, the task's DiT takes {wanted}"
 
 
 def encoder_fingerprint(name: str, kind: EncoderKind, quantization: Quantization | None = None) -> str:
-    """What the loaded encoder's `fingerprint` will be; reads only the beginnings of the weights."""
+    """Compute the loaded encoder's `fingerprint`; reads only the first bytes of the weights."""
     folder = resolve_folder(name, kind)
     files = {file: _wanted(file, kind) for file in _weight_files(folder, kind)}
     return _fingerprint(folder, kind, files, _load_tokenizer(folder, kind), quantization)
@@ -134,7 +134,7 @@ def resolve_folder(name: str, kind: EncoderKind) -> Path:
     """The folder a `--text_encoder_*` value means; a hub id is downloaded or taken from the hub's cache.
 
     Raises:
-        ModelFileError: neither a usable folder nor a model that can be had.
+        ModelFileError: neither a usable folder nor a model available on the hub.
     """
     folder = _local_folder(name, kind)
     if folder is None:

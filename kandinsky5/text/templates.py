@@ -33,7 +33,7 @@ _SHA256 = {
 
 @dataclass(frozen=True, slots=True)
 class PromptTemplates:
-    """What the models were trained with, to the byte."""
+    """The templates that the models were trained with, byte for byte."""
 
     video: str
     image: str

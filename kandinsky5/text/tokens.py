@@ -1,4 +1,4 @@
-"""Captions to token ids: the same as tokenizing the whole prompt, except that a caption cannot give orders.
+"""Captions to token ids: as tokenizing the whole prompt, except that captions cannot inject control tokens.
 
 A caption that contains a control token's text, such as <|im_end|>, is spelt out instead of ending the prompt.
 """
@@ -24,7 +24,7 @@ class CaptionTokens:
 
     ids: list[int]
     lost_text: str
-    """The end of the caption that did not fit; "" when all of it did."""
+    """The truncated end of the caption; "" if all of it fits."""
     num_caption_tokens: int
     """Of the caption alone, before it was cut."""
 
@@ -43,7 +43,7 @@ class QwenTokens:
             self._parts[content] = (self._template_ids(before), self._template_ids(after))
 
     def crop(self, content: ContentType) -> int:
-        """How many leading positions belong to the template."""
+        """Number of leading template tokens."""
         return len(self._parts[content][0])
 
     def check_official_crops(self, source: str) -> None:
@@ -86,7 +86,7 @@ class ClipTokens:
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, source: str, *, is_chat: bool) -> None:
-    """Refuse a tokenizer that belongs to another model than the embedding table of `vocab_size` rows."""
+    """Refuse a tokenizer that does not match an embedding table of `vocab_size` rows."""
     if len(tokenizer) > vocab_size:
         raise ModelFileError(
             f"{source}: its tokenizer has {len(tokenizer)} tokens, but the model's embedding has "

@@ -1,4 +1,4 @@
-"""Finds and reads the files a HunyuanVideo VAE comes in."""
+"""Finds and reads the files of a HunyuanVideo VAE."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def vae_from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
 
 def check_vae_file(path: Path) -> None:
-    """Find out from names and shapes alone whether `path` holds a VAE that `load_vae` can load.
+    """Check from names and shapes alone that `path` holds a VAE that `load_vae` can load.
 
     Raises:
-        ModelFileError: it does not; the message says what was found.
+        ModelFileError: it does not; the message lists what was found.
     """
     file = _find_weights(path)
     config, _ = _read_config(file)
@@ -80,7 +80,7 @@ def _refuse_bad_values(file: Path, finite: FiniteCheck) -> None:
 
 
 def vae_fingerprint(path: Path) -> str:
-    """Stands for configuration and weights in caches; independent of paths, quick to take, without loading.
+    """Hash of configuration and weights for caches; independent of paths, without loading the weights.
 
     Raises:
         ModelFileError: as `check_vae_file`.

@@ -117,7 +117,7 @@ class VideoVAE:
 
     @torch.no_grad()
     def decode_windows(self, latents: Tensor, *, tiles: TileGrid | None = None) -> Iterator[Tensor]:
-        """`decode` in pieces of 8 to 17 frames, so that a long video never has to lie in memory as floats.
+        """`decode` in pieces of 8 to 17 frames, so that a long video is never in memory as floats as a whole.
 
         Yields [B, 3, frames, 8H, 8W] float32 in order. `tiles` is in pixels.
         """
@@ -142,7 +142,7 @@ def load_vae(path: Path, *, dtype: torch.dtype, device: torch.device | str) -> V
     """Load a VAE from a diffusers folder (itself or its `vae/`), a .safetensors or the original .pt file.
 
     Raises:
-        ModelFileError: nothing usable there, or the tensors are not those of this VAE.
+        ModelFileError: no usable file, or the tensors are not those of this VAE.
     """
     model = read_vae(path, dtype=dtype, device=torch.device(device))
     return VideoVAE(model, vae_fingerprint(path))
@@ -160,7 +160,7 @@ def square_tiles(tile_px: int | None) -> TileGrid | None:
 def encode_or_tile(
     vae: VideoVAE, pixels: Tensor, generators: Sequence[torch.Generator], *, tile_px: int | None
 ) -> Tensor:
-    """`vae.encode`; if frames do not fit into GPU memory whole, once more in tiles, which is logged.
+    """`vae.encode`; if whole frames do not fit in GPU memory, retry with tiles, which is logged.
 
     Drawing starts after the encoder has run, so the second attempt makes the same draw.
     """

@@ -208,7 +208,7 @@ def test_a_line_that_is_no_text_is_reported_and_the_session_goes_on(
     monkeypatch.setattr(interactive, "console_reader", lambda: read)
     run("--interactive", "--output", "out", "--output_type", "latent", "--steps", 1)
     assert "prompt: prompt: U+DCFF at character 5" in said.text
-    assert "prompt: the line is no UTF-8 text" in said.text
+    assert "prompt: the line is not valid UTF-8" in said.text
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
