@@ -1,4 +1,4 @@
-"""The published checkpoints as presets: what each one is, needs and was sampled with."""
+"""Presets of the published checkpoints: architecture, files and sampling settings."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Small random models in the file formats of the published ones: `python -m kandinsky5.tiny_models OUT`.
 
-They are for trying the scripts out and for tests. Their weights are random, so the pictures they make are
+They are for trying out the scripts and for tests. Their weights are random, so the pictures they make are
 noise; everything else (file layouts, dtypes, tokenizers, tensor names) is as in the real checkpoints, and the
 same code loads them.
 """

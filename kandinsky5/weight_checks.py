@@ -1,4 +1,4 @@
-"""Do the tensors of a weight file fit the model that is to take them, and if not, what is the file?"""
+"""Compares the tensors of a weight file with a model, and identifies files of other models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _KINDS = (
 
 
 def kind_of_model(names: Iterable[str]) -> str | None:
-    """What a file with these tensor names looks like, with the name that shows it; None if unknown."""
+    """Identify the kind of model by tensor names, with the name that shows it; None if unknown."""
     names = list(names)
     for piece, kind in _KINDS:
         for name in names:
@@ -45,7 +45,7 @@ def kind_of_model(names: Iterable[str]) -> str | None:
 def describe_mismatch(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> str | None:
-    """How a file's tensors differ from those a model needs, with the first few names; None if they fit."""
+    """Describe missing and unexpected tensors, with the first few names; None if all match."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     reshaped = [

@@ -1,1 +1,1 @@
-"""A small base model that has learnt a drawn world, the judge of what its clips show, and its training."""
+"""A small base model trained on drawn clips, its training, and a judge of generated clips."""

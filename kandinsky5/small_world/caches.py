@@ -1,4 +1,4 @@
-"""What the small base's DiT is trained on: latents of drawn clips and encoded captions, in two files."""
+"""Training data of the small base's DiT: latents of drawn clips and encoded captions, in two files."""
 
 from __future__ import annotations
 

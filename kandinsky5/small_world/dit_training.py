@@ -75,7 +75,7 @@ _CYCLE = (
 def train_dit(
     folder: Path, task: Task, clips: ClipCache, texts: TextCache, config: StageConfig = DIT
 ) -> nn.Module:
-    """Run the stage, or what is left of it, and return the DiT with averaged weights."""
+    """Run or resume the stage, and return the DiT with averaged weights."""
     dit = initial_dit(task.dit_params, texts)
     model = VelocityModel(dit, task.scale_factor)
     stage = Stage(config, dit, folder)
@@ -160,7 +160,7 @@ def draw_stratified_sigmas(count: int, generator: torch.Generator) -> Tensor:
 
 
 class WordCheck:
-    """How much the model uses each word: the rise of the loss when that word alone is swapped.
+    """Use of each caption word by the model: the rise of the loss when that word alone is swapped.
 
     The loss itself hardly shows whether motion is read from the caption: at low noise it is visible in the
     noisy latents, and at high noise little of the loss depends on it.

@@ -1,8 +1,8 @@
-"""Says what a clip of the drawn world shows, by arithmetic: `python -m kandinsky5.small_world.judge CLIP...`.
+"""Classifies clips of the drawn world by image arithmetic: `python -m kandinsky5.small_world.judge CLIP...`.
 
 Saturation separates the shape from the background; the colour is the nearest hue, the motion comes from the
 centroid, area and angle over time, and the shape is the template that covers it best at its own size,
-place and angle. Nothing is learnt, so nothing can be learnt wrong.
+place and angle. Nothing is learned, so there is no model to go wrong.
 """
 
 from __future__ import annotations

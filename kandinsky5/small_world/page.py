@@ -60,7 +60,7 @@ class Comparison:
 
 
 def said(item: Judged) -> str:
-    """What the judge sees, in words."""
+    """The judge's verdict as text."""
     verdict = item.verdict
     if verdict.shape == NOTHING:
         return "no clear shape"
@@ -68,7 +68,7 @@ def said(item: Judged) -> str:
 
 
 def is_shown(item: Judged) -> bool:
-    """Whether the clip shows what was asked for."""
+    """Whether the clip shows the prompt."""
     return item.verdict.matches(item.scene)
 
 

@@ -23,7 +23,7 @@ from modules.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A generated clip: what was asked for and what is seen."""
+    """A generated clip: its prompt and the judge's verdict."""
 
     path: Path
     prompt: str
@@ -48,7 +48,7 @@ class Shares:
 
     @classmethod
     def of_verdicts(cls, scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> Shares:
-        """Of clips that were asked to show `scenes`."""
+        """Of clips whose prompts name `scenes`."""
 
         def share(name: str) -> float:
             pairs = zip(verdicts, scenes, strict=True)

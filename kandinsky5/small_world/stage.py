@@ -27,7 +27,7 @@ _REPORT_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
-    """How long a stage runs and how it optimizes."""
+    """Length and optimizer settings of a stage."""
 
     name: str
     steps: int
@@ -54,7 +54,7 @@ class StageConfig:
 
 @dataclass
 class Stage:
-    """A model in training with what a resumed run needs: `folder`/NAME.pt, and `folder`/log.jsonl."""
+    """A model in training with its resumable state: `folder`/NAME.pt, and `folder`/log.jsonl."""
 
     config: StageConfig
     model: nn.Module
@@ -181,7 +181,7 @@ class Stage:
         self._average = state["average"]
         self._optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
-        log.info("%s: going on at step %d of %d", self.config.name, self.step, self.config.steps)
+        log.info("%s: continuing at step %d of %d", self.config.name, self.step, self.config.steps)
         if self.is_done:
             with torch.no_grad():
                 torch._foreach_copy_(self._params, self._average)

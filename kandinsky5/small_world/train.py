@@ -1,8 +1,8 @@
-"""Makes the small base from nothing: `python -m kandinsky5.small_world.train OUTPUT`.
+"""Trains the small base from scratch: `python -m kandinsky5.small_world.train OUTPUT`.
 
 Stages: VAE on pictures, VAE on clips, latents and captions into caches, DiT. OUTPUT gets the models in the
-file formats of the published ones; OUTPUT/training holds checkpoints, caches and log.jsonl. A run that was
-stopped at any time goes on when it is started again; finished stages are not repeated.
+file formats of the published ones; OUTPUT/training holds checkpoints, caches and log.jsonl. A stopped run
+resumes when it is started again; finished stages are not repeated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CLIPS_PER_SCENE = 8
 
 
 def train_small_base(out: Path, options: argparse.Namespace) -> None:
-    """Run all stages, or what is left of them, and write the models."""
+    """Run or resume all stages, and write the models."""
     work = out / "training"
     work.mkdir(parents=True, exist_ok=True)
     if not (out / "vae" / "config.json").is_file():
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         "python -m kandinsky5.small_world.train",
-        "Train the small base from nothing; started again, a stopped run goes on.",
+        "Train the small base from scratch; a stopped run resumes when started again.",
     )
     parser.add_argument("out", type=Path, help="folder for model/, vae/, text encoders and training/")
     steps = {"vae_picture_steps": PICTURES, "vae_clip_steps": CLIPS, "dit_steps": DIT}

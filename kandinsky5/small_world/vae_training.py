@@ -64,7 +64,7 @@ _SHARP_SHARE = 0.35
 
 
 def train_vae(folder: Path, pictures: StageConfig = PICTURES, clips: StageConfig = CLIPS) -> nn.Module:
-    """Run both stages, or what is left of them, and return the VAE with averaged weights."""
+    """Run or resume both stages, and return the VAE with averaged weights."""
     torch.manual_seed(0)
     vae = AutoencoderKLHunyuanVideo(**VAE_CONFIG)
     calm_start(vae)
@@ -80,7 +80,7 @@ def train_vae(folder: Path, pictures: StageConfig = PICTURES, clips: StageConfig
 
 
 def calm_start(vae: Any) -> None:
-    """Start as what blurs a picture to an eighth of its size and back, in colour, and time as no delay.
+    """Initialise as a blur to an eighth of the size and back, in colour, without delay in time.
 
     Blocks start as identities and resampling as blurring or copying. The channels 0 to 2 carry red, green
     and blue, 3 to 5 their negatives: silu(x) - silu(-x) = x, so that the activations at the ends let them

@@ -43,7 +43,7 @@ MOTIONS = {
 HELD_OUT_SHAPES = ("star", "ring")
 HELD_OUT_MOTION = "spins"
 HELD_OUT_PAIR = ("red", "triangle")
-"""What the DiT of the base has not seen; its VAE has."""
+"""Held out from the training of the DiT, not of the VAE."""
 
 WORDINGS = (
     "a {colour} {shape} {verb}",
@@ -72,7 +72,7 @@ class Scene:
     motion: str
 
     def caption(self, wording: int = 0) -> str:
-        """The scene in words; `wording` indexes `WORDINGS`."""
+        """The caption of the scene; `wording` indexes `WORDINGS`."""
         verb, participle = MOTIONS[self.motion]
         return WORDINGS[wording].format(
             colour=self.colour, shape=self.shape, verb=verb, participle=participle

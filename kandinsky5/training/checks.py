@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a training run before a model is loaded."""
+"""Checks of a training run that need no model."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ log = get_logger(__name__)
 
 
 def check_files(config: TrainConfig) -> None:
-    """Check the model files' headers and the settings that need no data.
+    """Check the model files' headers and the settings that require no data.
 
     Raises:
-        ModelFileError, ConfigError, ResourceError: each with what to do.
+        ModelFileError, ConfigError, ResourceError: each with a remedy.
     """
     check_memory_options(config.model)
     problems = _model_file_problems(config)
@@ -112,11 +112,11 @@ def check_schedule_name(config: OptimizerConfig) -> None:
 
 
 def check_output(config: TrainConfig, *, is_resuming: bool) -> tuple[Path, ...]:
-    """Results of the same name in the output folder; writes nothing.
+    """Check the output folder for results of the same name, without writing.
 
     Raises:
-        ConfigError: there are some, and neither `--overwrite` nor `--resume` is given; or
-            files that are none of them are in the way; or the second folder is the first.
+        ConfigError: such results exist and neither `--overwrite` nor `--resume` is given, other files
+            block the name, or both folders are the same.
     """
     saving = config.saving
     fallback = saving.output_dir_fallback
@@ -127,7 +127,7 @@ def check_output(config: TrainConfig, *, is_resuming: bool) -> tuple[Path, ...]:
     if found.foreign:
         first = found.foreign[0]
         owner = maker(first)
-        whose = "does not say which run it is of" if owner is None else f"is of the run {owner}"
+        whose = "has no metadata of its run" if owner is None else f"is of the run {owner}"
         raise ConfigError(
             f"--output_dir {saving.output_dir}: {first.name} {whose}, and a run named "
             f"{saving.output_name} may want that name. Choose another --output_name or --output_dir, "
@@ -144,7 +144,7 @@ def check_output(config: TrainConfig, *, is_resuming: bool) -> tuple[Path, ...]:
 
 
 def check_output_unwritten(config: TrainConfig, *, is_resuming: bool) -> None:
-    """What `prepare_output` would refuse, as far as it shows without writing anything.
+    """The checks of `prepare_output` that are possible without writing.
 
     Raises:
         ConfigError: see `check_output`.
@@ -159,7 +159,7 @@ def check_output_unwritten(config: TrainConfig, *, is_resuming: bool) -> None:
 
 
 def prepare_output(config: TrainConfig, held: ExitStack, *, is_resuming: bool) -> None:
-    """Make the output folder, prove that it can be written, and keep other runs of the name away.
+    """Create the output folder, check that it is writable, and lock its output name.
 
     Args:
         held: takes the lock on the output name.
@@ -177,7 +177,7 @@ def prepare_output(config: TrainConfig, held: ExitStack, *, is_resuming: bool) -
 
 
 def remove_replaced(config: TrainConfig, *, is_resuming: bool) -> None:
-    """What `--overwrite` deletes, once nothing can be found wrong with the run any more.
+    """Delete the results that `--overwrite` replaces; call after all other checks.
 
     Raises:
         ConfigError: see `check_output`.
@@ -278,14 +278,14 @@ def _without_effect(why: str, **is_given: bool) -> Iterator[str]:
 
 
 def describe_model(model: ModelConfig) -> str:
-    """One line on what is about to be trained."""
+    """One line on the model and its adapters."""
     attention = f"dense attention ({model.attention})" if model.nabla is None else model.nabla.describe()
     held = "in float8" if model.fp8_base else "in int8" if model.int8_base else "as they are"
     return f"{model.task.name}: {model.dit.name}, {attention}, weights {held}"
 
 
 def log_datasets(datasets: DatasetConfig, data: CachedDataset) -> None:
-    """Settings of the datasets and what of them is used."""
+    """Log the settings of the datasets and the items in use."""
     for note in (*datasets.notes, *data.notes):
         log.info("%s", note)
     log.info("datasets\n%s\n%s", datasets.describe(), data.summary_table())

@@ -1,4 +1,4 @@
-"""Requests to a running training: signals, and a word in `<output_name>.control` where those do not work."""
+"""Requests to a running training: signals, and a command in `<output_name>.control` where they fail."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TrainingControl:
         self._has_stop_word = False
 
     def take_word(self) -> str:
-        """Remove and return the word in the control file; "" without one, and on all but the main process."""
+        """Read and delete the control file; "" without a command, and on all but the main process."""
         word = take_control_word(self._names) if self._accelerator.is_main_process else ""
         if word == "sample" and not self._makes_samples:
             log.info("%s: sample has no effect: add --sample_prompts", self._names.control.name)
@@ -46,7 +46,7 @@ class TrainingControl:
         return _STOP_WORD_CODE if self._has_stop_word else 0
 
     def is_stopping(self) -> bool:
-        """Whether this process is asked to stop."""
+        """Whether this process has received a stop request."""
         return self.stop_code() != 0
 
     def agree(self, stop_code: int) -> int:
@@ -64,7 +64,7 @@ class TrainingControl:
 
 
 def remove_old_word(names: ResultNames) -> None:
-    """Remove a word that was written before this run began: it was meant for an earlier run."""
+    """Remove a command from before this run started."""
     try:
         names.control.unlink()
     except FileNotFoundError:
@@ -76,7 +76,7 @@ def remove_old_word(names: ResultNames) -> None:
 
 
 def take_control_word(names: ResultNames) -> str:
-    """The word in the run's control file, which is then deleted; "" without one."""
+    """Read the command in the control file and delete the file; "" without one."""
     try:
         word = _read(names)
         names.control.unlink()
@@ -93,7 +93,7 @@ def take_control_word(names: ResultNames) -> str:
 
 
 def is_stop_written(names: ResultNames) -> bool:
-    """Whether the word is `stop`; the file stays, so other words wait for the end of the next step."""
+    """Whether the command is `stop`; the file stays, so other commands are read after the next step."""
     try:
         return _read(names) == "stop"
     except (OSError, UnicodeDecodeError):  # no such file, or reported when the word is taken

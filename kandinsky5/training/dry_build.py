@@ -1,6 +1,6 @@
-"""A dry build of what a run trains, without data, which refuses what cannot work before a model is loaded.
+"""A dry build on the meta device, which finds invalid settings before a model is loaded.
 
-The functions are those that build the run itself. Model and LoRA lie on the meta device; the optimizer takes
+The functions are those that build the run itself. Model and LoRA are on the meta device; the optimizer takes
 one trial step with a few small parameters.
 """
 
@@ -29,12 +29,12 @@ _SMALL = 8
 def check_dry_build(
     config: TrainConfig, saved: SavedState | None, total_steps: int, device: torch.device | None
 ) -> None:
-    """Build LoRA, optimizer and schedule as the run will, and take a trial step with the last two.
+    """Build LoRA, optimizer and schedule as in the run, and take a trial step.
 
     Args:
         device: where the optimizer makes its trial step; None for no such step.
     Raises:
-        ConfigError: settings that build nothing, or another LoRA or optimizer than the state's.
+        ConfigError: invalid settings, or a LoRA or optimizer that differs from the state's.
         ModelFileError: `--base_weights`, `--network_weights` or a state that does not fit the model.
         ResourceError: a package is missing.
     """

@@ -1,4 +1,4 @@
-"""Reports what every saved LoRA does to the model, in the log, in the curves and in a text file beside it."""
+"""Reports the effect of every saved LoRA on the model: in the log, in the curves and in a text file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples and validation between steps: they move no weight, and a stopped run leaves them for later."""
+"""Samples and validation between steps: they change no weights, and a stopped run defers them."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Evaluation:
         names = SampleNames(saving.output_dir / "sample", saving.output_name, run.mark.session_id)
         self._samples = TrainingSamples(run.config, run.prompts, model.device, names)
         self.are_samples_requested = False
-        """By the word `sample` in the control file, for the present step."""
+        """By the command `sample` in the control file, for the current step."""
 
     def are_samples_due(self) -> bool:
-        """Whether samples of this step are asked for, whether or not they have been made."""
+        """Whether samples of this step are requested, made or not."""
         progress = self._progress
         is_due = train_samples.is_due(self._config.samples, progress.step, progress.ended_epoch)
         return is_due or self.are_samples_requested
@@ -52,7 +52,7 @@ class Evaluation:
         )
 
     def missing(self) -> list[str]:
-        """What the options ask for after this step and has not been done, by name."""
+        """Evaluations due after this step and not done yet, by name."""
         progress = self._progress
         lacks_samples = train_samples.are_missing(
             self._config, progress.step, progress.ended_epoch, self._num_prompts

@@ -1,4 +1,4 @@
-"""Loads what a run trains: the frozen model, its LoRA, the optimizer and the schedule, on their device."""
+"""Loads the frozen model, its LoRA, the optimizer and the schedule, on their device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from networks.weight_average import WeightAverage
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedModel:
-    """The frozen model with the LoRA that learns, and what moves its weights."""
+    """The frozen model, its LoRA, the optimizer and the schedule."""
 
     config: TrainConfig
     seed: int
@@ -85,7 +85,7 @@ class TrainedModel:
 
 
 def load_trained_model(run: PreparedRun) -> TrainedModel:
-    """Load the frozen model, and build or resume all that is trained.
+    """Load the frozen model, and build or resume the trained parts.
 
     Raises:
         ModelFileError, ConfigError: see `assembly` and `restore`.

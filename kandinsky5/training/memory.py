@@ -27,7 +27,7 @@ def planner_for(config: TrainConfig, accelerator: Accelerator) -> TrainingPlanne
 
 
 def fit_budget(config: TrainConfig, data: CachedDataset, accelerator: Accelerator) -> TrainConfig:
-    """The config with what `--vram_budget` adds for the largest batch; unchanged without that option.
+    """The config with the options that `--vram_budget` adds; unchanged without that option.
 
     Raises:
         ConfigError: nothing fits.
@@ -44,7 +44,7 @@ def fit_budget(config: TrainConfig, data: CachedDataset, accelerator: Accelerato
 
 
 def warn_of_host_memory(planner: TrainingPlanner, data: CachedDataset, device: torch.device) -> None:
-    """Log a warning, before anything is loaded, if the largest batch needs more host memory than there is.
+    """Warn, before anything is loaded, if the largest batch requires more host memory than is available.
 
     Only where a GPU computes: what a run keeps in host memory, and not on the device, is what options choose.
     """

@@ -14,7 +14,7 @@ NAMES = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_
 
 
 class NormLimit:
-    """The limit of one network. Its numbers wait on the device, so that they travel with the next step's."""
+    """The limit of one network. Its numbers stay on the device and are transferred with the next step's."""
 
     def __init__(self, network: LoRANetwork, max_norm: float | None, device: torch.device) -> None:
         self._network, self._max_norm = network, max_norm

@@ -1,4 +1,4 @@
-"""What a run saves and when: LoRAs and states by step and epoch, at a stop and at the end."""
+"""Saves LoRAs and states by step and epoch, at a stop and at the end."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class Output:
         self._is_final_written = False
 
     def begin_branch(self, run: TrainingState) -> None:
-        """Save the state that a run has gone back to before anything else, so that `--resume auto` follows.
+        """Save the state that a run went back to first, so that `--resume auto` follows.
 
         At the end of a run the final files come first, as always.
         """
         log.info(
-            "going back to step %d leaves later states of %s behind: from now on --resume auto continues "
-            "what this run saves (branch %d)",
+            "resuming at step %d abandons later states of %s: --resume auto now continues "
+            "this run's states (branch %d)",
             run.step, run.output_name, run.branch,
         )  # fmt: skip
         if run.step < run.total_steps:
             self._writer.write_state(self._names.state("step", run.step), run)
 
     def save_due(self, run: TrainingState, ended_epoch: int | None, *, is_stopping: bool) -> None:
-        """Save what the options ask for after this step.
+        """Save the files due after this step.
 
         Args:
             ended_epoch: the epoch that this step ended, if it did.

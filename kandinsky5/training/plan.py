@@ -1,4 +1,4 @@
-"""Which batches make which optimizer step: arithmetic on the step number alone, so a run resumes anywhere.
+"""Maps optimizer steps to batches by arithmetic on the step number alone, so a run resumes at any step.
 
 An optimizer step takes `gradient_accumulation_steps * num_processes` consecutive batches in the epoch's
 order. Steps never cross the end of an epoch: its last one takes what is left. Every clip of a step weighs the
@@ -22,7 +22,7 @@ _READ_AHEAD = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingLength:
-    """How steps, epochs and batches relate. Steps and epochs are counted from 0 here."""
+    """The relation of steps, epochs and batches. Steps and epochs are counted from 0 here."""
 
     batches_per_epoch: int
     gradient_accumulation_steps: int
@@ -59,7 +59,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """All that one process does for one optimizer step."""
+    """The work of one process for one optimizer step."""
 
     step: int
     epoch: int
@@ -137,7 +137,7 @@ def batch_loader(
 
 
 def data_order_hash(data: CachedDataset) -> str:
-    """Names the order of the first epoch and what its captions are drawn from.
+    """Hash of the order of the first epoch and of its captions.
 
     Another dataset, batch size, seed, dropout rate or number of captions gives another.
     """

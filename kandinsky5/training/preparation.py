@@ -70,13 +70,13 @@ class PreparedRun:
 
 
 def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> PreparedRun | None:
-    """Check everything that can be checked before the model is loaded; None if there is nothing to train.
+    """Check everything that can be checked before the model is loaded; None if the run is already complete.
 
     Args:
         held: takes what the run holds until its end.
-        stop: the request to stop that uploads obey.
+        stop: the stop request that uploads observe.
     Raises:
-        UserError: with everything that the user can fix, by its kind.
+        UserError: lists the problems that the user can fix.
     """
     saved = resumed_state(config)
     config = without_replaced_weights(config, saved)

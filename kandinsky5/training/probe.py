@@ -1,4 +1,4 @@
-"""One step of the largest batch before the first, so that memory runs out at once and not after hours.
+"""A trial step of the largest batch before training, to run out of memory at once and not after hours.
 
 The weights do not move: there is a forward and a backward pass and no optimizer step, gradients are thrown
 away, and no random stream is read, so that a run with the probe and one without end in the same bytes.
@@ -35,7 +35,7 @@ def probe(
         network: has no gradients before, and none afterwards.
         step: the next one, whose sigmas are used.
     Raises:
-        ResourceError: device memory ran out; the message names sizes and what would help.
+        ResourceError: device memory ran out; the message lists sizes and options that help.
     """
     device = objective.device
     plan = largest_plan(data)

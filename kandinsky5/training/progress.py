@@ -1,4 +1,4 @@
-"""How far a run has come, and the record of it that a state directory keeps."""
+"""The progress of a run, and its record in a state directory."""
 
 from __future__ import annotations
 

@@ -55,12 +55,12 @@ _NOT_COMPARED = (
 
 
 def library_versions() -> dict[str, str]:
-    """What computes the run: other versions may round otherwise."""
+    """Versions of libraries that affect rounding."""
     return {"python": platform.python_version(), "torch": torch.__version__}
 
 
 def resumed_state(config: TrainConfig) -> SavedState | None:
-    """What `--resume` names, read and verified."""
+    """Read and verify the state that `--resume` selects."""
     resume, hub = config.run.resume, config.hub
     if resume is None:
         return None
@@ -140,7 +140,7 @@ def check_resumed(
     seed: int,
     contents: Mapping[str, str],
 ) -> None:
-    """Refuse what would no longer be the same run, and log what has changed.
+    """Refuse changes that would make it another run, and log other changes.
 
     Raises:
         ConfigError: all differences at once.
@@ -167,11 +167,11 @@ def check_resumed(
         if before.data_order != data_order_hash(data):
             what = "the dataset or its batch sizes have changed"
         elif new_caches:
-            what = f"{' and '.join(new_caches)} have been cached again from something else"
+            what = f"{' and '.join(new_caches)} have been cached again from other inputs"
         if what:
             problems.append(
                 f"--resume {saved.folder.name}: {what}. "
-                "--allow_changed_data goes on all the same, but not as the same run."
+                "--allow_changed_data continues anyway, but the run is then not exact."
             )
     problems += _epoch_problems(config, before, length)
     if problems:
@@ -206,7 +206,7 @@ def _log_changes(
     before = saved.run
     if before.learning_rate != config.optimizer.learning_rate and config.optimizer.lr_scheduler_type:
         log.warning(
-            "resuming: --lr_scheduler_type goes on from its own rate; the new --learning_rate is not used"
+            "resuming: --lr_scheduler_type continues from its own rate; the new --learning_rate is not used"
         )
     elif before.learning_rate != config.optimizer.learning_rate:
         log.info(
@@ -218,11 +218,11 @@ def _log_changes(
         log.warning("resuming: %s", line)
     for option in changed(before.contents, contents, MODELS):
         log.warning(
-            "resuming: what %s reads is not what it was; the run goes on with it, not as the same run", option
+            "resuming: the input of %s has changed; the run continues with it and is not exact", option
         )
     if before.library_versions != library_versions():
         log.info(
-            "resuming: the run was started with %s, now %s: results may round otherwise",
+            "resuming: the run was started with %s, now %s: rounding may differ",
             _versions(before.library_versions), _versions(library_versions()),
         )  # fmt: skip
     log.info("resuming %s at step %d of %d", saved.folder.name, before.step, length.total_steps)
@@ -234,7 +234,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     names = [name for name in sorted({**before, **now}) if not name.startswith(_NOT_COMPARED)]
     pairs = [(name, before.get(name), now.get(name)) for name in names]
     return [
-        f"--{name} changes from {old} to {new}; the run goes on with it, not as the same run"
+        f"--{name} changes from {old} to {new}; the run continues with it and is not exact"
         for name, old, new in pairs
         if old != new
     ]
@@ -291,10 +291,10 @@ def restore(
     optimizer: torch.optim.Optimizer,
     total_steps: int,
 ) -> LRScheduler | None:
-    """Put a state back into network and optimizer; returns the schedule at the right step.
+    """Restore network and optimizer from a state; returns the schedule at its step.
 
     Raises:
-        ConfigError: the LoRA or the optimizer is another one than the state's.
+        ConfigError: LoRA or optimizer differ from the state's.
     """
     if saved is None:
         return build_schedule(config, optimizer, total_steps, 0)

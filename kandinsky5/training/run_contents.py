@@ -1,4 +1,4 @@
-"""What the files that a run reads hold, in hashes: a resumed run notices when they have been replaced."""
+"""Hashes of a run's input files: a resumed run detects when they have been replaced."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def _hash(lines: Iterable[str]) -> str:
 
 
 def changed(before: Mapping[str, str], now: Mapping[str, str], names: Mapping[str, str]) -> list[str]:
-    """What of `names` both know and that has another hash now; in words."""
+    """Describe the inputs of `names` whose hashes differ."""
     both = before.keys() & now.keys()
     return [words for name, words in names.items() if name in both and before[name] != now[name]]

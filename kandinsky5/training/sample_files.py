@@ -1,4 +1,4 @@
-"""Files of samples made while training: names, frames, and one picture per prompt that grows with the run."""
+"""Files of training samples: names, frames, and one growing grid image per prompt."""
 
 from __future__ import annotations
 

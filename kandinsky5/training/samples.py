@@ -1,4 +1,4 @@
-"""Samples while training: prompts checked and encoded before the model is loaded, clips made between steps.
+"""Samples during training: prompts are encoded before the model is loaded, clips made between steps.
 
 No random stream of training is read or moved, and the LoRA is left as it was found, so that a run with
 samples and one without end in the same bytes.
@@ -54,7 +54,7 @@ KIND = "sample"
 
 @dataclass(frozen=True, slots=True)
 class PreparedPrompt:
-    """A prompt of the file with everything that encoders made of it, on the CPU."""
+    """A prompt of the file with its encoder outputs, on the CPU."""
 
     number: int
     """Position in the prompt file, from 0."""
@@ -103,7 +103,7 @@ def read_requests(config: TrainConfig) -> list[VideoRequest]:
     """The prompts of `--sample_prompts`, every setting decided.
 
     Raises:
-        ConfigError: everything that is wrong with the prompts, with file and line.
+        ConfigError: all problems of the prompts, with file and line.
         DataError: images are damaged, and nothing else is wrong.
     """
     settings, task = config.samples, config.model.task
@@ -141,7 +141,7 @@ def read_requests(config: TrainConfig) -> list[VideoRequest]:
 
 
 def sample_model_problems(config: TrainConfig) -> list[str]:
-    """What is wrong with VAE and text encoders by their headers, for a run that makes samples."""
+    """Problems of VAE and text encoders by their headers, for a run that makes samples."""
     settings, params = config.samples, config.model.dit_params
     dims = (params.in_text_dim, params.in_text_dim2)
     problems = check_text_encoder_paths(settings.text_encoder_qwen, settings.text_encoder_clip, dims)
@@ -213,9 +213,9 @@ class TrainingSamples:
         epoch: int | None,
         should_stop: Callable[[], bool],
     ) -> list[Sample]:
-        """Sample, decode and write the prompts that are not on record for `step`; returns what was written.
+        """Sample, decode and write the prompts that are not on record for `step`; returns the samples
 
-        Errors are logged and cost samples, not the run.
+        written. Errors are logged and do not end the run.
 
         Args:
             should_stop: called after every sampling step and before every clip is decoded; the rest is then

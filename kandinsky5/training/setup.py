@@ -1,4 +1,4 @@
-"""Puts a training run together: processes, datasets, the frozen model, the LoRA, optimizer and schedule."""
+"""Assembles a training run: processes, datasets, the frozen model, the LoRA, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _check_prior(config: TrainConfig, datasets: DatasetConfig) -> None:
 
 
 def open_validation(config: TrainConfig, data: CachedDataset) -> tuple[CachedDataset, CachedDataset | None]:
-    """What of `data` is trained on, and what is measured: a share of it, or a dataset of its own.
+    """Split `data` into training and validation, or open a separate validation dataset.
 
     Raises:
         ConfigError, CacheError, DataError: see `dataset`.
@@ -240,5 +240,5 @@ def build_schedule(
 
 
 def has_schedule_state(config: OptimizerConfig) -> bool:
-    """Whether the schedule is more than a function of the step, and so belongs into the state."""
+    """Whether the schedule is more than a function of the step, and so belongs in the state."""
     return bool(config.lr_scheduler_type)

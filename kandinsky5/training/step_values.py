@@ -1,4 +1,4 @@
-"""The numbers of one optimizer step, which all processes agree on with one transfer from the device."""
+"""Values of one optimizer step, reduced over all processes with one transfer from the device."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class StepValues:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What there is to report of a finished step."""
+    """The reported values of a finished step."""
 
     plan: StepPlan
     values: StepValues

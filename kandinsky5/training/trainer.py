@@ -1,4 +1,4 @@
-"""The training loop: accumulate, clip, step, log, save, and stop in good order.
+"""The training loop: accumulate, clip, step, log, save, and stop cleanly.
 
 One optimizer step needs one transfer from the device: its losses, its gradient norm and the requests to stop
 travel together, after the backward passes and before the weights move. Several processes agree once more when
@@ -219,7 +219,7 @@ class Trainer:
         return nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
 
     def update(self) -> None:
-        """Move the weights, and what follows them: schedule, norm limit and average."""
+        """Step the optimizer, then the schedule, the norm limit and the average."""
         self.model.optimizer.step()
         self.progress.skipped_in_a_row = 0
         self._end_update()
@@ -252,7 +252,7 @@ class Trainer:
             self.accelerator.wait_for_everyone()
         raise DivergedError(
             f"training diverged at {report.describe()};\n{kept}. Look at the named items, or lower "
-            "--learning_rate; --on_nan skip leaves such steps out."
+            "--learning_rate; --on_nan skip skips such steps."
         )
 
     def after_step(self, stop_code: int) -> int:
@@ -314,12 +314,12 @@ class Trainer:
         """Save what a resumed run needs, and log what it will catch up on."""
         step = self.progress.step
         if not step:
-            log.info("stopping before the first step as asked")
+            log.info("stopping before the first step as requested")
             return
         self.output.save_stopped(self.run_state())
         missing = self.evaluation.missing()
         log.info(
-            "stopping after step %d of %d as asked; --resume auto goes on from there%s",
+            "stopping after step %d of %d as requested; --resume auto continues from there%s",
             step, self.progress.length.total_steps, f" with its {' and '.join(missing)}" if missing else "",
         )  # fmt: skip
 

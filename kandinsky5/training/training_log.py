@@ -1,4 +1,4 @@
-"""What a run reports while it trains: lines of metrics.jsonl, points of the curves, and the progress bar."""
+"""Reports of a running training: lines of metrics.jsonl, points of the curves, and the progress bar."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TrainingLog:
         self.metrics: Metrics | None = None
 
     def open(self) -> None:
-        """Open metrics.jsonl, which drops what an abandoned part of the run wrote after the present step."""
+        """Open metrics.jsonl, and drop lines of an abandoned part of the run after the current step."""
         saving = self._config.saving
         self.metrics = Metrics(
             saving.output_dir, saving.output_name, start_step=self._progress.step, trackers=self._trackers

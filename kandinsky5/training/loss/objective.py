@@ -1,4 +1,4 @@
-"""The training objective on a cached batch: what is drawn for it, what the model is shown, and its loss."""
+"""The training objective on a cached batch: random draws, model input and loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from modules.transfers import send
 
 @dataclass(frozen=True, slots=True)
 class NoiseDraw:
-    """Everything random that a batch is trained with, on the CPU."""
+    """The random draws of a batch, on the CPU."""
 
     noise: Tensor
     """[B, 16, F, H, W] float32."""
@@ -95,7 +95,7 @@ class Objective:
         )
 
     def velocity(self, batch: CachedBatch, noise: Tensor, sigma: Tensor) -> Tensor:
-        """What the model predicts for given noise and sigma, [B, 16, F, H, W] float32 on the device.
+        """The velocity predicted for given noise and sigma, [B, 16, F, H, W] float32 on the device.
 
         In image-to-video tasks every clip is shown its first frame; frames that do not count are zero.
         """
@@ -107,7 +107,7 @@ class Objective:
         return predicted * frames.predicted_frames()[:, None, :, None, None]
 
     def text(self, batch: CachedBatch) -> TextBatch:
-        """The captions of a batch as the model takes them."""
+        """The captions of a batch as model input."""
         captions = [
             TextConditioning(embeds, pooled)
             for embeds, pooled in zip(batch.text_embeds, batch.pooled_embed, strict=True)

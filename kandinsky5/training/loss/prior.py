@@ -1,4 +1,4 @@
-"""Prior preservation: where the captions do not ask for the subject, the LoRA is held to the base model.
+"""Prior preservation: keeps the LoRA close to the base model on captions without the subject.
 
 The target is the base model's own prediction on the same noisy latents, so no further images are needed. On
 a clip's own caption such a term would only undo the training; it is taken on another one: the empty caption,
@@ -41,8 +41,8 @@ class PriorPreservation:
     def losses(self, batch: CachedBatch, draw: NoiseDraw) -> Tensor:
         """Weighted squared difference from the base model per clip, [B], float32 on the device.
 
-        One forward pass without the LoRA and without gradients, then one with both. Masks are left out:
-        nothing of the picture may drift. Frames that are given to the model do not count.
+        One forward pass without the LoRA and without gradients, then one with both. Masks are ignored: no
+        part of the picture may drift. Frames that are given to the model do not count.
         """
         objective = self.objective
         device = objective.device

@@ -1,4 +1,4 @@
-"""Sigmas of training: from a quantile in (0, 1) to sigma, its loss weight, and pictures of both."""
+"""Timestep sampling: from a quantile in (0, 1) to sigma, loss weights, and plots of both."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class EffectReport:
 
     @property
     def predicts_the_same(self) -> bool:
-        """Whether the weights change and yet no prediction does."""
+        """Whether the weights changed but no prediction did."""
         if self.prediction is None or self.weights.does_nothing:
             return False
         return all(value == 0.0 for value in self.prediction.values())
@@ -48,8 +48,8 @@ class EffectReport:
             log.warning("%s: layers that have not moved: %s", name, names_in_short(weights.unchanged))
         if self.predicts_the_same:
             log.warning(
-                "%s DOES NOTHING YET: its weights have moved, but so little that no prediction differs in a "
-                "single number. Train longer, or raise --learning_rate", name,
+                "%s DOES NOTHING YET: its weights have changed, but too little to change any "
+                "prediction. Train longer, or raise --learning_rate", name,
             )  # fmt: skip
 
     def record(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class EffectReport:
             f"{len(weights.unchanged)} of {weights.num_layers}",
         ])
         parts = [
-            f"{self.file_name}, after step {self.step}: what it does to the model",
+            f"{self.file_name}, after step {self.step}: effect on the model",
             self._prediction_text(),
             "Weights: norm of the change as a share of the norm of the weights.",
             format_table(["block", "change", "layers without change"], rows),

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what a run saves is uploaded as it appears, and a state can be fetched to go on from.
+"""Uploads results to the Hugging Face hub as they are saved, and downloads a state to resume from.
 
 Training does not depend on it: an upload that fails is logged, tried again at the end of the run, and only
 then an error. Everything that is uploaded lies in the output folder as well.
@@ -39,7 +39,7 @@ _STATE_PLACE = re.compile(
 class HubUploads:
     """Uploads the results of one run; every method is called on the main process alone.
 
-    A thread of its own uploads, so that a request to stop is never kept waiting by the hub.
+    A thread of its own uploads, so that the hub never delays a stop request.
 
     Args:
         stop: after the first signal a run waits for uploads for a short time, after the second not at all.
@@ -88,7 +88,7 @@ class HubUploads:
 
     @property
     def is_busy(self) -> bool:
-        """Whether an upload waits or is on its way."""
+        """Whether an upload is pending or in progress."""
         return bool(self._on_their_way) and self._thread.is_alive()
 
     def finish(self, *, is_failing: bool) -> None:
@@ -193,8 +193,7 @@ def fetch_state(place: str, token: str | None) -> Path:
     Returns:
         The folder in the hub's cache.
     Raises:
-        ConfigError: the place is not written like that.
-        ResourceError: it cannot be had.
+        ConfigError: the value has another form. ResourceError: the state cannot be downloaded.
     """
     match = _STATE_PLACE.fullmatch(place)
     if match is None:

@@ -46,7 +46,7 @@ _DATASET_KEYS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraFacts:
-    """What the metadata holds of a run beyond its configuration."""
+    """Facts of a run for the metadata beyond its configuration."""
 
     session_id: str
     started_at: float

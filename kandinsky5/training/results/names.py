@@ -48,7 +48,7 @@ class ResultNames:
 
     @property
     def control(self) -> Path:
-        """A text file that the user may write a word into during the run."""
+        """A text file that the user may write a command into during the run."""
         return self.output_dir / f"{self.output_name}.control"
 
     @property
@@ -67,12 +67,12 @@ class ResultNames:
 
 
 def average_path(lora: Path) -> Path:
-    """Where the average of the weights (`--ema_decay`) lies beside a saved LoRA."""
+    """The path of the averaged weights (`--ema_decay`) beside a saved LoRA."""
     return lora.with_name(f"{lora.stem}{_AVERAGE_END}")
 
 
 def effect_path(lora: Path) -> Path:
-    """Where the report on a saved LoRA lies beside it."""
+    """The path of the report beside a saved LoRA."""
     return lora.with_name(f"{lora.stem}_effect.txt")
 
 

@@ -1,4 +1,4 @@
-"""Which run wrote the results in an output folder: a run replaces and deletes only those of its own name."""
+"""Determines the run that wrote a result: a run replaces and deletes only results of its own name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FoundResults:
 
 
 def find_results(names: ResultNames, *, with_average: bool) -> FoundResults:
-    """Sort what lies under the names of a run by who wrote it.
+    """Group the results under the names of a run by their author.
 
     Args:
         with_average: whether the run writes averages, so that other files of such names are in its way.
@@ -55,7 +55,7 @@ def _named_alike(names: ResultNames) -> Iterator[Path]:
 
 
 def maker(path: Path) -> str | None:
-    """The output name of the run that wrote a LoRA or a state; None where it cannot be read from it."""
+    """The output name of the run that wrote a LoRA or a state; None if it cannot be read."""
     if path.is_dir():
         mark = read_mark(path)
         return None if mark is None else mark.output_name
@@ -66,7 +66,7 @@ def maker(path: Path) -> str | None:
 
 
 def delete_result(path: Path, output_name: str) -> None:
-    """Remove a LoRA with what lies beside it, or a state directory, if a run of this name wrote it."""
+    """Delete a LoRA with its companion files, or a state directory, if a run of this name wrote it."""
     if not path.exists():
         return
     if maker(path) != output_name:

@@ -1,4 +1,4 @@
-"""What identifies a run in its files and trackers, through every stop and resume."""
+"""Identifiers of a run in its files and trackers, kept through every stop and resume."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def shared_session(resumed: str | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RunMark:
-    """What identifies a run, through every stop and resume."""
+    """Identifiers of a run, kept through every stop and resume."""
 
     session_id: str
     started_at: float

@@ -1,4 +1,4 @@
-"""The options of a run as a TOML file that `--config_file` takes back, without folders and keys."""
+"""Saves the options of a run as a TOML file for `--config_file`, without folders and keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kandinsky5.configs.train import TrainConfig
 from modules.files import last_part, write_text
 
 _HEAD = """\
-# The options of a run, defaults included; --config_file takes this file back.
+# The options of a run, defaults included; --config_file reads this file.
 # Files and folders stand here by their own name only, as comments: give them on the command line.
 """
 

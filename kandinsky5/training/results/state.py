@@ -1,4 +1,4 @@
-"""The state directory: everything a stopped run needs to go on as if it had not stopped.
+"""The state directory: everything required to resume a run exactly.
 
     lora.safetensors   the trained factors, float32
     optimizer.pt       the optimizer's state, read back with weights_only=True
@@ -192,7 +192,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def state_problem(folder: Path) -> str | None:
-    """Why a state directory cannot be resumed from, or None: its manifest names files that are all whole."""
+    """Reason why a state directory cannot be resumed, or None if all files of its manifest are intact."""
     manifest_path = folder / "manifest.json"
     if not manifest_path.is_file():
         return "it has no manifest.json, so it was never finished"
@@ -250,7 +250,7 @@ def _read_run(path: Path) -> TrainingState:
         known = {item.name for item in fields(TrainingState)}
         return TrainingState(**{key: value for key, value in values.items() if key in known})
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelFileError(f"{path}: not what this program writes ({error})") from error
+        raise ModelFileError(f"{path}: not written by this program ({error})") from error
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
@@ -261,10 +261,10 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 
 def find_state(output_dir: Path, output_name: str, resume: str) -> Path | None:
-    """The directory that `--resume` means; for "auto" the newest whole one of this output name, if any.
+    """Resolve `--resume` to a directory; for "auto" the newest complete one of this output name, if any.
 
     Raises:
-        DataError: there are states, but not one is whole.
+        DataError: there are states, but none is complete.
     """
     put_back_old_states(output_dir, output_name)
     if resume != "auto":
@@ -278,12 +278,12 @@ def find_state(output_dir: Path, output_name: str, resume: str) -> Path | None:
         log.warning("%s cannot be used: %s", folder, problem)
         broken.append(folder.name)
     if broken:
-        raise DataError(f"--resume auto: no state in {output_dir} is whole: {', '.join(broken)}")
+        raise DataError(f"--resume auto: no state in {output_dir} is complete: {', '.join(broken)}")
     return None
 
 
 def list_states(output_dir: Path, output_name: str) -> list[tuple[Path, StateMark | None]]:
-    """Every state directory of an output name, with its mark where that can be read."""
+    """List the state directories of an output name, with their marks where readable."""
     found = []
     for folder in output_dir.iterdir() if output_dir.is_dir() else ():
         if folder.is_dir() and is_state_name(folder.name, output_name):
@@ -320,7 +320,7 @@ def put_back_old_states(output_dir: Path, output_name: str) -> None:
 
 
 def remove_leftover_states(output_dir: Path) -> int:
-    """Delete directories that killed processes left half-written or replaced; returns how many went.
+    """Delete incomplete and replaced directories of killed processes; returns their number.
 
     A replaced one whose successor is missing stays: `put_back_old_states` gives it its name back.
     """

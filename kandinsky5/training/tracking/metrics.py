@@ -47,7 +47,7 @@ def _lines(path: Path) -> list[str]:
 
 
 class Metrics:
-    """Writes what happened. A log that cannot be written warns once and never stops a run.
+    """Writes metrics. A log that cannot be written warns once and never stops a run.
 
     Args:
         start_step: steps done by the run that is continued; what was logged after them is dropped.
@@ -91,7 +91,7 @@ class Metrics:
         self._notify(lambda tracker: tracker.sample(step, sample))
 
     def flush(self) -> None:
-        """Bring the curves onto the disk."""
+        """Flush the curves to disk."""
         self._notify(lambda tracker: tracker.flush())
 
     def close(self, *, is_failed: bool = False) -> None:

@@ -23,7 +23,7 @@ from modules.errors import ConfigError, ResourceError
 from modules.files import disk_errors
 
 _ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, TypeError)
-"""What clients and their writing threads raise for full disks, lost services and values they dislike."""
+"""What clients and their writing threads raise for full disks, lost connections and invalid values."""
 _PRIVATE = {"x_disable_meta": True, "disable_git": True, "save_code": False, "console": "off"}
 """wandb would send the command line with its keys and paths, the host's name, and all that is printed."""
 _OURS = {"tensorboard": ("log_dir", "purge_step"), "wandb": ("project", "id", "resume", "dir")}
@@ -43,11 +43,11 @@ class ShownSample:
 
 
 class Tracker(Protocol):
-    """Where curves and samples go."""
+    """A destination of curves and samples."""
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        """What its methods raise when it fails."""
+        """The exceptions that its methods raise on failure."""
         ...
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -59,7 +59,7 @@ class Tracker(Protocol):
         ...
 
     def flush(self) -> None:
-        """Bring what was given onto the disk or on its way."""
+        """Flush pending data to disk or to the service."""
         ...
 
     def close(self, *, is_failed: bool) -> None:

@@ -1,4 +1,4 @@
-"""A loss that can be compared between checks: the same clips, noise and sigmas, LoRA on and off."""
+"""A validation loss comparable between checks: fixed clips, noise and sigmas, LoRA on and off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of a validation: loss over steps with and without the LoRA, over all clips and by timestep."""
+"""Plot of the validation loss: loss over steps with and without the LoRA, over all clips and by timestep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a trained network act on what the model predicts? The same clip and noise, LoRA on and off."""
+"""The change of the prediction by a LoRA: the same clip and noise, LoRA on and off."""
 
 from __future__ import annotations
 

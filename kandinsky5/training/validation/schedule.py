@@ -1,4 +1,4 @@
-"""When a run is validated, and where its numbers go: metrics.jsonl, the curves, the picture, the log."""
+"""Schedules validation and reports its results: metrics.jsonl, curves, plot and log."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KIND = "validation"
 
 
 def model_settings(config: TrainConfig, dtype: str) -> str:
-    """All that decides what the base model computes, as one text; not where or in how much memory it does."""
+    """The settings that determine the base model's output, without device and memory options."""
     model = config.model
     size = model.dit.stat().st_size if model.dit.is_file() else None
     settings = [
@@ -76,7 +76,7 @@ class ValidationChecks:
         """Measure and log; a run that is asked to stop drops the check, and is resumed with it.
 
         Args:
-            weights_in_use: within it the network has the weights that are meant to be used.
+            weights_in_use: context in which the network has the weights for use.
             should_stop: called before every forward pass.
         """
         if self._validation is None:

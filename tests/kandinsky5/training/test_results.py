@@ -89,7 +89,7 @@ def test_a_file_that_does_not_say_whose_it_is_must_be_moved_by_hand(
     train(dit, dataset, tmp_path, "--max_train_steps", 1, "--no_metadata", "--overwrite")
     (tmp_path / "lora.safetensors").write_bytes(b"cut")
     assert exit_code(dit, dataset, tmp_path, "--overwrite") == 2
-    assert "does not say which run" in capsys.readouterr().err
+    assert "has no metadata of its run" in capsys.readouterr().err
     shutil.rmtree(tmp_path)
     (tmp_path / "lora-state").mkdir(parents=True)
     assert exit_code(dit, dataset, tmp_path, "--overwrite") == 2

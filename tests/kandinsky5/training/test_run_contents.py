@@ -68,7 +68,7 @@ def test_caches_made_again_from_something_else_are_not_the_same_run(
     train(dit, data, output, *words, "--max_train_steps", 2)
     cache_again(path, **{key: "other"})
     assert exit_code(dit, data, output, *words, "--max_train_steps", 3) == 2
-    assert f"{what} been cached again from something else" in capsys.readouterr().err
+    assert f"{what} been cached again from other inputs" in capsys.readouterr().err
     train(dit, data, output, *words, "--max_train_steps", 3, "--allow_changed_data")
     train(dit, data, output, *words, "--max_train_steps", 4)
     assert [record["step"] for record in metrics(output, "step")] == [1, 2, 3, 4]
@@ -82,11 +82,11 @@ def test_another_model_under_the_same_name_is_said(
     shutil.copy(dit, moved)
     train(dit, data, tmp_path / "out", "--max_train_steps", 1, "--save_state")
     train(moved, data, tmp_path / "out", "--max_train_steps", 2, "--save_state", "--resume", "auto")
-    assert "not as the same run" not in said.text
+    assert "is not exact" not in said.text
     tensors, metadata = read_tensors(dit)
     write_tensors(moved, {name: tensor * 1.01 for name, tensor in tensors.items()}, metadata)
     train(moved, data, tmp_path / "out", "--max_train_steps", 3, "--save_state", "--resume", "auto")
-    assert "what --dit reads is not what it was; the run goes on with it, not as the same run" in said.text
+    assert "the input of --dit has changed; the run continues with it and is not exact" in said.text
 
 
 def test_only_what_both_parts_of_a_run_know_is_compared() -> None:

@@ -118,7 +118,7 @@ def test_a_resumed_run_goes_on_with_its_grid_and_ends_in_the_same_bytes(
         train(dit, dataset, tmp_path / "parts", *words)
     # Stopping is quick: the samples of the last step are left to the resumed run.
     assert [record["step"] for record in metrics(tmp_path / "parts", "sample")] == [1, 2]
-    assert "goes on from there with its samples" in said.text
+    assert "continues from there with its samples" in said.text
     train(dit, dataset, tmp_path / "parts", *words, "--resume", "auto")
     assert [record["step"] for record in metrics(tmp_path / "parts", "sample")] == [1, 2, 3, 4]
     assert lora_bytes(tmp_path / "parts/lora.safetensors") == lora_bytes(tmp_path / "whole/lora.safetensors")

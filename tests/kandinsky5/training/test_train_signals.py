@@ -138,7 +138,7 @@ def test_a_signal_during_validation_drops_the_check_and_saves_at_once(
         before_call(validation, "draw_noise", number + 1, lambda: os._exit(99))
 
     assert fault_kit.wait(run.start(prepare, *words), 30) == 143, run.log.read_text()
-    assert "goes on from there with its validation" in run.log.read_text()
+    assert "continues from there with its validation" in run.log.read_text()
     assert run.step() == 2
     assert [record["step"] for record in metrics(run.output, "step")] == [1, 2]
     run.assert_goes_on(lora_bytes(tmp_path / "whole/lora.safetensors"), *words)
