@@ -194,9 +194,6 @@ def test_what_cannot_work_is_refused_in_words(
     data, output = marked(tmp_path), tmp_path / "out"
     assert refusal(dit, data, output) == 2
     assert "dataset 1 has is_prior, which needs --prior_loss_weight" in capsys.readouterr().err
-    data.write_text(data.read_text(encoding="utf-8").split("\n[[datasets]]\nvideo_directory")[0])
-    assert refusal(dit, data, output, "--mask_min_weight", 0.1) == 2
-    assert "--mask_min_weight needs --masked_loss" in capsys.readouterr().err
     data = write_rich_dataset(tmp_path, 'prior_caption = "a cat"\n')
     assert refusal(dit, data, output, *PRIOR) == 3
     assert "k5_prior_video.safetensors: the caption was 'a dog', is 'a cat'" in capsys.readouterr().err

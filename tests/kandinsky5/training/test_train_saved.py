@@ -125,7 +125,7 @@ def test_shares_without_sense_are_refused(
     with pytest.raises(SystemExit) as caught:
         train(dit, dataset, tmp_path, *words)
     assert caught.value.code == 2
-    assert "--ema_decay must lie between 0 and 1" in capsys.readouterr().err
+    assert "--ema_decay: must lie between 0 and 1" in capsys.readouterr().err
 
 
 def test_the_longest_output_name_leaves_room_for_every_file_of_a_run(tmp_path: Path) -> None:
