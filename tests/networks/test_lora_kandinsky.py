@@ -75,7 +75,7 @@ def test_excluding_modulation_as_upstream_users_do_is_no_error(lite: DiffusionTr
 @pytest.mark.parametrize(
     ("patterns", "words"),
     [
-        ({"exclude_patterns": ["("]}, "no regular expression"),
+        ({"exclude_patterns": ["("]}, "is not a regular expression"),
         ({"exclude_patterns": ["to_query"]}, "matches no layer"),  # not the whole name
         ({"include_patterns": ["nothing.*", "["]}, "nothing"),
         ({"exclude_patterns": [".*"]}, "no layer to train"),
