@@ -130,4 +130,4 @@ def test_a_multiplier_of_a_prompt_that_no_lora_could_have_is_refused(
 ) -> None:
     (tmp_path / "p.txt").write_text("x --m 1e40\n", encoding="utf-8")
     words = ("--lora_weight", lora, "--lora_mode", "runtime", "--from_file", "p.txt", "--output", "out")
-    assert "p.txt line 1: LoRA multiplier 1e+40" in refused(run, 2, capsys, *words)
+    assert "p.txt line 1: --m: must lie within" in refused(run, 2, capsys, *words)
