@@ -9,6 +9,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+_LEAVE_SECONDS = 5.0
+"""What a process gets to end by itself; one that is killed leaves warnings of Python's resource tracker."""
+
 
 class CallFailed(Exception):
     """A call ended without a result: by an exception, by the end of its process, or at its time limit."""
@@ -48,12 +51,13 @@ class ChildProcess:
         try:
             self._connection.send(arguments)
             if not self._connection.poll(timeout):
+                self._process.kill()
                 self.close()
                 raise CallFailed(f"no result after {timeout:.0f} s")
             is_done, result = self._connection.recv()
         except (EOFError, ConnectionError) as error:
             self._process.join()
-            raise CallFailed(f"the process ended with {_exit_words(self._process.exitcode)}") from error
+            raise CallFailed(f"the process ended with {_exit_words(self.exit_code)}") from error
         if is_done:
             return result
         raise CallFailed(*result)
@@ -63,11 +67,17 @@ class ChildProcess:
         """Whether it can take another call."""
         return self._process.is_alive()
 
+    @property
+    def exit_code(self) -> int | None:
+        """As Python gives it, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
     def close(self) -> None:
-        """Terminate the process."""
+        """End the process: by itself if it waits for a call, else by force."""
+        self._connection.close()
+        self._process.join(_LEAVE_SECONDS)
         self._process.kill()
         self._process.join()
-        self._connection.close()
 
 
 def _exit_words(code: int | None) -> str:

@@ -51,3 +51,11 @@ def test_a_call_that_takes_too_long_ends_the_child(child: ChildProcess) -> None:
     with pytest.raises(CallFailed, match="no result after 0 s"):
         child.call("hang", 600, timeout=0.2)
     assert not child.is_alive
+
+
+def test_a_child_that_waits_ends_by_itself() -> None:
+    """Killed, it would leave its semaphores to Python's resource tracker, which warns of them."""
+    child = ChildProcess(act)
+    assert child.call("a", 1, timeout=60) == "a"
+    child.close()
+    assert child.exit_code == 0
