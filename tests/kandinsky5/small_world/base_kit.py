@@ -14,6 +14,7 @@ from torch import Tensor
 from kandinsky5.configs.text_encoders import TextEncodersConfig
 from kandinsky5.model.checkpoints import load_dit
 from kandinsky5.model.conditioning import ImageMode, VelocityModel, condition_frames, pad_text
+from kandinsky5.model.flow_matching import flow_matching_loss
 from kandinsky5.sampling.sampler import (
     GuidedVelocity,
     euler_sample,
@@ -23,7 +24,7 @@ from kandinsky5.sampling.sampler import (
 )
 from kandinsky5.small_world.judge import judge
 from kandinsky5.small_world.score import Shares
-from kandinsky5.small_world.world import Scene
+from kandinsky5.small_world.world import Scene, draw
 from kandinsky5.tasks import Task, get_task
 from kandinsky5.text.encoders import TextEncoders, load_text_encoders
 from kandinsky5.vae.video_vae import VideoVAE, load_vae
@@ -131,3 +132,18 @@ def sample(
 def shares(scenes: Sequence[Scene], clips: Tensor) -> Shares:
     """The shares of clips that show their scene."""
     return Shares.of_verdicts(scenes, [judge(clip) for clip in clips])
+
+
+@torch.no_grad()
+def velocity_error(base: SmallBase, *, sigma: float = 0.9) -> float:
+    """The mean loss over drawn clips of `PROMPTS` on fixed noise, where the caption decides much."""
+    clips = draw(PROMPTS, torch.Generator().manual_seed(0))
+    latents = base.vae.encode_moments(clips)[:, :16] * base.vae.scaling_factor
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    captions = base.encoders.encode([scene.caption() for scene in PROMPTS], "video")
+    text = pad_text(captions, device="cpu", dtype=torch.float32)
+    model = VelocityModel(base.dit, TASK.scale_factor)
+    losses = flow_matching_loss(
+        lambda noisy, levels: model(noisy, levels, text), latents, noise, torch.full((len(PROMPTS),), sigma)
+    )
+    return float(losses.mean())
