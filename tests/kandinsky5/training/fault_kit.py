@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch
+
 Fault = Literal["full", "killed", "count"]
 
 KILLED = 137
@@ -41,6 +43,8 @@ def _run_and_leave(action: Callable[[], object], log: Path) -> NoReturn:
     code = 1
     try:
         os.setpgid(0, 0)
+        # A fork has lost torch's thread pool, which two threads at once must not make again.
+        torch.set_num_threads(torch.get_num_threads())
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (signal.SIGTERM, signal.SIGHUP):  # `nohup` may have switched one off for the tests
             signal.signal(number, signal.SIG_DFL)
