@@ -19,7 +19,7 @@ from dataset.buckets import Size, bucket_sizes, choose_bucket, nabla_size
 from dataset.cache.names import LATENT_SUFFIX, image_cache_name, video_cache_name
 from dataset.config.config import AnyDatasetConfig, ImageDatasetConfig, VideoDatasetConfig
 from dataset.geometry import FPS, PIXEL_STEP, round_frames
-from dataset.media.files import frame_paths
+from dataset.media.frame_folders import frame_paths
 from dataset.media.frames import (
     are_even,
     cut_frames,
@@ -30,11 +30,11 @@ from dataset.media.frames import (
 from dataset.media.masks import PlannedMask, plan_mask
 from dataset.media.media import (
     CHANGED,
-    UNREADABLE,
     Frame,
     MediaError,
     check_resized_pixel_count,
     frames_fingerprint,
+    is_animated,
     memory_errors,
     probe_image,
     read_image,
@@ -42,8 +42,8 @@ from dataset.media.media import (
     source_fingerprint,
 )
 from dataset.media.videos import VideoInfo, probe_video, read_frames
-from dataset.sources import SkippedItem, SourceItem, SourceListing
-from modules.messages import counted
+from dataset.sources.items import SkippedItem, SourceItem, SourceListing
+from modules.messages import counted, names_in_short
 
 TOO_SHORT = "too short"
 TOO_SMALL = "too small"
@@ -139,6 +139,7 @@ class _ItemResult:
     name: str
     clips: tuple[PlannedClip, ...] = ()
     skipped: SkippedItem | None = None
+    is_animated: bool = False
     total_frames: int | None = None
     video: VideoInfo | None = None
 
@@ -193,7 +194,7 @@ class _Planner:
             source_size=size,
             **self._sizes(item, size),
         )
-        return _ItemResult(name=item.path.name, clips=(clip,))
+        return _ItemResult(name=item.path.name, clips=(clip,), is_animated=is_animated(item.path))
 
     def _plan_video(self, item: SourceItem, dataset: VideoDatasetConfig) -> _ItemResult:
         info = probe_video(item.path)
@@ -211,8 +212,6 @@ class _Planner:
 
     def _plan_frame_folder(self, item: SourceItem, dataset: VideoDatasetConfig) -> _ItemResult:
         paths = frame_paths(item.path)
-        if not paths:
-            raise MediaError(item.path, UNREADABLE, "the folder holds no images")
         rate = dataset.rates[0] if dataset.rates else Fraction(FPS)
         numbers, fps = _resampled(dataset, tuple(i / rate for i in range(len(paths))))
         size = probe_image(paths[0])
@@ -300,6 +299,12 @@ def _resampled(dataset: VideoDatasetConfig, times: Sequence[Fraction]) -> tuple[
 
 
 def _notes(dataset: AnyDatasetConfig, results: Sequence[_ItemResult]) -> Iterator[str]:
+    animated = [result.name for result in results if result.is_animated]
+    if animated:
+        yield (
+            f"dataset {dataset.index}: {counted(len(animated), 'image holds', 'images hold')} several "
+            f"pictures, of which the first is used: {names_in_short(animated)}"
+        )
     if isinstance(dataset, ImageDatasetConfig):
         return
     longest = round_frames(1) if dataset.frame_extraction == "full" else max(dataset.target_frames)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Collection
 
 MAX_NAMES = 5
@@ -36,3 +37,31 @@ def counted(count: int, one: str, many: str | None = None) -> str:
         many: the words after any other number than 1, if they are not `one` and an s.
     """
     return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+_STEERING = {"Cc", "Zl", "Zp"}
+_DIRECTION = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def visible(text: str) -> str:
+    """A text for the console: what would steer the terminal or turn its lines round is shown as an escape.
+
+    Names of files and captions are anybody's text. Line feeds and tabs stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escaped(c) if _steers(c) and c not in "\n\t" else c for c in text)
+
+
+def visible_name(name: str) -> str:
+    """A file name within a line: `visible`, and on one line."""
+    return "".join(_escaped(c) if _steers(c) else c for c in name)
+
+
+def _steers(character: str) -> bool:
+    return unicodedata.category(character) in _STEERING or character in _DIRECTION
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"  # none of these lies above U+FFFF

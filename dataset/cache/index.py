@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dataset.cache.names import mask_cache_name, text_cache_name
 from dataset.config.config import AnyDatasetConfig
 from dataset.places import place_mark
-from dataset.sources import SkippedItem, SourceItem
+from dataset.sources.items import SkippedItem, SourceItem
 from modules.errors import CacheError, NewerCacheError
 from modules.files import write_json
 from modules.logs import get_logger

@@ -10,7 +10,7 @@ from pathlib import Path
 from dataset.config.config import AnyDatasetConfig
 from dataset.geometry import pixel_size, size_label
 from dataset.media.files import Content
-from dataset.sources import SkippedItem
+from dataset.sources.items import SkippedItem
 from modules.logs import format_table
 
 

@@ -16,7 +16,8 @@ from dataset.cache.index import (
 )
 from dataset.cache.names import LATENT_SUFFIX, cache_base_name, parse_latent_name, text_cache_name
 from dataset.config.config import AnyDatasetConfig
-from dataset.sources import SkippedItem, list_items
+from dataset.sources.items import SkippedItem
+from dataset.sources.listing import list_items
 from modules.errors import CacheError, UserError
 
 

@@ -30,7 +30,7 @@ from dataset.cache.names import (
     prior_text_cache_name,
 )
 from dataset.config.config import AnyDatasetConfig, DatasetConfig
-from dataset.sources import SkippedItem
+from dataset.sources.items import SkippedItem
 from modules.errors import CacheError
 from modules.messages import counted, lines_in_short
 

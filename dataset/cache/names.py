@@ -17,6 +17,8 @@ from dataset.media.files import Content
 LATENT_SUFFIX = "_k5.safetensors"
 MASK_SUFFIX = "_k5_mask.safetensors"
 TEXT_SUFFIX = "_k5_te.safetensors"
+PREVIEW_FOLDER = "k5_preview"
+"""Beside the caches: clips to look at, which are no media of a dataset."""
 
 _MAX_BASE_BYTES = 200
 """File systems allow 255: the rest is for suffixes up to `_SSSSSSSS-FFFFFF_WWWWWxHHHHH_k5.safetensors`."""

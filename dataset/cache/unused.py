@@ -16,7 +16,7 @@ from dataset.cache.names import (
     parse_latent_name,
 )
 from dataset.media.files import Content
-from dataset.sources import SkippedItem
+from dataset.sources.items import SkippedItem
 from modules.errors import ModelFileError
 from modules.tensor_files import read_header
 

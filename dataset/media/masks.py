@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dataset.buckets import Size
 from dataset.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
-from dataset.media.files import VIDEO_EXTENSIONS, frame_paths
+from dataset.media.files import VIDEO_EXTENSIONS
+from dataset.media.frame_folders import frame_paths
 from dataset.media.media import (
     CHANGED,
-    UNREADABLE,
     Frame,
     MediaError,
     frames_fingerprint,
@@ -48,7 +48,7 @@ class PlannedMask:
 
     def current_fingerprint(self) -> str:
         """The fingerprint of the mask file as it is now."""
-        return _fingerprint(self.path, _folder_frames(self.path) if self.is_folder else ())
+        return _fingerprint(self.path, frame_paths(self.path) if self.is_folder else ())
 
 
 def plan_mask(path: Path, size: Size, num_frames: int) -> PlannedMask:
@@ -61,7 +61,7 @@ def plan_mask(path: Path, size: Size, num_frames: int) -> PlannedMask:
         MediaError: it cannot be opened, or its size or number of frames is not that of its source.
     """
     video: VideoInfo | None = None
-    frames = _folder_frames(path) if path.is_dir() else ()
+    frames = tuple(frame_paths(path)) if path.is_dir() else ()
     count: int | None = None
     if frames:
         found, count = probe_image(frames[0]), len(frames)
@@ -116,13 +116,6 @@ def _shrunk(frame: Frame, crop: Size) -> Tensor:
     """Mean brightness [H, W] of each latent position."""
     brightness = torch.from_numpy(resize_and_crop(frame, crop)).float().mean(dim=-1) / 255
     return F.avg_pool2d(brightness[None], PIXELS_PER_LATENT)[0]
-
-
-def _folder_frames(folder: Path) -> tuple[Path, ...]:
-    paths = tuple(frame_paths(folder))
-    if not paths:
-        raise MediaError(folder, UNREADABLE, "the folder holds no images")
-    return paths
 
 
 def _fingerprint(path: Path, frames: Sequence[Path]) -> str:

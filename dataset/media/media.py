@@ -17,7 +17,12 @@ from PIL import Image, ImageOps
 from dataset.buckets import Size, plan_crop
 from modules.errors import DataError
 from modules.files import file_fingerprint
+from modules.path_kinds import file_problem
 
+with contextlib.suppress(ImportError):  # HEIC, as phones write it
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 with contextlib.suppress(ImportError):
     import pillow_jxl  # noqa: F401  # pyright: ignore[reportMissingImports]  # registers JPEG XL where installed
 
@@ -38,7 +43,13 @@ _ORIENTATION = 0x0112  # EXIF tag
 # What a PNG with an orientation holds: EXIF, XMP (which may be compressed), or ImageMagick's form of either.
 _PNG_ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type")
 # Only these decoders are let near a file, whatever its name: some of Pillow's others start programs.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "GIF", "JXL")
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "GIF", "TIFF", "HEIF", "JXL")
+_PLUGINS = {".jxl": ("JXL", "JPEG XL", "pillow-jxl-plugin")} | dict.fromkeys(
+    (".heic", ".heif", ".hif"), ("HEIF", "HEIC", "pillow-heif")
+)
+"""Extension -> Pillow's name of the format, ours, and the package that reads it."""
+_ANIMATED_FORMATS = ("PNG", "WEBP", "AVIF", "GIF", "TIFF")
+"""In other formats further pictures are previews of the first."""
 # What Pillow's decoders raise for broken files.
 _DECODE_ERRORS = (
     OSError,
@@ -60,6 +71,17 @@ class MediaError(DataError):
         super().__init__(f"{path}: {reason} ({detail})")
         self.reason = reason
         self.detail = detail
+
+
+def refuse_irregular(path: Path) -> None:
+    """Refuse pipes, sockets and devices, whose opening or reading may never end.
+
+    Raises:
+        MediaError: the path leads to no regular file.
+    """
+    problem = file_problem(path)
+    if problem is not None:
+        raise MediaError(path, UNREADABLE, problem)
 
 
 def check_pixel_count(path: Path, size: Size) -> None:
@@ -115,6 +137,19 @@ def probe_image(path: Path) -> Size:
     return (height, width) if orientation in {5, 6, 7, 8} else (width, height)
 
 
+def is_animated(path: Path) -> bool:
+    """Whether an image file holds several pictures, of which only the first is read.
+
+    Raises:
+        MediaError: the file cannot be opened.
+    """
+    with _open_image(path) as image:
+        try:
+            return image.format in _ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1
+        except _DECODE_ERRORS as error:
+            raise MediaError(path, DAMAGED, str(error) or type(error).__name__) from error
+
+
 def read_image(path: Path) -> Frame:
     """Decode an image: upright by its EXIF orientation, alpha composited over white, 16 bits scaled to 8.
 
@@ -131,6 +166,7 @@ def read_image(path: Path) -> Frame:
 
 def _open_image(path: Path) -> Image.Image:
     Image.init()  # fills Image.OPEN
+    refuse_irregular(path)
     try:
         known = [name for name in _FORMATS if name in Image.OPEN]
         image = Image.open(path, formats=known)
@@ -151,8 +187,9 @@ def _open_image(path: Path) -> Image.Image:
 def _open_failure(path: Path) -> str:
     if path.stat().st_size == 0:
         return "the file is empty"
-    if path.suffix.lower() == ".jxl" and "JXL" not in Image.OPEN:
-        return "JPEG XL needs the package pillow-jxl-plugin"
+    opener, format_name, package = _PLUGINS.get(path.suffix.lower(), ("", "", ""))
+    if package and opener not in Image.OPEN:
+        return f"{format_name} needs the package {package}: pip install {package}"
     return "not an image file, or damaged"
 
 

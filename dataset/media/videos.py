@@ -35,6 +35,7 @@ from dataset.media.media import (
     MediaError,
     check_pixel_count,
     over_white,
+    refuse_irregular,
     resize,
 )
 
@@ -93,6 +94,7 @@ def probe_video(path: Path) -> VideoInfo:
     Raises:
         MediaError: it cannot be opened, holds no video, is cut short, or its first frame cannot be decoded.
     """
+    refuse_irregular(path)
     try:
         with av.open(str(path)) as container:
             stream = _video_stream(path, container)

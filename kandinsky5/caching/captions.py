@@ -13,7 +13,7 @@ from dataset.cache.files import TextCacheMeta, text_cache_problem, write_text_ca
 from dataset.cache.index import CacheKind, IndexEntry, metadata_digest, text_entry
 from dataset.cache.names import empty_text_cache_name, prior_text_cache_name, text_cache_name
 from dataset.config.config import AnyDatasetConfig
-from dataset.sources import SourceListing
+from dataset.sources.items import SourceListing
 from kandinsky5.caching.report import CONTINUE_HINT, Outcome
 from kandinsky5.caching.run import encoding_device, list_sources, make_caches, read_datasets
 from kandinsky5.configs.caching import CacheTextConfig
@@ -76,7 +76,7 @@ class _TextJob:
         if problems:
             raise ModelFileError(problems)
         self._templates = load_prompt_templates(config.prompt_templates)
-        listings = [list_sources(dataset, config.run) for dataset in datasets]
+        listings = [list_sources(dataset, datasets, config.run) for dataset in datasets]
         fingerprint = text_encoder_fingerprint(
             config.text_encoder_qwen, config.text_encoder_clip, config.quantization
         )

@@ -23,7 +23,7 @@ from dataset.cache.mask_cache import mask_meta
 from dataset.cache.names import mask_cache_name
 from dataset.clips import ClipPlan, LoadedBatch, PlannedClip, cut_batches, load_batches, plan_clips
 from dataset.config.config import AnyDatasetConfig
-from dataset.sources import SourceListing
+from dataset.sources.items import SourceListing
 from kandinsky5.caching.masks import MaskWork, mask_notes, write_masks
 from kandinsky5.caching.preview import preview_clips
 from kandinsky5.caching.report import CONTINUE_HINT, Outcome
@@ -56,8 +56,9 @@ def cache_latents(config: CacheLatentsConfig) -> None:
 
 
 def _show(config: CacheLatentsConfig, debug: DebugConfig) -> None:
-    for dataset in read_datasets(config.run).datasets:
-        plan = _plan(dataset, config, list_sources(dataset, config.run))
+    datasets = read_datasets(config.run).datasets
+    for dataset in datasets:
+        plan = _plan(dataset, config, list_sources(dataset, datasets, config.run))
         if not preview_clips(dataset, plan.clips, debug, config.run.num_workers):
             return
 
@@ -99,11 +100,11 @@ class _LatentJob:
             torch.backends.cudnn.enabled = False
         check_vae(config.vae_dtype, self._device)
         fingerprint = vae_fingerprint(self._vae)
-        self._works = [self._work(dataset, fingerprint) for dataset in datasets]
+        listings = [list_sources(dataset, datasets, config.run) for dataset in datasets]
+        self._works = [self._work(*pair, fingerprint) for pair in zip(datasets, listings, strict=True)]
         self.outcomes = [work.outcome for work in self._works]
 
-    def _work(self, dataset: AnyDatasetConfig, fingerprint: str) -> _LatentWork:
-        listing = list_sources(dataset, self._config.run)
+    def _work(self, dataset: AnyDatasetConfig, listing: SourceListing, fingerprint: str) -> _LatentWork:
         plan = _plan(dataset, self._config, listing)
         dtype, tile_px = dtype_name(self._dtype), self._config.tile_px
         metas = {

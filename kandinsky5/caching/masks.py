@@ -14,7 +14,7 @@ from dataset.clips import PlannedClip
 from dataset.config.config import AnyDatasetConfig
 from dataset.media.masks import latent_mask
 from dataset.media.media import MediaError
-from dataset.sources import SkippedItem, SourceListing
+from dataset.sources.items import SkippedItem, SourceListing
 from kandinsky5.caching.report import CONTINUE_HINT, Outcome
 from kandinsky5.configs.caching import CacheRunConfig
 from modules.files import disk_errors

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataset.cache.names import PREVIEW_FOLDER
 from dataset.clips import PlannedClip, cut_batches, load_batches
 from dataset.config.config import AnyDatasetConfig
 from dataset.geometry import FPS
@@ -18,8 +19,6 @@ from modules.files import atomic_writer
 from modules.logs import get_logger
 
 log = get_logger(__name__)
-
-PREVIEW_FOLDER = "k5_preview"
 
 _SHADES = " .:-=+*#%@"
 _CHARACTER_ASPECT = 2  # a console's characters are about twice as high as wide

@@ -18,7 +18,7 @@ from dataset.cache.index import (
 from dataset.cache.unused import unused_caches
 from dataset.config.config import AnyDatasetConfig
 from dataset.places import place_mark
-from dataset.sources import SkippedItem
+from dataset.sources.items import SkippedItem
 from kandinsky5.configs.caching import CacheRunConfig
 from modules.errors import DataError
 from modules.files import disk_errors, remove_leftover_files

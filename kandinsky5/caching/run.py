@@ -14,7 +14,8 @@ import torch
 from dataset.cache.index import CacheKind, IndexEntry
 from dataset.config.config import AnyDatasetConfig, DatasetConfig, load_dataset_config
 from dataset.confinement import Confinement
-from dataset.sources import SourceListing, list_items
+from dataset.sources.items import SourceListing
+from dataset.sources.listing import list_items
 from kandinsky5.caching.report import (
     Outcome,
     cache_folders,
@@ -88,10 +89,12 @@ def read_datasets(run: CacheRunConfig) -> DatasetConfig:
     return datasets
 
 
-def list_sources(dataset: AnyDatasetConfig, run: CacheRunConfig) -> SourceListing:
-    """The media and captions of a dataset, confined to the dataset file's folder if the run asks for it."""
+def list_sources(
+    dataset: AnyDatasetConfig, datasets: Sequence[AnyDatasetConfig], run: CacheRunConfig
+) -> SourceListing:
+    """The media and captions of one of the datasets, confined to the dataset file's folder if asked for."""
     confinement = Confinement.to_folder_of(run.dataset_config) if run.confine_paths else None
-    listing = list_items(dataset, confinement=confinement)
+    listing = list_items(dataset, others=datasets, confinement=confinement)
     for note in listing.notes:
         log.warning("%s", note)
     return listing

@@ -12,7 +12,7 @@ from dataset.cache.index import IndexEntry, IndexItem, entry_key, metadata_diges
 from dataset.cache.names import text_cache_name, video_cache_name
 from dataset.config.config import AnyDatasetConfig
 from dataset.media.files import Content
-from dataset.sources import SkippedItem
+from dataset.sources.items import SkippedItem
 from modules.seeding import generator_for
 from modules.tensor_files import read_header
 

@@ -19,7 +19,7 @@ from dataset.cache.index import latent_entry
 from dataset.clips import MIXED_SIZES, ClipPlan, PlannedClip, cut_batches, load_batches, load_clip, plan_clips
 from dataset.config.config import ImageDatasetConfig, VideoDatasetConfig
 from dataset.media.media import TOO_LARGE, read_image
-from dataset.sources import list_items
+from dataset.sources.listing import list_items
 from tests.dataset.media_tools import cut_file, flip_bytes, numbered_frames, numbers_of, remux, write_video
 
 

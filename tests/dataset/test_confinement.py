@@ -11,7 +11,7 @@ import pytest
 
 from dataset.config.config import ImageDatasetConfig, VideoDatasetConfig
 from dataset.confinement import Confinement
-from dataset.sources import list_items
+from dataset.sources.listing import list_items
 from modules.errors import ConfigError
 
 

@@ -29,7 +29,7 @@ from dataset.cache.names import (
     video_cache_name,
 )
 from dataset.cache.unused import unused_caches
-from dataset.sources import SkippedItem
+from dataset.sources.items import SkippedItem
 from modules.errors import CacheError, DataError, NewerCacheError
 from modules.tensor_files import read_header, read_tensors, write_tensors
 

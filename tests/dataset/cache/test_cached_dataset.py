@@ -16,7 +16,7 @@ from dataset.cache.fit import MatchOptions
 from dataset.cache.index import IndexEntry, IndexItem, entry_key, index_path, update_index
 from dataset.cache.names import empty_text_cache_name, text_cache_name
 from dataset.config.config import DatasetConfig, load_dataset_config
-from dataset.sources import SkippedItem
+from dataset.sources.items import SkippedItem
 from kandinsky5.training.plan import data_order_hash
 from modules.errors import CacheError
 from modules.tensor_files import read_tensors, write_tensors

@@ -14,7 +14,8 @@ from PIL import Image
 from dataset.clips import PlannedClip, load_clip, plan_clips
 from dataset.config.config import AnyDatasetConfig, load_dataset_config
 from dataset.media.masks import latent_mask
-from dataset.sources import MISSING_FILE, list_items
+from dataset.sources.items import MISSING_FILE
+from dataset.sources.listing import list_items
 from modules.errors import ConfigError, DataError
 from tests.dataset.media_tools import write_video
 

@@ -105,7 +105,7 @@ def test_latents_are_the_vaes_draw_of_the_clip_and_of_its_end_frames(
 
     from dataset.clips import load_clip, plan_clips
     from dataset.config.config import load_dataset_config
-    from dataset.sources import list_items
+    from dataset.sources.listing import list_items
 
     dataset = load_dataset_config(project / "dataset.toml").datasets[1]
     clip = plan_clips(dataset, list_items(dataset), nabla_resize=False).clips[-2]
@@ -253,6 +253,34 @@ def test_what_is_skipped_is_listed_with_its_reason(
     assert sorted(item["name"] for item in entry["skipped"]) == ["a.png", "b.png"]
     assert [item["name"] for item in entry["items"]] == ["猫"]
     cache_latents(project, tiny_models, "--skip_bad", "--skip_existing")
+    with pytest.raises(SystemExit) as caught:
+        cache_latents(project, tiny_models, "--strict")
+    assert caught.value.code == 3
+
+
+def test_media_of_other_formats_beside_good_ones_stand_in_the_table_and_are_an_error_with_strict(
+    project: Path, tiny_models: Path, said: pytest.LogCaptureFixture
+) -> None:
+    for name in ("scan.psd", "photo.cr2", "._a.png"):
+        (project / "images" / name).write_bytes(b"x")
+        (project / "images" / name).with_suffix(".txt").write_bytes(b"\xff")
+    cache_latents(project, tiny_models)
+    (table,) = (record.getMessage() for record in said.records if record.getMessage().startswith("done"))
+    assert table.splitlines()[3].split() == [
+        "0",
+        "(images)",
+        "5",
+        "3",
+        "3",
+        "0",
+        "2",
+        "format",
+        "is",
+        "not",
+        "read",
+    ]
+    assert "scan.psd: format is not read (extension .psd; known are .png" in said.text
+    assert "2 hidden files are left out: ._a.png, ._a.txt" in said.text
     with pytest.raises(SystemExit) as caught:
         cache_latents(project, tiny_models, "--strict")
     assert caught.value.code == 3
