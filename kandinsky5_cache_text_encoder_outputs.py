@@ -10,7 +10,7 @@ from modules.command_line import user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; an error of the user's ends with its exit code and one message."""
+    """Run the command line; a user error ends with its exit code and one message."""
     with user_errors(argv, saves_host_memory=SAVES_HOST_MEMORY["cache_text"]):
         config = parse_cache_text(argv)
         from kandinsky5.caching.captions import cache_text  # imported late: --help must not wait for torch

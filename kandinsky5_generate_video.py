@@ -1,4 +1,4 @@
-"""Make videos and images with Kandinsky 5: see --help."""
+"""Generate videos and images with Kandinsky 5: see --help."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modules.interruption import exit_on_signal
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; an error of the user's ends with its exit code and one message."""
+    """Run the command line; a user error ends with its exit code and one message."""
     with user_errors(argv, saves_host_memory=SAVES_HOST_MEMORY["generate"]), exit_on_signal():
         config = parse_generate(argv)
         check_model_paths(config)

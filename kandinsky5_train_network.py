@@ -13,7 +13,7 @@ from modules.interruption import StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one training, or show its timesteps."""
+    """Run a training, or plot its timestep distribution."""
     stop = StopRequest()
     with user_errors(argv, asks_for_traceback, saves_host_memory=SAVES_HOST_MEMORY["train"]):
         config = parse_train(argv)

@@ -1,9 +1,9 @@
-"""Sets up the project, teaches a small model something new and shows it: cache, train, generate, judge.
+"""Sets up the project and runs the whole pipeline on the small base model: cache, train, generate, check.
 
-    python3 quickstart.py          make .venv, install, teach the small base a star, make videos and a page
-    python3 quickstart.py test     make .venv, install, run every check and test
+    python3 quickstart.py          create .venv, install, train a LoRA of a star, generate videos and a web
+    page python3 quickstart.py test     create .venv, install, run every check and test
 
-Needs Python 3.11 or newer and nothing else; both commands may be run again.
+Requires only Python 3.11 or newer; both commands can be run again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TAUGHT = "star"
 CLIPS = 12
 KNOWN = ("circle", "square", "triangle")
 KNOWN_CLIPS = 6
-"""Beside the new shape, so that the LoRA does not turn every shape into it."""
+"""Shapes trained together with the new one, so that the LoRA does not turn every shape into it."""
 TRAIN_STEPS = 400
 PROMPTS = (
     "a red star moves left",
@@ -46,8 +46,8 @@ PROMPTS = (
     "a yellow square moves up",
     "a green triangle grows",
 )
-"""Six with the shape that is taught, in colours and motions of which most were not among its clips, and three
-that the base can do by itself."""
+"""Six prompts with the new shape, most of them in colours and motions that its clips do not have, and three
+with shapes that the base model already knows."""
 MARKER = ".k5_quickstart"
 
 CACHE_LATENTS = "kandinsky5_cache_latents.py"
@@ -66,7 +66,7 @@ CHECKS = (
 def main(argv: Sequence[str] | None = None) -> int:
     if sys.version_info < OLDEST_PYTHON:
         wanted = ".".join(map(str, OLDEST_PYTHON))
-        print(f"Python {wanted} or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr)
+        print(f"Python {wanted} or newer is required, this is {sys.version.split()[0]}", file=sys.stderr)
         return 5
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def install() -> None:
-    """Make .venv and install the pinned dependencies, unless this very state is installed already."""
+    """Create .venv and install the pinned dependencies, unless exactly these are already installed."""
     state = hashlib.sha256(sys.version.encode())
     for name in ("pyproject.toml", "constraints.txt"):
         state.update((ROOT / name).read_bytes())
@@ -107,7 +107,7 @@ def install() -> None:
 
 
 def pip_arguments() -> list[str]:
-    """The exact versions that were tested, development tools included."""
+    """Arguments of pip for the tested versions and the development tools."""
     return ["--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[dev]"]
 
 
@@ -115,7 +115,7 @@ def pip_arguments() -> list[str]:
 
 
 def run_checks() -> int:
-    """Every check, to the end even when one fails; 0 only if all pass."""
+    """Run all checks, also after one has failed; returns 0 only if all pass."""
     failed = []
     # Idle OpenMP threads that spin make the tests several times slower beside other work.
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
@@ -133,7 +133,7 @@ def run_checks() -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """One finished step of the path."""
+    """One completed stage of the pipeline."""
 
     name: str
     result: Path
@@ -141,7 +141,7 @@ class Stage:
 
 
 def run_path(output: Path) -> int:
-    """Clips, caches, LoRA, videos without and with it, and a page; ends with a table."""
+    """Make clips, caches, a LoRA, videos without and with it, and a web page; print a table at the end."""
     start = time.monotonic()
     if (output / MARKER).is_file():
         say(f"removing the results of an earlier run in {output}")
@@ -150,7 +150,7 @@ def run_path(output: Path) -> int:
         print(f"{output} holds other files: choose an empty folder with --output", file=sys.stderr)
         return 2
     output.mkdir(parents=True, exist_ok=True)
-    (output / MARKER).write_text("made by quickstart.py, which may delete this folder\n", encoding="utf-8")
+    (output / MARKER).write_text("created by quickstart.py, which may delete this folder\n", encoding="utf-8")
     clips, known = output / "clips" / TAUGHT, output / "clips" / "known"
     dataset, prompts = output / "dataset.toml", output / "prompts.txt"
     dataset.write_text(dataset_text((clips, known), output / "cache"), encoding="utf-8")
@@ -180,14 +180,14 @@ def run_path(output: Path) -> int:
     compare = ("--taught", clips, "--without", output / "without", "--with", output / "with")
     stages.append(stage("contact sheet and page", page, "-m", "kandinsky5.small_world.page", page, *compare))
     print_summary(stages, time.monotonic() - start)
-    say("how many videos show what was asked for")
+    say("how many videos show what their prompt says")
     run(PYTHON, "-m", "kandinsky5.small_world.score", output / "without", output / "with")
     say(f"open {page / 'index.html'}")
     return 0
 
 
 def dataset_text(folders: Sequence[Path], cache: Path) -> str:
-    """The dataset file: folders of whole clips."""
+    """Text of a dataset file that uses whole clips of some folders."""
     general = "[general]\nresolution = [64, 64]\nbatch_size = 4\nenable_bucket = true\n"
     sections = (
         "\n[[datasets]]\n"
@@ -200,7 +200,7 @@ def dataset_text(folders: Sequence[Path], cache: Path) -> str:
 
 
 def train_command(dataset: Path, lora: Path) -> tuple[object, ...]:
-    """The training script with settings for a model of this size."""
+    """The training command with settings for a model of this size."""
     return (
         *("-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "2", "--num_processes", "1"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
@@ -218,12 +218,12 @@ def stage(name: str, result: Path, *arguments: object) -> Stage:
     start = time.monotonic()
     run(PYTHON, *arguments)
     if not result.exists():
-        raise FileNotFoundError(f"the stage '{name}' should have made {result}")
+        raise FileNotFoundError(f"the stage '{name}' did not produce {result}")
     return Stage(name, result, time.monotonic() - start)
 
 
 def print_summary(stages: Sequence[Stage], seconds: float) -> None:
-    """What was made and how long it took."""
+    """Print the results of each stage and the time it took."""
     say("done")
     width = max(len(item.name) for item in stages)
     for item in stages:
@@ -232,7 +232,7 @@ def print_summary(stages: Sequence[Stage], seconds: float) -> None:
 
 
 def run(*command: object) -> None:
-    """Run a command in the project's folder, showing it first."""
+    """Print a command and run it in the project's folder."""
     words = [str(word) for word in command]
     print("  $", shlex.join(words), flush=True)
     subprocess.run(words, cwd=ROOT, check=True)

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "python -m kandinsky5.prompt_templates",
         "Save the official prompt templates of the installed diffusers for --prompt_templates.",
     )
-    parser.add_argument("file", type=Path, help="JSON file to write")
+    parser.add_argument("file", type=Path, help="path of the JSON file")
     with user_errors(argv):
         file = parser.parse_args(argv).file
         save_prompt_templates(file, load_prompt_templates())

@@ -1,6 +1,6 @@
-"""Prompts with their own settings: the lines and files that generation and samples while training read.
+"""Prompts with their own settings: lines and files for generation and for samples during training.
 
-No torch here: the command line shares `PromptSpec`.
+Does not import torch, because the command line uses `PromptSpec`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from kandinsky5.tasks import MAX_FRAMES, MAX_SIDE
 from modules.errors import ConfigError
 from modules.options import as_word, float_between, int_between, option, options_of
 
-_WHAT = "what to make"
+_WHAT = "input"
 PROMPT_FILE_SUFFIXES = (".txt", ".json", ".toml")
 
 
 seed_number = int_between(0, 2**63 - 1)
 sampling_shift = float_between(1e-3, 1e3)
 lora_strength = float_between(-1e3, 1e3)
-"""Readers of values that other options take too. A LoRA beyond these strengths leaves no number finite."""
+"""Readers shared with other options. Larger LoRA strengths would overflow."""
 
 
 def _some_path(word: str) -> Path:
@@ -36,23 +36,23 @@ def _some_path(word: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptSpec:
-    """The settings of one video; None where none was given. Ranges are those of prompt lines too."""
+    """The settings of one video; None means not given. Prompt lines have the same ranges."""
 
-    prompt: str | None = option(None, "what the video shows", group=_WHAT)
+    prompt: str | None = option(None, "text prompt", group=_WHAT)
     negative_prompt: str | None = option(
-        None, 'what it should not look like (default: the official list; "" for none)', group=_WHAT
+        None, 'negative prompt (default: the official one; "" for none)', group=_WHAT
     )
-    """An empty string is an empty negative prompt; None means the default one."""
+    """An empty string is an empty negative prompt; None means the default negative prompt."""
     width: int | None = option(
         None,
-        f"pixels, a multiple of {PIXEL_STEP}, with NABLA of {NABLA_STEP} "
-        "(default: the task's, or the image's)",
+        f"width in pixels, a multiple of {PIXEL_STEP}, or of {NABLA_STEP} with NABLA (default: the task's, "
+        "or the image's)",
         int_between(1, MAX_SIDE),
     )
-    height: int | None = option(None, "pixels, as --width", int_between(1, MAX_SIDE))
+    height: int | None = option(None, "height in pixels, as --width", int_between(1, MAX_SIDE))
     frames: int | None = option(
         None,
-        "pixel frames, 4k+1 (default: the task's; 1 when --output is a .png)",
+        "number of pixel frames, 4k+1 (default: the task's; 1 if --output is a .png)",
         int_between(1, MAX_FRAMES),
         hidden_names=("video_length",),
     )
@@ -83,7 +83,7 @@ class PromptSpec:
     )
     image_last: Path | None = option(
         None,
-        "last frame, beside --image (experimental)",
+        "last frame, together with --image (experimental)",
         _some_path,
         group=_WHAT,
         metavar="PATH",
@@ -94,7 +94,7 @@ class PromptSpec:
     """File and line for messages; empty for the command line."""
 
     def over(self, defaults: PromptSpec) -> PromptSpec:
-        """This spec with its gaps filled from `defaults`."""
+        """This spec, with missing settings taken from `defaults`."""
         names = [field.name for field in fields(self) if field.name != "where"]
         gaps = {name: getattr(defaults, name) for name in names if getattr(self, name) is None}
         return replace(self, **gaps)
@@ -102,17 +102,17 @@ class PromptSpec:
 
 @dataclass(frozen=True, slots=True)
 class PromptList:
-    """A prompt file as read: the usable prompts in file order, what is wrong with the others, and remarks."""
+    """The contents of a prompt file: valid prompts in file order, problems of the others, and notes."""
 
     specs: tuple[PromptSpec, ...]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
     def checked(self) -> tuple[PromptSpec, ...]:
-        """All prompts, for callers that take the file whole or not at all.
+        """All prompts, for callers that require a file without problems.
 
         Raises:
-            ConfigError: with every problem of the file.
+            ConfigError: lists every problem of the file.
         """
         if self.problems:
             raise ConfigError(self.problems)
@@ -154,7 +154,7 @@ _READERS["lora_multiplier"] = _strengths
 _FLAG_BY_NAME = {flag.name: flag for flag in _FLAGS}
 _FLAG_BY_KEY = {flag.key: flag for flag in _FLAGS}
 _OTHER_MODELS = {"cn": "control_video_path", "ci": "control_image_path", "of": "one_frame"}
-"""Settings of other models that shared prompt files contain; they have no effect here."""
+"""Settings of other models that prompt files may contain; they have no effect."""
 
 
 class _Reader:
@@ -166,7 +166,7 @@ class _Reader:
         self.notes: list[str] = []
 
     def add(self, prompt: str, settings: Mapping[str, str], where: str, spell: Callable[[str], str]) -> None:
-        """Read `settings` (key -> word); `spell` writes a key the way the file does."""
+        """Read `settings` (key -> value as text); `spell` writes a key as it appears in the file."""
         values: dict[str, Any] = {}
         texts = {"prompt": prompt, **{spell(key): word for key, word in settings.items()}}
         problems = [f"{where}: {line}" for line in text_problems(texts)]
@@ -188,10 +188,10 @@ class _Reader:
             name, _, word = setting.strip().partition(" ")
             name = name.lower()
             if name in _OTHER_MODELS:
-                self.notes.append(f"{where}: --{name} belongs to other models and has no effect here")
+                self.notes.append(f"{where}: --{name} is a setting of other models and has no effect")
             elif name not in _FLAG_BY_NAME:
                 known = " ".join(f"--{flag}" for flag in _FLAG_BY_NAME)
-                problems.append(f"{where}: --{name} is not a prompt setting; known: {known}")
+                problems.append(f"{where}: --{name} is not a prompt setting; use one of {known}")
             else:
                 settings[_FLAG_BY_NAME[name].key] = word.strip()
         if problems:
@@ -213,9 +213,11 @@ class _Reader:
             if key == "prompt":
                 continue
             if key in _OTHER_MODELS.values():
-                self.notes.append(f"{where}: {key} belongs to other models and has no effect here")
+                self.notes.append(f"{where}: {key} is a setting of other models and has no effect")
             elif key not in _FLAG_BY_KEY:
-                problems.append(f"{where}: {key} is not a prompt setting; known: {' '.join(_FLAG_BY_KEY)}")
+                problems.append(
+                    f"{where}: {key} is not a prompt setting; use one of {' '.join(_FLAG_BY_KEY)}"
+                )
             elif isinstance(value, bool) or not isinstance(value, (str, int, float, list)):
                 problems.append(f"{where}: {key}: unexpected value {value!r}")
             else:
@@ -232,10 +234,10 @@ class _Reader:
 
 
 def text_problems(texts: Mapping[str, str | None]) -> list[str]:
-    """What is wrong with texts that hold bytes or halves of characters that UTF-8 cannot write.
+    """Report texts with bytes or surrogates that UTF-8 cannot encode.
 
     Args:
-        texts: what was typed, by what to call it.
+        texts: name for the message -> text.
     """
     problems = []
     for name, text in texts.items():
@@ -244,7 +246,8 @@ def text_problems(texts: Mapping[str, str | None]) -> list[str]:
         except UnicodeEncodeError as error:
             code = ord(error.object[error.start])
             problems.append(
-                f"{name}: U+{code:04X} at character {error.start + 1} is no character; give the text in UTF-8"
+                f"{name}: U+{code:04X} at character {error.start + 1} is not a valid character; give the "
+                "text in UTF-8"
             )
     return problems
 
@@ -257,16 +260,19 @@ def parse_prompt_line(line: str, where: str) -> PromptList:
 
 
 def read_prompt_file(path: Path) -> PromptList:
-    """Read a .txt, .json or .toml file of prompts; problems of single prompts are collected, not raised.
+    """Read a .txt, .json or .toml prompt file; problems of single prompts are collected, not raised.
 
-    .txt: one prompt per line, empty lines and lines that start with # are left out. .json: a list of tables
-    or of such lines. .toml: `[prompt]` with what all share and `[[prompt.subset]]` for each.
+    .txt: one prompt per line; empty lines and lines that start with # are skipped. .json: a list of objects
+    or of such lines. .toml: `[prompt]` with shared settings and one `[[prompt.subset]]` per prompt.
 
     Raises:
-        ConfigError: the file is missing, of another kind, not readable as a whole or without prompts.
+        ConfigError: the file is missing, has another extension, cannot be read or parsed, or contains no
+            prompts.
     """
     if path.suffix.lower() not in PROMPT_FILE_SUFFIXES:
-        raise ConfigError(f"{path}: prompt files end in {', '.join(PROMPT_FILE_SUFFIXES)}")
+        raise ConfigError(
+            f"{path}: unknown extension; a prompt file ends in {', '.join(PROMPT_FILE_SUFFIXES)}"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -285,7 +291,7 @@ def read_prompt_file(path: Path) -> PromptList:
             reader.add_entry(entry, f"{path} prompt {number}")
     result = reader.result()
     if not result.specs and not result.problems:
-        raise ConfigError(f"{path}: holds no prompts")
+        raise ConfigError(f"{path}: contains no prompts")
     return result
 
 

@@ -13,9 +13,9 @@ from dataset.geometry import FPS, PIXELS_PER_LATENT, pixel_frame_count, size_ste
 from modules.errors import ConfigError
 
 WEIGHTS_FOLDER = Path("weights")
-"""Where the default paths of the published models start, relative to the working directory."""
+"""Default folder of the published models, relative to the working directory."""
 SMALL_BASE_FOLDER = Path(__file__).parent / "small_world" / "base"
-"""The models of the small world, which come with the code."""
+"""Folder of the small base model in this repository."""
 
 MAX_LATENT_FRAMES = 128
 MAX_LATENT_SIDE = 256
@@ -45,7 +45,7 @@ class DitParams:
 
     @property
     def in_channels(self) -> int:
-        """Channels entering the patch embedding: latents, and for conditioned models condition and mask."""
+        """Input channels of the patch embedding: latents, and for conditioned models condition and mask."""
         has_condition = self.visual_cond or self.instruct_type == "channel"
         return 2 * self.in_visual_dim + 1 if has_condition else self.in_visual_dim
 
@@ -58,14 +58,17 @@ def override_params(params: DitParams, changes: Mapping[str, Any]) -> DitParams:
     """`params` with some fields replaced, for `--override_dit`.
 
     Args:
-        changes: values as JSON has them, lists for tuples.
+        changes: JSON values, with lists for tuples.
     Raises:
-        ConfigError: unknown names and values of another kind, all at once; sizes that make no attention head.
+        ConfigError: names are unknown or values have the wrong type (all are listed), or the sizes do not
+            divide into attention heads.
     """
     kinds = {item.name: str(item.type) for item in fields(DitParams)}
     unknown = sorted(set(changes) - set(kinds))
     problems = (
-        [f"--override_dit: unknown: {', '.join(unknown)}; known: {', '.join(kinds)}"] if unknown else []
+        [f"--override_dit: unknown parameters {', '.join(unknown)}; use {', '.join(kinds)}"]
+        if unknown
+        else []
     )
     for name in sorted(set(changes) & set(kinds)):
         fits, wanted = _KINDS[kinds[name]]
@@ -96,7 +99,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bool": (lambda value: isinstance(value, bool), "true or false"),
     "str | None": (lambda value: value is None or isinstance(value, str), "text or null"),
 }
-"""What JSON values the types of `DitParams` take."""
+"""Checks and descriptions of JSON values, by the type of a `DitParams` field."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +122,7 @@ class NablaParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One `--task`: a checkpoint with the settings it was trained and is sampled with."""
+    """A `--task`: a checkpoint with its architecture and sampling settings."""
 
     name: str
     checkpoint: str
@@ -131,9 +134,9 @@ class Task:
     """Divisors of the rotary angles for time, height and width."""
     seconds: int
     frames: int | None = None
-    """Pixel frames by default where they are not those of `seconds`."""
+    """Default number of pixel frames, if it does not follow from `seconds`."""
     folder: Path = WEIGHTS_FOLDER
-    """Where the default paths start."""
+    """Folder of the default paths."""
     steps: int = 50
     guidance: float = 5.0
     scheduler_scale: float = 10.0
@@ -141,9 +144,9 @@ class Task:
     qwen_max_length: int = 256
     clip_max_length: int = 77
     is_i2v: bool = False
-    """Image to video: a clip starts from a given frame."""
+    """Image to video: the first frame is given."""
     is_tiny: bool = False
-    """A model for trying things out: its token counts are not checked against the real tokenizers."""
+    """A test model: its tokenizers are not required to be Qwen's and CLIP's."""
 
     @property
     def default_num_frames(self) -> int:
@@ -152,12 +155,12 @@ class Task:
 
     @property
     def image_size_divisor(self) -> int:
-        """What the sides of an image-to-video clip are rounded to."""
+        """The sides of an image-to-video clip are multiples of this."""
         return size_step(uses_nabla=self.resolution >= 1024 or self.nabla is not None)
 
     @property
     def image_max_area(self) -> int:
-        """Pixels that a conditioning image is scaled to."""
+        """Area in pixels to which a conditioning image is scaled."""
         return {512: 512 * 768, 1024: 1024 * 1024}.get(self.resolution, self.resolution**2)
 
     @property
@@ -347,14 +350,15 @@ def get_task(name: str) -> Task:
     """The preset called `name`.
 
     Raises:
-        ConfigError: the name is unknown (the message gives the nearest) or an image task, which is refused.
+        ConfigError: the name is unknown (the message suggests the nearest) or an image task, which is not
+            supported.
     """
     if name in TASKS:
         return TASKS[name]
     if name in _IMAGE_TASKS:
         raise ConfigError(
-            f"--task {name}: the Image Lite models are not supported; video tasks: {', '.join(TASKS)}"
+            f"--task {name}: the Image Lite models are not supported; use one of {', '.join(TASKS)}"
         )
     nearest = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known tasks: {', '.join(TASKS)}"
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"use one of {', '.join(TASKS)}"
     raise ConfigError(f"--task {name}: unknown task; {hint}")

@@ -1,8 +1,8 @@
 """Small random models in the file formats of the published ones: `python -m kandinsky5.tiny_models OUT`.
 
-They are for trying out the scripts and for tests. Their weights are random, so the pictures they make are
-noise; everything else (file layouts, dtypes, tokenizers, tensor names) is as in the real checkpoints, and the
-same code loads them.
+For tests and for trying out the scripts. Their weights are random, so the videos are noise; everything else
+(file layouts, dtypes, tokenizers, tensor names) is as in the published checkpoints, and the same code loads
+them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LOGVAR_BIAS = -6.0  # a trained posterior is narrow; a random one would drown t
 def build_tiny_models(out: Path, seed: int = 0) -> None:
     """Write `model/tiny.safetensors`, `vae/`, `text_encoder/` and `text_encoder2/` under `out`.
 
-    A few MB in total; the bytes depend on `seed` and the installed library versions alone. Existing files of
+    A few MB in total; the bytes depend only on `seed` and the installed library versions. Existing files with
     these names are replaced.
     """
     write_tensors(out / "model" / "tiny.safetensors", dit_tensors(TINY_PARAMS, seed))
@@ -58,7 +58,7 @@ def build_tiny_models(out: Path, seed: int = 0) -> None:
 
 
 def dit_tensor_shapes(params: DitParams) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a DiT checkpoint and its shape, from the sizes alone."""
+    """Names and shapes of all tensors of a DiT checkpoint."""
     width, time_dim, ff_dim = params.model_dim, params.time_dim, params.ff_dim
     patch = math.prod(params.patch_size)
     has_condition = params.visual_cond or params.instruct_type == "channel"
@@ -93,7 +93,7 @@ def dit_tensors(params: DitParams, seed: int = 0, *, dtype: torch.dtype | None =
     """Random DiT weights in the dtypes of the published files, or all in `dtype`.
 
     Published: float32 for modulation and time embedding, bfloat16 for the rest. Scales are chosen so that
-    activations stay near 1 and every modulation acts.
+    activations stay near 1 and every modulation has an effect.
     """
     tensors = {}
     for name, shape in dit_tensor_shapes(params).items():
@@ -106,7 +106,9 @@ def dit_tensors(params: DitParams, seed: int = 0, *, dtype: torch.dtype | None =
 
 
 def build_vae(folder: Path, seed: int = 0) -> None:
-    """A HunyuanVideo VAE as a diffusers folder: `config.json` and `diffusion_pytorch_model.safetensors`."""
+    """Write a random HunyuanVideo VAE as a diffusers folder: `config.json` and
+    `diffusion_pytorch_model.safetensors`.
+    """
     from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
 
     vae = AutoencoderKLHunyuanVideo(**VAE_CONFIG)
@@ -127,7 +129,9 @@ def write_vae_folder(folder: Path, vae: Any, *, dtype: torch.dtype = torch.float
 
 
 def build_text_encoder(folder: Path, seed: int = 0) -> None:
-    """A Qwen2.5-VL folder as on the hub: two bfloat16 shards, vision tower and lm_head included."""
+    """Write a random Qwen2.5-VL folder as on the hub: two bfloat16 shards, vision tower and
+    lm_head included.
+    """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +170,7 @@ def build_text_encoder(folder: Path, seed: int = 0) -> None:
 
 
 def build_clip(folder: Path, seed: int = 0) -> None:
-    """A whole CLIPModel folder as on the hub, with the `eos_token_id` 2 that the published config has."""
+    """Write a random CLIPModel folder as on the hub, with `eos_token_id` 2 as in the published config."""
     from transformers import CLIPConfig, CLIPModel
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,7 +233,7 @@ def _plain_config(config: Mapping[str, object]) -> dict[str, object]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars and hints while saving; its settings are put back."""
+    """Disable transformers' progress bars and hints while saving; restores the settings afterwards."""
     from transformers.utils import logging as transformers_logging
 
     had_bars = transformers_logging.is_progress_bar_enabled()
@@ -246,12 +250,14 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
-        "python -m kandinsky5.tiny_models", "Write small random models for trying the scripts out."
+        "python -m kandinsky5.tiny_models", "Write small random models for trying out the scripts."
     )
     parser.add_argument(
         "out", type=Path, help="folder to write model/, vae/, text_encoder/, text_encoder2/ into"
     )
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="other seeds give other weights")
+    parser.add_argument(
+        "--seed", type=non_negative_int, default=0, help="seed of the random weights (default: 0)"
+    )
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers for the small models: Qwen2's and CLIP's kinds, trained on a few sentences on the spot."""
+"""Tokenizers for the small models: of the same types as Qwen2's and CLIP's, trained on a few sentences."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ _QWEN_PLAIN_TOKENS = (
 )  # fmt: skip
 _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
 _MODEL_ROWS = 64
-"""Embedding tables are padded to a multiple of this, as Qwen's is: larger than the tokenizer's vocabulary."""
+"""The embedding table is padded to a multiple of this, as Qwen's is, so it is larger than the vocabulary."""
 
 
 def save_qwen_tokenizer(folder: Path) -> tuple[dict[str, int], int]:
-    """Write a Qwen2 byte-level tokenizer; returns its control tokens' ids and the embedding rows."""
+    """Write a Qwen2 byte-level tokenizer; returns the ids of its control tokens and the number of embedding
+    rows.
+    """
     from transformers import Qwen2Tokenizer
 
     merges = _train_merges(Qwen2Tokenizer(vocab={}, merges=[]), suffix="")
@@ -83,7 +85,7 @@ def save_clip_tokenizer(folder: Path) -> int:
 def _train_merges(blank: Any, suffix: str) -> list[Any]:
     """Byte-pair merges for the text rules (normaliser, word splitting) of an empty transformers tokenizer.
 
-    Learned here and not by the tokenizers package, whose order among equally frequent pairs varies with a
+    Not trained with the tokenizers package, whose order of equally frequent pairs varies when there is a
     suffix.
     Source: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", algorithm 1.
     """
@@ -124,6 +126,8 @@ def _byte_alphabet() -> list[str]:
 
 
 def _save(tokenizer: Any, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json, and the vocab.json and merges.txt that older readers want."""
+    """tokenizer.json and tokenizer_config.json, and the vocab.json and merges.txt that older
+    readers require.
+    """
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(str(folder))

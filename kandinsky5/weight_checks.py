@@ -33,7 +33,9 @@ _KINDS = (
 
 
 def kind_of_model(names: Iterable[str]) -> str | None:
-    """Identify the kind of model by tensor names, with the name that shows it; None if unknown."""
+    """Identify the kind of model by its tensor names; the result includes the deciding name.
+    None if unknown.
+    """
     names = list(names)
     for piece, kind in _KINDS:
         for name in names:
@@ -59,20 +61,22 @@ def describe_mismatch(
 
 
 class FiniteCheck:
-    """Notes which weights hold NaN or infinity as they stream in; waits for the device only at the end."""
+    """Collects the names of weights with NaN or infinity while they are loaded; synchronises with the device
+    only at the end.
+    """
 
     def __init__(self) -> None:
         self._is_finite: dict[str, Tensor] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Look through one floating point tensor, on the device it lies on."""
+        """Check a floating-point tensor on its device."""
         if tensor.numel():
             values = tensor.half() if tensor.dtype.itemsize == 1 else tensor  # float8 cannot be compared
             low, high = values.aminmax()  # both are NaN if any value is
             self._is_finite[name] = low.isfinite() & high.isfinite()
 
     def bad_names(self) -> list[str]:
-        """The names whose tensors are not finite throughout."""
+        """Names of the tensors with values that are not finite."""
         if not self._is_finite:
             return []
         flags = torch.stack(list(self._is_finite.values())).tolist()
@@ -82,7 +86,7 @@ class FiniteCheck:
 class WeightHash:
     """A fingerprint of weights: names, shapes, dtypes and the first KiB of each tensor.
 
-    It does not depend on how the tensors are spread over files, nor on file names, and is quick to take.
+    Independent of file names and of the distribution over shards, and fast to compute.
     """
 
     def __init__(self, *settings: str) -> None:
@@ -90,12 +94,12 @@ class WeightHash:
         self._entries: dict[str, str] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take in a CPU tensor in the file's dtype."""
+        """Add a CPU tensor in the file's dtype."""
         flat = tensor.reshape(-1)[: _FINGERPRINT_BYTES // tensor.dtype.itemsize].contiguous()
         self._add(name, tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes())
 
     def add_file(self, file: Path, tensors: Mapping[str, TensorInfo]) -> None:
-        """Take in tensors of a safetensors file under the names given here, reading only their beginnings."""
+        """Add tensors of a safetensors file under the given names, reading only the start of each."""
         with file.open("rb") as stream:
             for name, info in tensors.items():
                 stream.seek(info.start)
@@ -112,7 +116,8 @@ class WeightHash:
 
 
 def not_finite_message(names: list[str]) -> str:
-    """What to say of tensors that hold NaN or infinity: how many, the first names, what to do."""
+    """Error message for tensors with NaN or infinity: their number, the first names, and what to do."""
     return (
-        f"{len(names)} tensors hold NaN or infinite values: {names_in_short(names)}\nDownload the file again"
+        f"{len(names)} tensors contain NaN or infinite values: {names_in_short(names)}\nDownload the file "
+        "again"
     )

@@ -1,1 +1,1 @@
-"""Command lines: the flags of the four scripts and their way into configs."""
+"""Command lines: the options of the four scripts and their conversion to configs."""

@@ -1,4 +1,4 @@
-"""From the attention options to one back end, the same for training and generation."""
+"""Selects the attention back end from the command line, for training and generation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from modules.attention_backends import (
 
 
 def chosen_attention(args: argparse.Namespace) -> str:
-    """The back end that was asked for, by its switch or `--attn_mode`; call `attention_problems` first."""
+    """Return the back end selected by a switch or `--attn_mode`; call `attention_problems` first."""
     chosen = _all_chosen(args)
     return chosen[0] if chosen else DEFAULT_BACKEND
 
 
 def attention_problems(args: argparse.Namespace, *, for_training: bool) -> list[str]:
-    """Several back ends at once, and one that cannot train."""
+    """Report more than one back end, and a back end that cannot train."""
     chosen = _all_chosen(args)
     problems = []
     if len(chosen) > 1:

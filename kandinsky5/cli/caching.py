@@ -1,4 +1,6 @@
-"""The command lines of the two cache scripts: argv -> one checked config. The Namespaces end here."""
+"""The command lines of the two cache scripts: argv -> one checked config. No code outside this module sees a
+Namespace.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from kandinsky5.cli.common import missing_file, raise_all
 from kandinsky5.cli.without_effect import (
     CACHE_LATENTS_RULES,
     given_options,
-    idle_notes,
     ignored_notes,
+    no_effect_notes,
 )
 from kandinsky5.configs.caching import (
     KEEP_CACHE,
@@ -50,7 +52,7 @@ _TEXT_SECTIONS = {
     "dataset and run": {
         **options_of(CacheRunConfig),
         "num_workers": ignored_option(
-            "captions are read before anything is encoded", default=None, read=positive_int
+            "captions are read before encoding starts", default=None, read=positive_int
         ),
     },
     "text encoders": {**options_of(CacheTextConfig), **options_of(QwenOptions)},
@@ -75,8 +77,8 @@ def parse_cache_latents(argv: Sequence[str] | None = None) -> CacheLatentsConfig
         problems.append(f"--vae {args.vae}: no such file or folder")
     if args.debug_mode == "image":
         problems.append(
-            "--debug_mode image opens windows, which is not supported; --debug_mode video writes files to "
-            "look at, --debug_mode console prints characters"
+            "--debug_mode image opens windows, which is not supported; use --debug_mode video, which "
+            "writes files, or --debug_mode console, which prints characters"
         )
     raise_all(problems)
     debug = None if args.debug_mode is None else read_options(DebugConfig, args, mode=args.debug_mode)
@@ -90,7 +92,7 @@ def parse_cache_latents(argv: Sequence[str] | None = None) -> CacheLatentsConfig
     given = given_options(parser, args)
     for note in (
         *ignored_notes(_all(_LATENT_SECTIONS), given),
-        *idle_notes(CACHE_LATENTS_RULES, config, given).values(),
+        *no_effect_notes(CACHE_LATENTS_RULES, config, given).values(),
     ):
         log.info("%s", note)
     return config
@@ -128,7 +130,7 @@ def _shared_problems(sections: Mapping[str, Mapping[str, Option]], args: argpars
     problems = missing_options(_all(sections), args)
     problems += missing_file("--dataset_config", args.dataset_config)
     if args.keep_cache and args.prune:
-        problems.append("--keep_cache and --prune contradict each other: give one of them")
+        problems.append("--keep_cache and --prune contradict each other: give only one of them")
     return problems
 
 

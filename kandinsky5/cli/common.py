@@ -13,44 +13,44 @@ SAVES_HOST_MEMORY = {
         "shorter clips or a smaller resolution in the dataset file",
     ),
     "cache_text": (
-        "--fp8_vlm: Qwen's weights take half of the memory",
-        "--quantized_qwen: they take a quarter",
+        "--fp8_vlm: Qwen's weights take half the memory",
+        "--quantized_qwen: Qwen's weights take a quarter of the memory",
         "--batch_size 1: fewer captions at once",
     ),
     "train": (
-        "--fp8_base: the DiT takes half of the memory",
+        "--fp8_base: the DiT takes half the memory",
         "a smaller --blocks_to_swap, or none: fewer weights in host memory",
         "no --gradient_checkpointing_cpu_offload: block inputs stay on the device",
         "no --disable_numpy_memmap: model files are mapped and not copied",
         "--max_data_loader_n_workers 0: no caches are read ahead",
-        "--fp8_vlm or --quantized_qwen: for the prompts of samples",
+        "--fp8_vlm or --quantized_qwen: less memory while sample prompts are encoded",
     ),
     "generate": (
-        "--fp8_vlm: Qwen's weights take half of the memory",
-        "--quantized_qwen: they take a quarter",
-        "--fp8_base: the DiT takes half of the memory",
+        "--fp8_vlm: Qwen's weights take half the memory",
+        "--quantized_qwen: Qwen's weights take a quarter of the memory",
+        "--fp8_base: the DiT takes half the memory",
         "a smaller --blocks_to_swap, or none: fewer weights in host memory",
         "no --offload_dit_during_sampling and no --disable_numpy_memmap",
         "fewer frames or a smaller size",
     ),
 }
-"""What helps against a lack of host memory in each of the scripts."""
+"""Options that reduce host memory, per script."""
 
 
 def local_name(path: Path) -> str:
-    """A path in a form that is not read as a model id of the hub, which `weights/text_encoder` could be."""
+    """A path as text that cannot be mistaken for a hub model id, as `weights/text_encoder` could be."""
     return str(path) if path.is_absolute() else f"./{path.as_posix()}"
 
 
 def missing_file(flag: str, path: Path | None) -> list[str]:
-    """A problem line where an option names something that is not a file."""
+    """Return a problem line if an option names something that is not a file."""
     if path is None or path.is_file():
         return []
     return [f"{flag} {path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}"]
 
 
 def raise_all(problems: Iterable[str]) -> None:
-    """Raise a `ConfigError` with all problems, each once, if there are any."""
+    """Raise a `ConfigError` that lists each problem once, if there are any."""
     found = list(dict.fromkeys(problems))
     if found:
         raise ConfigError(found)

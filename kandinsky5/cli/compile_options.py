@@ -1,4 +1,4 @@
-"""From the `--compile_*` and `--dynamo_*` options to one setting, the same for training and generation."""
+"""Reads the `--compile_*` and `--dynamo_*` options into one config, for training and generation."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def compile_config(args: argparse.Namespace, *, for_training: bool, has_nabla: b
     """The compile settings of a command line; None without `--compile` and `--dynamo_backend`.
 
     Raises:
-        ConfigError: both switches, layers in an unbroken graph that must break it, or CUDA graphs where
-            weights or activations move.
+        ConfigError: both switches are given, `--compile_fullgraph` with layers that need a graph break, or
+            CUDA graphs where weights or activations move.
     """
     asked = vars(args)
     backend = asked.get("dynamo_backend", NO_BACKEND)
     uses_dynamo = backend != NO_BACKEND
     if uses_dynamo and (args.compile or args.compile_backend not in ("inductor", backend)):
-        raise ConfigError("--dynamo_backend means --compile --compile_backend: give only one of the two")
+        raise ConfigError("--dynamo_backend means --compile --compile_backend: give only one of them")
     if not args.compile and not uses_dynamo:
         return None
     config = read_options(
@@ -43,17 +43,17 @@ def _fullgraph_problems(config: CompileConfig, args: argparse.Namespace, *, has_
     if not config.compile_fullgraph:
         return
     if args.fp8_base:
-        yield "--compile_fullgraph: layers in float8 stay outside compiled graphs; leave it out"
+        yield "--compile_fullgraph: float8 layers stay outside compiled graphs; omit --compile_fullgraph"
     if args.vram_budget is not None:
-        yield "--compile_fullgraph: --vram_budget may add --fp8_base; leave one of them out"
+        yield "--compile_fullgraph: --vram_budget may add --fp8_base; omit one of them"
     if has_nabla:
-        yield "--compile_fullgraph: NABLA's attention stays outside compiled graphs; leave it out"
+        yield "--compile_fullgraph: NABLA's attention stays outside compiled graphs; omit --compile_fullgraph"
 
 
 def _cuda_graph_problems(
     config: CompileConfig, args: argparse.Namespace, *, for_training: bool
 ) -> Iterator[str]:
-    """CUDA graphs are refused wherever no GPU run has shown that addresses stay valid."""
+    """Report CUDA graphs in settings where no GPU run has shown that memory addresses stay valid."""
     if not config.uses_cuda_graphs:
         return
     if for_training:

@@ -1,4 +1,4 @@
-"""Options from a TOML file, turned into what would be typed, and the way back."""
+"""Converts options of a TOML file to command-line arguments, and back."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FLAG = "--config_file"
 def with_config_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
     """Put the options of the `--config_file` in `argv` before the others, so that the command line wins.
 
-    Sections of the file are flattened, their names do not matter. The extension `.toml` may be left out.
+    Sections of the file are flattened; their names do not matter. The extension `.toml` may be omitted.
 
     Raises:
-        ConfigError: the file is missing or no TOML, has unknown options or values of the wrong kind, or gives
-            one option twice; all problems are listed.
+        ConfigError: the file is missing or not valid TOML, has unknown options or values of the wrong type,
+            or sets an option twice; all problems are listed.
     """
     path = _named_file(argv)
     return list(argv) if path is None else [*file_argv(parser, path), *argv]
@@ -42,7 +42,7 @@ def asks_for_traceback(argv: Sequence[str]) -> bool:
 
 
 def _named_file(argv: Sequence[str]) -> Path | None:
-    """The file that `--config_file` names, with the extension it may leave out.
+    """The path that `--config_file` names, with the extension added if it was omitted.
 
     Raises:
         ConfigError: the option has no value.
@@ -60,7 +60,7 @@ def _named_file(argv: Sequence[str]) -> Path | None:
 
 
 def file_argv(parser: argparse.ArgumentParser, path: Path) -> list[str]:
-    """The file's options as they would be typed.
+    """The file's options as command-line arguments.
 
     Raises:
         ConfigError: see `with_config_file`.
@@ -89,7 +89,9 @@ def file_argv(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         first, first_argv = seen.setdefault(action.dest, (option, own))
         is_repeated = first is not option and first.name == option.name
         if is_repeated or (own and first_argv and first_argv != own):
-            problems.append(f"{path}: {first.where} and {option.where} give one option twice: leave one out")
+            problems.append(
+                f"{path}: {first.where} and {option.where} set the same option: delete one of them"
+            )
         argv += own
     if problems:
         raise ConfigError(problems)
@@ -97,7 +99,7 @@ def file_argv(parser: argparse.ArgumentParser, path: Path) -> list[str]:
 
 
 def _partner(parser: argparse.ArgumentParser, action: argparse.Action) -> str | None:
-    """The switch with the opposite meaning."""
+    """The name of the switch with the opposite meaning."""
     opposites = [
         other.option_strings[0]
         for other in parser._actions
@@ -107,10 +109,10 @@ def _partner(parser: argparse.ArgumentParser, action: argparse.Action) -> str | 
 
 
 def read_toml(path: Path, flag: str) -> dict[str, Any]:
-    """The tables of a TOML file that an option names.
+    """Read the tables of the TOML file that an option names.
 
     Raises:
-        ConfigError: it is missing, or cannot be read or parsed.
+        ConfigError: the file is missing, or cannot be read or parsed.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -125,7 +127,7 @@ class _FileOption:
     name: str
     value: Any
     section: str
-    """Dotted name of the table it stands in; "" outside all."""
+    """Dotted name of its table; "" at the top level."""
 
     @property
     def where(self) -> str:
@@ -143,7 +145,7 @@ def _flatten(table: Mapping[str, Any], section: str = "") -> list[_FileOption]:
 
 
 def _typed(key: str, value: Any, action: argparse.Action, opposite: str | None) -> list[str]:
-    """An entry of the file as it would be typed; nothing for an empty text, which gives no value."""
+    """An entry of the file as command-line arguments; empty for an empty string, which means "not given"."""
     if value == "":
         return []
     if action.nargs == 0:
@@ -156,7 +158,7 @@ def _typed(key: str, value: Any, action: argparse.Action, opposite: str | None) 
         raise ConfigError(f"{key} needs a value, not {str(value).lower()}")
     items = value if isinstance(value, list) else [value]
     if any("\0" in str(item) for item in items):
-        raise ConfigError(f"{key}: holds a NUL character")
+        raise ConfigError(f"{key}: contains a NUL character")
     is_text = action.type in (None, Path)
     texts = [str(item) if is_text else as_word(item) for item in items]
     if isinstance(value, list):
@@ -174,14 +176,14 @@ def file_values(
     places: Collection[str] = (),
     places_or_ids: Collection[str] = (),
 ) -> dict[str, Any]:
-    """What a configuration file would hold to give these options again: `file_argv` reversed.
+    """The entries of a configuration file that sets these options: the inverse of `file_argv`.
 
     Args:
-        places: options that name files or folders although their type is text.
-        places_or_ids: the same, or a model id of the Hub such as `owner/name`, which stays text.
+        places: options that name files or folders although their type is str.
+        places_or_ids: the same, or a hub model id such as `owner/name`, which stays a str.
     Returns:
-        Option name -> bool, number, text, list of them, or `Path` for every file and folder. Options that are
-        not given and have no default are left out, and so are spellings that the help does not list.
+        Option name -> bool, number, str, list of these, or `Path` for every file and folder. Options without
+        value are omitted, and so are spellings that the help does not list.
     """
     values: dict[str, Any] = {}
     for action in parser._actions:
@@ -198,10 +200,10 @@ def file_values(
 
 
 def argv_of(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> list[str]:
-    """The command line that gives options again.
+    """The command-line arguments that set options to these values.
 
     Args:
-        values: as `file_values` returns them; those that are the defaults are left out.
+        values: as `file_values` returns them; values equal to the defaults are omitted.
     """
     actions = {}
     for action in parser._actions:

@@ -1,4 +1,4 @@
-"""The generation command line: argv -> one checked `GenerateConfig`. The Namespace ends here."""
+"""The generation command line: argv -> one checked `GenerateConfig`. No other module sees the Namespace."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from kandinsky5.cli.without_effect import (
     TASK_RULES,
     WEIGHT_RULES,
     given_options,
-    idle_notes,
     ignored_notes,
+    no_effect_notes,
 )
 from kandinsky5.configs.attention import ATTENTION_MODE, ATTENTION_OPTIONS, NablaOptions
 from kandinsky5.configs.compilation import CompileConfig, CompileMode
@@ -50,16 +50,17 @@ from modules.options import add_options, ignored_option, options_of, read_option
 log = get_logger(__name__)
 
 _EPILOG = (
-    "Spellings of the sibling scripts are understood too: --video_size H W, --video_length, --infer_steps, "
+    "Option names of musubi-tuner's other scripts are accepted too: --video_size H W, --video_length, "
+    "--infer_steps, "
     "--guidance_scale, --flow_shift, --save_path, --image_path, --end_image_path, --fp8, "
     "--compile_args BACKEND MODE DYNAMIC FULLGRAPH. --frames counts pixel frames."
 )
 _ROOM = len("-999_latent.safetensors")
-"""What may be added to the name of an output: a number where it is taken, and the kind of the file."""
+"""Bytes kept free for suffixes of an output name: a number if the name is taken, and the file type."""
 _IGNORED = {
     **VAE_CHUNK_SIZE,
     "lycoris": ignored_option("LoHa and LoKr files are recognised without it"),
-    "img_in_txt_in_offloading": ignored_option("it belongs to HunyuanVideo"),
+    "img_in_txt_in_offloading": ignored_option("it is an option of HunyuanVideo"),
     "split_attn": ignored_option("guidance passes are never batched, so attention sees one clip at a time"),
 }
 _SECTIONS = {
@@ -81,10 +82,10 @@ _SECTIONS = {
 
 
 def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
-    """Turn the command line into a checked config.
+    """Parse the command line into a checked config.
 
     Raises:
-        ConfigError: options that contradict each other, are missing or name files that do not exist.
+        ConfigError: options contradict each other, are missing, or name files that do not exist.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -123,12 +124,12 @@ def parse_generate(argv: Sequence[str] | None = None) -> GenerateConfig:
 
 
 def repeat_argv(options: Mapping[str, Any]) -> list[str]:
-    """The command line that gives these options; those that are the defaults are left out."""
+    """The command-line arguments that set these options; values equal to the defaults are omitted."""
     return argv_of(_parser(), options)
 
 
 def _parser() -> Parser:
-    parser = Parser("kandinsky5_generate_video.py", "Make videos and images with Kandinsky 5 and LoRAs.")
+    parser = Parser("kandinsky5_generate_video.py", "Generate videos and images with Kandinsky 5 and LoRAs.")
     parser.epilog = _EPILOG
     add_options(parser, _SECTIONS)
     parser.add_argument("--video_size", type=int, nargs=2, metavar=("H", "W"), help=argparse.SUPPRESS)
@@ -137,7 +138,7 @@ def _parser() -> Parser:
 
 
 def _read_old_spellings(args: argparse.Namespace) -> None:
-    """Put what `--video_size` and `--compile_args` give into the options that they stand for."""
+    """Copy the values of `--video_size` and `--compile_args` to the options that they replace."""
     if args.video_size is not None:
         height, width = args.video_size
         args.height = height if args.height is None else args.height
@@ -155,7 +156,7 @@ def _read_old_spellings(args: argparse.Namespace) -> None:
 
 
 def _sources(args: argparse.Namespace) -> dict[str, Any]:
-    """What is made from, without what has no effect beside `--save_merged_model` and `--latent_path`."""
+    """The input options, without those that have no effect with `--save_merged_model` or `--latent_path`."""
     merges = args.save_merged_model is not None
     plans = not merges and not args.interactive and args.latent_path is None
     return {
@@ -167,15 +168,15 @@ def _sources(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _notes(config: GenerateConfig, given: set[str]) -> list[str]:
-    """What has no effect here."""
-    idle = {
-        **idle_notes(WEIGHT_RULES, config.dit, given),
-        **idle_notes(COMPILE_RULES, config.dit.compile, given),
-        **idle_notes(NABLA_RULES, config.dit.nabla, given),
-        **idle_notes(TASK_RULES, config.task, given),
-        **idle_notes(GENERATE_RULES, config, given),
+    """Log lines about options that have no effect."""
+    without_effect = {
+        **no_effect_notes(WEIGHT_RULES, config.dit, given),
+        **no_effect_notes(COMPILE_RULES, config.dit.compile, given),
+        **no_effect_notes(NABLA_RULES, config.dit.nabla, given),
+        **no_effect_notes(TASK_RULES, config.task, given),
+        **no_effect_notes(GENERATE_RULES, config, given),
     }
-    return [*ignored_notes(_IGNORED, given), *idle.values()]
+    return [*ignored_notes(_IGNORED, given), *without_effect.values()]
 
 
 def _models(args: argparse.Namespace, task: Task) -> ModelPaths:
@@ -202,10 +203,10 @@ def _dit(args: argparse.Namespace, task: Task) -> DitConfig:
 
 
 def check_model_paths(config: GenerateConfig) -> None:
-    """Find out about mistyped paths before torch is imported, which takes seconds.
+    """Check that model paths exist, before the import of torch, which takes seconds.
 
     Raises:
-        ModelFileError: with all files and folders that are not there.
+        ModelFileError: lists all files and folders that do not exist.
     """
     paths = [("--vae", config.models.vae)] if config.lora.save_merged_model is None else []
     if config.latent_path is None:
@@ -234,17 +235,17 @@ def _output(args: argparse.Namespace) -> OutputConfig:
 
 
 def _check_length(path: Path, *, is_folder: bool) -> None:
-    """Refuse a name that leaves no room, which would be found out after sampling only."""
+    """Refuse an output name that is too long, before anything is sampled."""
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if longest > MAX_NAME_BYTES:
         raise ConfigError(
-            f"--output {path}: a name of {longest} bytes; at most {MAX_NAME_BYTES} are possible"
+            f"--output {path}: a name of {longest} bytes is too long; use at most {MAX_NAME_BYTES}"
         )
     stem = path.stem if path.suffix.lower() in OUTPUT_SUFFIXES else path.name
     if len(os.fsencode(stem)) + _ROOM > MAX_NAME_BYTES and not is_folder and not path.is_dir():
         raise ConfigError(
-            f"--output {path}: the name is {len(os.fsencode(stem))} bytes long; at most "
-            f"{MAX_NAME_BYTES - _ROOM} leave room for what is added to it"
+            f"--output {path}: the name is {len(os.fsencode(stem))} bytes long; use at most "
+            f"{MAX_NAME_BYTES - _ROOM}, to leave room for suffixes"
         )
 
 
@@ -258,5 +259,5 @@ def _pattern_problems(args: argparse.Namespace) -> list[str]:
             try:
                 re.compile(pattern)
             except re.error as error:
-                problems.append(f"{flag} {pattern}: not a regular expression: {error}")
+                problems.append(f"{flag} {pattern}: invalid regular expression: {error}")
     return problems

@@ -1,4 +1,4 @@
-"""The training command line: argv -> one checked `TrainConfig`. The Namespace ends here."""
+"""The training command line: argv -> one checked `TrainConfig`. No other module sees the Namespace."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from kandinsky5.cli.without_effect import (
     TRAIN_RULES,
     WEIGHT_RULES,
     given_options,
-    idle_notes,
     ignored_notes,
+    no_effect_notes,
 )
 from kandinsky5.configs.attention import ATTENTION_OPTIONS, NablaOptions
 from kandinsky5.configs.caching import KEEP_CACHE
@@ -70,23 +70,25 @@ IGNORED = {
     **KEEP_CACHE,
     "no_vae_load": ignored_option("the VAE is only loaded for samples"),
     "guidance_scale": ignored_option(
-        "it belongs to HunyuanVideo; recorded in the metadata", default=1.0, read=any_number
+        "it is an option of HunyuanVideo; its value goes into the metadata", default=1.0, read=any_number
     ),
-    "img_in_txt_in_offloading": ignored_option("it belongs to HunyuanVideo"),
+    "img_in_txt_in_offloading": ignored_option("it is an option of HunyuanVideo"),
     "split_attn": ignored_option("clips of a batch never attend to each other"),
-    "persistent_data_loader_workers": ignored_option("threads that read caches live for the whole run"),
-    "block_swap_h2d_only": ignored_option("frozen weights only travel to the device"),
+    "persistent_data_loader_workers": ignored_option("reader threads always run until the end"),
+    "block_swap_h2d_only": ignored_option("frozen weights are only ever copied to the device"),
 }
 _CONFIG_FILE = {
-    "config_file": Option(help="TOML file with options of this script; the command line wins", metavar="PATH")
+    "config_file": Option(
+        help="TOML file with options of this script; the command line takes precedence", metavar="PATH"
+    )
 }
 _SECTIONS = {
     "model": options_of(ModelConfig),
     "weights and memory": options_of(WeightsConfig),
     "attention": ATTENTION_OPTIONS,
-    "NABLA, block-sparse attention (training with it was tested on CPUs alone)": options_of(NablaOptions),
+    "NABLA, block-sparse attention (training with it was tested on CPUs only)": options_of(NablaOptions),
     "compilation": options_of(CompileConfig),
-    "compilation, by accelerate's names": options_of(DynamoOptions),
+    "compilation, accelerate's option names": options_of(DynamoOptions),
     "image to video": options_of(ConditioningConfig),
     "loss": options_of(LossConfig),
     "data": {**_CONFIG_FILE, **options_of(DataConfig)},
@@ -108,7 +110,7 @@ _SECRETS = ("wandb_api_key", "huggingface_token")
 _PLACES = ("vae",)
 _PLACES_OR_IDS = ("text_encoder_qwen", "text_encoder_clip")
 _NOT_OF_THE_RUN = ("help", "config_file", "resume", "overwrite", "traceback", "show_timesteps")
-"""Options that say how this call is made, which a repeated run decides anew."""
+"""Options of a single invocation, which are not recorded for a repetition of the run."""
 _NEWCOMER_OPTIONS = (
     "discrete_flow_shift",
     "timestep_sampling",
@@ -123,7 +125,7 @@ _NEWCOMER_RECIPE = (
 
 
 def build_parser() -> Parser:
-    """The parser with every option."""
+    """The argument parser with all options."""
     parser = Parser(
         "kandinsky5_train_network.py", "Train a LoRA for Kandinsky 5 on cached latents and captions."
     )
@@ -146,7 +148,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig | ShowTimestep
             show_timesteps=args.show_timesteps,
             timesteps=timesteps,
             image_path=(args.output_dir or Path()) / f"{args.output_name or 'k5'}_timesteps.png",
-            notes=tuple(idle_notes(TIMESTEP_RULES, timesteps, given).values()),
+            notes=tuple(no_effect_notes(TIMESTEP_RULES, timesteps, given).values()),
         )
     config = _train_config(parser, args)
     return replace(config, notes=tuple(_notes(config, given)))
@@ -188,34 +190,38 @@ def _train_config(parser: Parser, args: argparse.Namespace) -> TrainConfig:
 
 
 def _contradictions(args: argparse.Namespace) -> list[str]:
-    """What cannot be done, alone or together, where no single part of the config sees it."""
+    """Invalid values and combinations of options that belong to different parts of the config."""
     checks = [
         (
             args.mixed_precision == "fp16" or args.dit_dtype in ("fp16", "float16"),
-            "fp16 cannot hold this model's activations: use --mixed_precision bf16, or no for float32",
+            "this model's activations overflow fp16: use --mixed_precision bf16, or --mixed_precision no "
+            "for float32",
         ),
         (
             args.blocks_to_swap > 0 and not args.gradient_checkpointing,
-            "--blocks_to_swap needs --gradient_checkpointing: the backward pass would read weights that left",
+            "--blocks_to_swap requires --gradient_checkpointing, because the backward pass needs the "
+            "weights again",
         ),
         (
             (args.compile or args.dynamo_backend != NO_BACKEND)
             and args.gradient_checkpointing
             and args.gradient_checkpointing_keep_attention > 0,
-            "--gradient_checkpointing_keep_attention cannot see into compiled blocks: leave one of them out",
+            "--gradient_checkpointing_keep_attention does not work with compiled blocks: omit it, or the "
+            "compilation",
         ),
         (
             len(args.base_weights_multiplier) > len(args.base_weights),
             f"--base_weights_multiplier: {len(args.base_weights_multiplier)} values for "
-            f"{len(args.base_weights)} files of --base_weights",
+            f"{len(args.base_weights)} files of --base_weights; give one for each file",
         ),
         (
             bool(args.validation_split and args.validation_dataset_config),
-            "--validation_split and --validation_dataset_config both choose what to measure: leave one out",
+            "--validation_split and --validation_dataset_config both select what to measure: give only one "
+            "of them",
         ),
         (
             args.resume_from_huggingface and args.resume == "auto",
-            "--resume_from_huggingface needs --resume USER/REPO/PATH",
+            "--resume_from_huggingface requires --resume USER/REPO/PATH",
         ),
     ]
     return [message for is_wrong, message in checks if is_wrong]
@@ -228,7 +234,7 @@ def _model(args: argparse.Namespace) -> ModelConfig:
     nabla = read_options(NablaOptions, args).params(task)
     if nabla is not None and recomputes and args.gradient_checkpointing_keep_attention > 0:
         raise ConfigError(
-            "--gradient_checkpointing_keep_attention cannot see into NABLA's compiled attention: leave it out"
+            "--gradient_checkpointing_keep_attention does not work with NABLA's compiled attention: omit it"
         )
     return read_options(
         ModelConfig,
@@ -262,7 +268,7 @@ def _dit_params(task: Task, override: str | None) -> DitParams:
     try:
         changes = json.loads(override)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"--override_dit: no JSON object: {error}") from error
+        raise ConfigError(f"--override_dit: not valid JSON: {error}") from error
     if not isinstance(changes, Mapping):
         raise ConfigError(f"--override_dit: expected a JSON object, got {override}")
     return override_params(task.dit_params, changes)
@@ -278,7 +284,8 @@ def _optimizer(args: argparse.Namespace) -> OptimizerConfig:
             problems += error.problems
     if args.lr_scheduler == "reduce_lr_on_plateau":
         problems.append(
-            "--lr_scheduler reduce_lr_on_plateau follows a validation loss and cannot be resumed; use cosine"
+            "--lr_scheduler reduce_lr_on_plateau depends on a validation loss and cannot be resumed; use "
+            "--lr_scheduler cosine"
         )
     if problems:
         raise ConfigError(problems)
@@ -308,7 +315,7 @@ def _saving(args: argparse.Namespace) -> SavingConfig:
         raise ConfigError([])  # reported as missing
     problem = name_problem(args.output_name, room=ROOM_FOR_ENDINGS)
     if problem is not None:
-        hint = "; folders belong to --output_dir" if set(args.output_name) & set("/\\") else ""
+        hint = "; give the folder with --output_dir" if set(args.output_name) & set("/\\") else ""
         raise ConfigError(f"--output_name {args.output_name!r}: {problem}{hint}")
     return read_options(
         SavingConfig,
@@ -325,7 +332,7 @@ def _tracking(args: argparse.Namespace) -> TrackingConfig:
         for name, value in settings.items():
             if name not in ("tensorboard", "wandb") or not isinstance(value, dict):
                 raise ConfigError(
-                    f"--log_tracker_config {path}: {name}: arguments stand under [tensorboard] and [wandb]"
+                    f"--log_tracker_config {path}: {name}: put arguments under [tensorboard] or [wandb]"
                 )
     return read_options(TrackingConfig, args, log_tracker_settings=settings)
 
@@ -343,18 +350,18 @@ def _samples(args: argparse.Namespace) -> SampleConfig:
 
 
 def _notes(config: TrainConfig, given: set[str]) -> list[str]:
-    """What has no effect, and what may not be what was meant."""
+    """Log lines about options that have no effect, and about likely mistakes."""
     given = given | {f"network_args {name}" for name in config.network.network_args}
-    idle = {
-        **idle_notes(TIMESTEP_RULES, config.timesteps, given),
-        **idle_notes(OPTIMIZER_RULES, config.optimizer, given),
-        **idle_notes(TRAIN_RULES, config, given),
-        **idle_notes(WEIGHT_RULES, config.model, given),
-        **idle_notes(COMPILE_RULES, config.model.compile, given),
-        **idle_notes(NABLA_RULES, config.model.nabla, given),
-        **idle_notes(TASK_RULES, config.model.task, given),
+    without_effect = {
+        **no_effect_notes(TIMESTEP_RULES, config.timesteps, given),
+        **no_effect_notes(OPTIMIZER_RULES, config.optimizer, given),
+        **no_effect_notes(TRAIN_RULES, config, given),
+        **no_effect_notes(WEIGHT_RULES, config.model, given),
+        **no_effect_notes(COMPILE_RULES, config.model.compile, given),
+        **no_effect_notes(NABLA_RULES, config.model.nabla, given),
+        **no_effect_notes(TASK_RULES, config.model.task, given),
     }
-    return [*ignored_notes(IGNORED, given), *idle.values(), *_hints(config, given)]
+    return [*ignored_notes(IGNORED, given), *without_effect.values(), *_hints(config, given)]
 
 
 def _hints(config: TrainConfig, given: set[str]) -> list[str]:
@@ -365,12 +372,13 @@ def _hints(config: TrainConfig, given: set[str]) -> list[str]:
             and not (
                 samples.sample_every_n_steps or samples.sample_every_n_epochs or samples.sample_at_first
             ),
-            "--sample_prompts without --sample_every_n_*: only the control file asks for samples",
+            "--sample_prompts without --sample_every_n_steps or --sample_every_n_epochs: samples are made "
+            "only on request by the control file",
         ),
         (
             not lora_type(config.network.network_module).is_plain and config.saving.lora_format != "kohya",
-            f"{lora_type(config.network.network_module).title} is saved in the kohya layout, "
-            "which other programs read",
+            f"{lora_type(config.network.network_module).title} is saved in the kohya layout, which other "
+            "programs read",
         ),
         (
             optimizer.lr_scheduler == "warmup_stable_decay" and optimizer.lr_decay_steps == 0,
@@ -378,8 +386,8 @@ def _hints(config: TrainConfig, given: set[str]) -> list[str]:
         ),
         (
             not given & set(_NEWCOMER_OPTIONS),
-            "timestep shift (none), learning rate (2e-6), rank (4) and alpha (1) are all at their defaults, "
-            f"which teach very little. A tested start: {_NEWCOMER_RECIPE}",
+            "timestep shift (none), learning rate (2e-6), rank (4) and alpha (1) are all at their "
+            f"defaults, with which a LoRA learns very little. Common values: {_NEWCOMER_RECIPE}",
         ),
     ]
     return [hint for applies, hint in checks if applies]

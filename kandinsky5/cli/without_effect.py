@@ -1,7 +1,8 @@
-"""The options that have no effect beside the others: one table for all scripts.
+"""Options that have no effect in combination with others: one table for all scripts.
 
-A valid value without effect is one log line, never an error: shared command lines and configuration files run
-as they are. Only what differs from its default counts as given, so a file may hold all options of a run.
+A valid value without effect gives one log line, never an error, so that shared command lines and
+configuration files work unchanged. Only values that differ from their defaults count, so a file may contain
+all options of a run.
 """
 
 from __future__ import annotations
@@ -25,28 +26,32 @@ _Config = TypeVar("_Config")
 
 
 @dataclass(frozen=True, slots=True)
-class IdleRule(Generic[_Config]):
+class NoEffectRule(Generic[_Config]):
     """Options that have no effect under a condition."""
 
     options: tuple[str, ...]
-    """Names without dashes; a word of `--network_args` is "network_args word"."""
-    is_idle: Callable[[_Config], bool]
+    """Names without dashes; an argument of `--network_args` is "network_args name"."""
+    applies: Callable[[_Config], bool]
     why: str
-    """The reason, and what to add or leave out."""
+    """The reason, and what to add or remove."""
 
 
-def idle_notes(rules: Sequence[IdleRule[_Config]], config: _Config, given: Collection[str]) -> dict[str, str]:
-    """Option -> log line, for every option in `given` that has no effect, by the first rule that holds."""
+def no_effect_notes(
+    rules: Sequence[NoEffectRule[_Config]], config: _Config, given: Collection[str]
+) -> dict[str, str]:
+    """Option -> log line, for every option in `given` that has no effect; the first rule that applies
+    decides.
+    """
     notes: dict[str, str] = {}
     for rule in rules:
-        idle = [name for name in rule.options if name in given and name not in notes]
-        if idle and rule.is_idle(config):
-            notes |= {name: f"--{name} has no effect: {rule.why}" for name in idle}
+        without_effect = [name for name in rule.options if name in given and name not in notes]
+        if without_effect and rule.applies(config):
+            notes |= {name: f"--{name} has no effect: {rule.why}" for name in without_effect}
     return notes
 
 
 def given_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> set[str]:
-    """Names of the options whose values are not their defaults."""
+    """Names of the options whose values differ from their defaults."""
     return {name for name, value in vars(args).items() if value != parser.get_default(name)}
 
 
@@ -69,34 +74,34 @@ _COMPILE = (
     "compile_cache_size_limit",
 )
 
-WEIGHT_RULES: tuple[IdleRule[WeightsConfig], ...] = (
-    IdleRule(("fp8_fast",), lambda c: not c.fp8_base, "add --fp8_base"),
-    IdleRule(("int8_fast",), lambda c: not c.int8_base, "add --int8_base"),
+WEIGHT_RULES: tuple[NoEffectRule[WeightsConfig], ...] = (
+    NoEffectRule(("fp8_fast",), lambda c: not c.fp8_base, "add --fp8_base"),
+    NoEffectRule(("int8_fast",), lambda c: not c.int8_base, "add --int8_base"),
 )
 
-COMPILE_RULES: tuple[IdleRule[CompileConfig | None], ...] = (
-    IdleRule(_COMPILE, lambda c: c is None, "add --compile"),
-    IdleRule(
+COMPILE_RULES: tuple[NoEffectRule[CompileConfig | None], ...] = (
+    NoEffectRule(_COMPILE, lambda c: c is None, "add --compile"),
+    NoEffectRule(
         ("dynamo_mode", "dynamo_fullgraph", "dynamo_dynamic"), lambda c: c is None, "add --dynamo_backend"
     ),
-    IdleRule(
+    NoEffectRule(
         ("compile_mode", "dynamo_mode"),
         lambda c: c is not None and c.compile_backend != "inductor",
         "only the back end inductor has modes",
     ),
 )
 
-NABLA_RULES: tuple[IdleRule[NablaParams | None], ...] = (
-    IdleRule(_NABLA, lambda c: c is None, "the task has full attention; add --force_nabla_attention"),
-    IdleRule(
+NABLA_RULES: tuple[NoEffectRule[NablaParams | None], ...] = (
+    NoEffectRule(_NABLA, lambda c: c is None, "the task has full attention; add --force_nabla_attention"),
+    NoEffectRule(
         _NABLA_WINDOW,
         lambda c: c is not None and not c.add_sta,
         "the window is not always kept; leave out --no_nabla_add_sta",
     ),
 )
 
-TASK_RULES: tuple[IdleRule[Task], ...] = (
-    IdleRule(
+TASK_RULES: tuple[NoEffectRule[Task], ...] = (
+    NoEffectRule(
         ("force_nabla_attention",), lambda c: c.nabla is not None, "the task has this attention already"
     ),
 )
@@ -108,43 +113,43 @@ _DENSITIES = ("logit_normal", "mode")
 
 
 def _draws_normal(config: TimestepConfig) -> bool:
-    """Whether the mean and width of a normal distribution enter the draws."""
+    """Whether sigma is drawn from a normal distribution with a configurable mean and width."""
     if config.timestep_sampling == "sigma":
         return config.weighting_scheme == "logit_normal"
     return config.timestep_sampling in ("logsnr", "qinglong_flux")
 
 
-TIMESTEP_RULES: tuple[IdleRule[TimestepConfig], ...] = (
-    IdleRule(
+TIMESTEP_RULES: tuple[NoEffectRule[TimestepConfig], ...] = (
+    NoEffectRule(
         ("discrete_flow_shift",),
         lambda c: c.timestep_sampling != "shift",
-        "only --timestep_sampling shift shifts by it",
+        "it applies to --timestep_sampling shift",
     ),
-    IdleRule(
+    NoEffectRule(
         ("sigmoid_scale",),
         lambda c: c.timestep_sampling not in _LOGISTIC,
-        f"only --timestep_sampling {', '.join(_LOGISTIC)} scale by it",
+        f"it applies to --timestep_sampling {', '.join(_LOGISTIC)}",
     ),
-    IdleRule(
+    NoEffectRule(
         ("weighting_scheme",),
         lambda c: c.weighting_scheme in _DENSITIES and c.timestep_sampling != "sigma",
-        "logit_normal and mode belong to --timestep_sampling sigma; cosmap and sigma_sqrt act in all modes",
+        "logit_normal and mode apply to --timestep_sampling sigma; cosmap and sigma_sqrt apply to all modes",
     ),
-    IdleRule(
+    NoEffectRule(
         ("logit_mean", "logit_std"),
         lambda c: not _draws_normal(c),
-        "it belongs to --timestep_sampling logsnr and qinglong_flux, and to sigma with "
+        "it applies to --timestep_sampling logsnr and qinglong_flux, and to sigma with "
         "--weighting_scheme logit_normal",
     ),
-    IdleRule(
+    NoEffectRule(
         ("mode_scale",),
         lambda c: c.timestep_sampling != "sigma" or c.weighting_scheme != "mode",
-        "it belongs to --timestep_sampling sigma with --weighting_scheme mode",
+        "it applies to --timestep_sampling sigma with --weighting_scheme mode",
     ),
-    IdleRule(
+    NoEffectRule(
         ("preserve_distribution_shape",),
         lambda c: (c.min_timestep, c.max_timestep) == (0.0, 1000.0),
-        "nothing lies outside 0..1000; add --min_timestep or --max_timestep",
+        "the whole range 0..1000 is used; add --min_timestep or --max_timestep",
     ),
 )
 
@@ -168,71 +173,71 @@ def _never_decays(config: OptimizerConfig) -> bool:
 
 
 _OWN_RATE = "AdaFactor sets its own learning rate; add --optimizer_args relative_step=False"
-OPTIMIZER_RULES: tuple[IdleRule[OptimizerConfig], ...] = (
-    IdleRule(
+OPTIMIZER_RULES: tuple[NoEffectRule[OptimizerConfig], ...] = (
+    NoEffectRule(
         ("lr_scheduler", *_CLASSES, *_SHAPES),
         lambda c: is_schedule_free(c.optimizer_type),
-        "a schedule-free optimizer has no schedule; a warm-up is one of its --optimizer_args",
+        "a schedule-free optimizer has no learning rate schedule; set its warm-up with --optimizer_args",
     ),
-    IdleRule(
+    NoEffectRule(
         ("lr_scheduler",),
         lambda c: _sets_own_rate(c) and c.lr_scheduler != "adafactor",
         _OWN_RATE,
     ),
-    IdleRule(
+    NoEffectRule(
         ("learning_rate", "network_args loraplus_lr_ratio", *_CLASSES, *_SHAPES),
         _sets_own_rate,
         _OWN_RATE,
     ),
-    IdleRule(
+    NoEffectRule(
         ("lr_scheduler", *_SHAPES),
         lambda c: bool(c.lr_scheduler_type),
-        "--lr_scheduler_type wins; its settings are --lr_scheduler_args",
+        "--lr_scheduler_type takes precedence; its settings are --lr_scheduler_args",
     ),
-    IdleRule(
+    NoEffectRule(
         ("lr_warmup_steps",),
         lambda c: c.lr_scheduler == "constant",
         "--lr_scheduler constant has no warm-up; use --lr_scheduler constant_with_warmup",
     ),
-    IdleRule(
+    NoEffectRule(
         ("lr_warmup_steps",),
         lambda c: c.lr_scheduler == "piecewise_constant",
         "piecewise_constant follows its step_rules from the first step on",
     ),
-    IdleRule(
+    NoEffectRule(
         ("lr_decay_steps",),
         lambda c: c.lr_scheduler != "warmup_stable_decay",
-        "it belongs to --lr_scheduler warmup_stable_decay",
+        "it applies to --lr_scheduler warmup_stable_decay",
     ),
-    IdleRule(
+    NoEffectRule(
         ("lr_scheduler_num_cycles",),
         _never_decays,
-        "warmup_stable_decay turns while it falls; add --lr_decay_steps",
+        "it shapes the decay of warmup_stable_decay; add --lr_decay_steps",
     ),
-    IdleRule(
+    NoEffectRule(
         ("lr_scheduler_num_cycles",),
         lambda c: c.lr_scheduler not in ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
-        "it belongs to --lr_scheduler cosine_with_restarts, cosine_with_min_lr and warmup_stable_decay",
+        "it applies to --lr_scheduler cosine_with_restarts, cosine_with_min_lr and warmup_stable_decay",
     ),
-    IdleRule(
+    NoEffectRule(
         ("lr_scheduler_power",),
         lambda c: c.lr_scheduler != "polynomial",
-        "it belongs to --lr_scheduler polynomial",
+        "it applies to --lr_scheduler polynomial",
     ),
-    IdleRule(
+    NoEffectRule(
         ("lr_scheduler_timescale",),
         lambda c: c.lr_scheduler != "inverse_sqrt",
-        "it belongs to --lr_scheduler inverse_sqrt",
+        "it applies to --lr_scheduler inverse_sqrt",
     ),
-    IdleRule(
+    NoEffectRule(
         ("lr_scheduler_min_lr_ratio",),
         lambda c: _never_decays(c) and not c.lr_warmup_steps,
-        "warmup_stable_decay never leaves the full rate; add --lr_decay_steps",
+        "without decay the minimum is never reached; add --lr_decay_steps",
     ),
-    IdleRule(
+    NoEffectRule(
         ("lr_scheduler_min_lr_ratio",),
         lambda c: c.lr_scheduler not in ("cosine_with_min_lr", "polynomial", "warmup_stable_decay", "rex"),
-        "it belongs to --lr_scheduler cosine_with_min_lr, polynomial, warmup_stable_decay and rex",
+        "it applies to --lr_scheduler cosine_with_min_lr, polynomial, warmup_stable_decay and rex",
     ),
 )
 
@@ -241,111 +246,111 @@ def _lacks_state_saves(config: TrainConfig, every: int | None) -> bool:
     return every is None or not config.saving.save_state
 
 
-TRAIN_RULES: tuple[IdleRule[TrainConfig], ...] = (
-    IdleRule(
+TRAIN_RULES: tuple[NoEffectRule[TrainConfig], ...] = (
+    NoEffectRule(
         ("i2v_mode", "i2v_conditioning", "visual_cond_prob"),
         lambda c: not c.model.task.is_i2v,
-        "--task names no image-to-video model",
+        "--task is not an image-to-video task",
     ),
-    IdleRule(
+    NoEffectRule(
         ("gradient_checkpointing_cpu_offload", "gradient_checkpointing_keep_attention"),
         lambda c: not c.model.gradient_checkpointing,
         "add --gradient_checkpointing",
     ),
-    IdleRule(("mask_min_weight",), lambda c: not c.loss.masked_loss, "add --masked_loss"),
-    IdleRule(("dim_from_weights",), lambda c: c.network.network_weights is None, "add --network_weights"),
-    IdleRule(
+    NoEffectRule(("mask_min_weight",), lambda c: not c.loss.masked_loss, "add --masked_loss"),
+    NoEffectRule(("dim_from_weights",), lambda c: c.network.network_weights is None, "add --network_weights"),
+    NoEffectRule(
         ("validate_every_n_steps", "validate_every_n_epochs"),
         lambda c: c.data.validation_split is None and c.data.validation_dataset_config is None,
         "add --validation_split or --validation_dataset_config",
     ),
-    IdleRule(("resume_from_huggingface",), lambda c: c.run.resume is None, "add --resume USER/REPO/PATH"),
-    IdleRule(
+    NoEffectRule(("resume_from_huggingface",), lambda c: c.run.resume is None, "add --resume USER/REPO/PATH"),
+    NoEffectRule(
         ("mixed_precision",),
         lambda c: c.model.dit_dtype is not None,
-        "--dit_dtype wins",
+        "--dit_dtype takes precedence",
     ),
-    IdleRule(
+    NoEffectRule(
         ("lora_allow_partial",),
         lambda c: not c.model.base_weights and c.network.network_weights is None,
-        "no LoRA is read; it belongs to --base_weights and --network_weights",
+        "no LoRA is loaded; it applies to --base_weights and --network_weights",
     ),
-    IdleRule(
+    NoEffectRule(
         ("use_pinned_memory_for_block_swap", "block_swap_ring_size"),
         lambda c: c.model.blocks_to_swap == 0 and c.run.vram_budget is None,
         "no block is swapped; add --blocks_to_swap",
     ),
-    IdleRule(
+    NoEffectRule(
         ("network_dim", "network_alpha"),
         lambda c: c.network.dim_from_weights,
         "--dim_from_weights takes ranks and alphas from --network_weights",
     ),
-    IdleRule(
+    NoEffectRule(
         ("network_args conv_dim", "network_args conv_alpha"),
         lambda c: True,
         "the model has no convolutions",
     ),
-    IdleRule(
+    NoEffectRule(
         ("max_train_steps",),
         lambda c: c.run.max_train_epochs is not None,
-        "--max_train_epochs wins",
+        "--max_train_epochs takes precedence",
     ),
-    IdleRule(
+    NoEffectRule(
         ("allow_changed_data",),
         lambda c: c.run.resume is None,
-        "nothing is continued; it belongs to --resume",
+        "no run is resumed; it applies to --resume",
     ),
-    IdleRule(
+    NoEffectRule(
         ("overwrite",),
         lambda c: c.run.resume is not None,
-        "--resume continues what is there",
+        "--resume continues the existing run",
     ),
-    IdleRule(
+    NoEffectRule(
         ("save_last_n_epochs",),
         lambda c: c.saving.save_every_n_epochs is None,
         "add --save_every_n_epochs",
     ),
-    IdleRule(
+    NoEffectRule(
         ("save_last_n_steps",),
         lambda c: c.saving.save_every_n_steps is None,
         "add --save_every_n_steps",
     ),
-    IdleRule(
+    NoEffectRule(
         ("save_last_n_epochs_state",),
         lambda c: _lacks_state_saves(c, c.saving.save_every_n_epochs),
-        "needs both --save_state and --save_every_n_epochs",
+        "it requires both --save_state and --save_every_n_epochs",
     ),
-    IdleRule(
+    NoEffectRule(
         ("save_last_n_steps_state",),
         lambda c: _lacks_state_saves(c, c.saving.save_every_n_steps),
-        "needs both --save_state and --save_every_n_steps",
+        "it requires both --save_state and --save_every_n_steps",
     ),
-    IdleRule(
+    NoEffectRule(
         ("training_comment",),
         lambda c: c.metadata.no_metadata,
-        "--no_metadata leaves it out",
+        "--no_metadata omits it",
     ),
-    IdleRule(
+    NoEffectRule(
         ("log_prefix",),
         lambda c: not c.tracking.uses_tensorboard,
-        "it names TensorBoard's folder; add --logging_dir",
+        "it names the TensorBoard folder; add --logging_dir",
     ),
-    IdleRule(
+    NoEffectRule(
         ("log_tracker_config",),
         lambda c: not c.tracking.uses_tensorboard and not c.tracking.uses_wandb,
         "no tracker is used; add --logging_dir or --log_with wandb",
     ),
-    IdleRule(
+    NoEffectRule(
         ("wandb_run_name", "wandb_api_key", "log_tracker_name"),
         lambda c: not c.tracking.uses_wandb,
         "add --log_with wandb",
     ),
-    IdleRule(
+    NoEffectRule(
         ("huggingface_token",),
         lambda c: c.hub.huggingface_repo_id is None and not c.hub.resume_from_huggingface,
         "the hub is not used; add --huggingface_repo_id",
     ),
-    IdleRule(
+    NoEffectRule(
         (
             "huggingface_repo_type",
             "huggingface_repo_visibility",
@@ -356,7 +361,7 @@ TRAIN_RULES: tuple[IdleRule[TrainConfig], ...] = (
         lambda c: c.hub.huggingface_repo_id is None,
         "nothing is uploaded; add --huggingface_repo_id",
     ),
-    IdleRule(
+    NoEffectRule(
         (
             "sample_every_n_steps",
             "sample_every_n_epochs",
@@ -452,13 +457,13 @@ def _has_one_pass(config: GenerateConfig) -> bool:
     return guidance == 1 and not _makes_many(config)
 
 
-GENERATE_RULES: tuple[IdleRule[GenerateConfig], ...] = (
-    IdleRule(
+GENERATE_RULES: tuple[NoEffectRule[GenerateConfig], ...] = (
+    NoEffectRule(
         ("dit", "vram_budget", *_CLIP, *_DIT, *_TEXT, *_LORA),
         lambda c: c.latent_path is not None,
-        "--latent_path decodes what was sampled before",
+        "--latent_path decodes a saved latent",
     ),
-    IdleRule(
+    NoEffectRule(
         (
             "prompt",
             "from_file",
@@ -481,66 +486,66 @@ GENERATE_RULES: tuple[IdleRule[GenerateConfig], ...] = (
         lambda c: c.lora.save_merged_model is not None,
         "--save_merged_model writes the model and stops",
     ),
-    IdleRule(
+    NoEffectRule(
         ("lora_mode", "lora_allow_partial", "no_lora_trigger", "include_patterns", "exclude_patterns"),
         lambda c: not c.lora.lora_weight,
-        "no LoRA is read; add --lora_weight",
+        "no LoRA is loaded; add --lora_weight",
     ),
-    IdleRule(
+    NoEffectRule(
         _VIDEO,
         _writes_no_video,
         "no video is written",
     ),
-    IdleRule(
+    NoEffectRule(
         ("trim_tail_frames",),
         lambda c: c.output.output_type == "latent",
-        "a latent is kept whole; give it with --latent_path",
+        "latents are saved with all frames; use it with --latent_path",
     ),
-    IdleRule(
+    NoEffectRule(
         _DECODING,
         lambda c: c.output.output_type == "latent" and not c.task.is_i2v,
-        "nothing is decoded; give it with --latent_path",
+        "nothing is decoded; use it with --latent_path",
     ),
-    IdleRule(
+    NoEffectRule(
         ("offload_dit_during_sampling",),
         lambda c: not c.interactive,
-        "each model is freed before the next one loads; it belongs to --interactive",
+        "each model is freed before the next one is loaded; it applies to --interactive",
     ),
-    IdleRule(
+    NoEffectRule(
         ("vram_budget",),
         lambda c: c.interactive,
-        "the sizes of the prompts are not known before; it belongs to --prompt and --from_file",
+        "the sizes of the prompts are not known in advance; it applies to --prompt and --from_file",
     ),
-    IdleRule(_MAGCACHE, lambda c: c.dit.magcache is None, "add --magcache"),
-    IdleRule(
+    NoEffectRule(_MAGCACHE, lambda c: c.dit.magcache is None, "add --magcache"),
+    NoEffectRule(
         ("use_pinned_memory_for_block_swap",),
         lambda c: not c.dit.blocks_to_swap and c.vram_budget is None,
         "no block is swapped; add --blocks_to_swap",
     ),
-    IdleRule(
+    NoEffectRule(
         ("text_encoder_cpu",),
         lambda c: c.device == "cpu",
         "--device cpu computes everything there",
     ),
-    IdleRule(
+    NoEffectRule(
         ("overwrite",),
         _names_by_time,
         "files in a folder are named by time",
     ),
-    IdleRule(
+    NoEffectRule(
         ("negative_prompt",),
         _has_one_pass,
         "guidance 1 means no second pass",
     ),
 )
 
-CACHE_LATENTS_RULES: tuple[IdleRule[CacheLatentsConfig], ...] = (
-    IdleRule(
+CACHE_LATENTS_RULES: tuple[NoEffectRule[CacheLatentsConfig], ...] = (
+    NoEffectRule(
         ("console_width", "console_num_images"),
         lambda c: c.debug is None or c.debug.mode != "console",
-        "it belongs to --debug_mode console",
+        "it applies to --debug_mode console",
     ),
-    IdleRule(
+    NoEffectRule(
         (
             "vae",
             "vae_dtype",

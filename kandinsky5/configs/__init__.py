@@ -1,1 +1,1 @@
-"""Frozen settings, one dataclass per command."""
+"""Settings as frozen dataclasses, one per command."""

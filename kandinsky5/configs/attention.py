@@ -1,4 +1,4 @@
-"""Which library computes attention, and whether it is block-sparse; the same in training and generation."""
+"""Attention back end and block-sparse attention, for training and generation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from modules.options import Option, float_between, option, positive_int
 ATTENTION_OPTIONS = {
     name: Option(help=backend.title, default=False) for name, backend in ATTENTION_BACKENDS.items()
 }
-"""One switch per back end."""
+"""One option per back end."""
 ATTENTION_MODE = {
     "attn_mode": Option(
-        help="another spelling of the switches above",
+        help="the same choice as one option",
         choices=tuple(word for backend in ATTENTION_BACKENDS.values() for word in backend.attn_modes),
     )
 }
@@ -24,9 +24,9 @@ ATTENTION_MODE = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NablaOptions:
-    """Block-sparse attention; None leaves a value to the task."""
+    """Block-sparse attention; None means the task's value."""
 
-    force_nabla_attention: bool = option(False, "block-sparse attention whatever the task uses")
+    force_nabla_attention: bool = option(False, "use block-sparse attention with any task")
     nabla_method: Literal["topcdf", "topk"] | None = option(None, "how blocks are chosen (default: topcdf)")
     nabla_P: float | None = option(
         None,
@@ -46,10 +46,10 @@ class NablaOptions:
     )
 
     def params(self, task: Task) -> NablaParams | None:
-        """The task's block-sparse attention with the given values; None is full attention.
+        """The task's block-sparse attention with the given values; None means full attention.
 
         Raises:
-            ConfigError: a threshold above 1 with topcdf, which takes a share.
+            ConfigError: `--nabla_P` is above 1 with topcdf, which takes a share.
         """
         base = task.nabla or (NablaParams() if self.force_nabla_attention else None)
         if base is None:
@@ -64,5 +64,5 @@ class NablaOptions:
         }
         params = replace(base, **{name: value for name, value in values.items() if value is not None})
         if params.method == "topcdf" and params.P > 1:
-            raise ConfigError(f"--nabla_P {params.P:g}: topcdf takes a share of at most 1")
+            raise ConfigError(f"--nabla_P {params.P:g}: with --nabla_method topcdf it is a share, at most 1")
         return params

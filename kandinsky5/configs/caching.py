@@ -12,12 +12,12 @@ from kandinsky5.configs.vae import vae_dtype_option
 from modules.errors import ConfigError
 from modules.options import Option, ignored_option, option, option_made_into, positive_int
 
-KEEP_CACHE = {"keep_cache": ignored_option("caches are deleted by --prune alone")}
+KEEP_CACHE = {"keep_cache": ignored_option("caches are deleted only with --prune")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheRunConfig:
-    """What both scripts share."""
+    """Settings that both cache scripts share."""
 
     dataset_config: Path = option_made_into(
         Option(help="dataset file, .toml or .json", read=Path, required=True)
@@ -29,17 +29,19 @@ class CacheRunConfig:
         Option(help="decoding threads (default: CPU count - 1)", read=positive_int), default=1
     )
     device: str | None = option(None, "where to compute (default: cuda if there is one, else cpu)")
-    skip_existing: bool = option(False, "encode only what has no cache that still fits")
+    skip_existing: bool = option(
+        False, "keep caches that match source, settings and encoder; encode only the rest"
+    )
     prune: bool = option(False, "delete caches that no dataset file uses any more")
     strict: bool = option(False, "any skipped item is an error")
-    skip_bad: bool = option(False, "leave damaged items out without an error at the end")
+    skip_bad: bool = option(False, "skip damaged items; the exit code is 0 all the same")
     confine_paths: bool = option(
-        False, "refuse folders, files and links that lead out of the dataset file's folder"
+        False, "refuse folders, files and links that point outside the dataset file's folder"
     )
 
     def __post_init__(self) -> None:
         if self.strict and self.skip_bad:
-            raise ConfigError("--strict and --skip_bad contradict each other: give one of them")
+            raise ConfigError("--strict and --skip_bad contradict each other: give only one of them")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,10 +69,10 @@ class CacheLatentsConfig:
     vae: Path | None = option(
         None, "HunyuanVideo's VAE: a file or a diffusers folder (required without --debug_mode)", Path
     )
-    """None only together with `debug`."""
+    """None only with `debug`."""
     vae_dtype: str | None = vae_dtype_option()
     nabla_resize: bool = option(
-        False, f"round sizes up to multiples of {NABLA_STEP} pixels, as tasks with NABLA attention need them"
+        False, f"round sizes up to multiples of {NABLA_STEP} pixels, which NABLA attention requires"
     )
     tile_px: int | None = None
     """Side of the VAE's spatial tiles; None: whole frames."""
@@ -91,11 +93,11 @@ class CacheTextConfig:
     )
     qwen_max_length: int = option(
         256,
-        "tokens kept after the prompt template; training refuses captions that generation, with 256, "
-        "would cut elsewhere (default: 256)",
+        "maximum number of caption tokens; training refuses captions that generation (256) would truncate "
+        "differently (default: 256)",
         positive_int,
     )
-    clip_max_length: int = option(77, "tokens of a caption that CLIP reads (default: 77)", positive_int)
+    clip_max_length: int = option(77, "maximum number of caption tokens for CLIP (default: 77)", positive_int)
     quantization: Quantization | None = None
-    """Of Qwen's Linear weights: --fp8_llm or --quantized_qwen."""
+    """Format of Qwen's linear weights: --fp8_llm or --quantized_qwen."""
     prompt_templates: Path | None = prompt_templates_option()

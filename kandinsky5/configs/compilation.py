@@ -9,30 +9,30 @@ from modules.options import Option, option, option_made_into, positive_int
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 NO_BACKEND = "no"
-"""accelerate's word for not compiling."""
+"""accelerate's value for not compiling."""
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
-"""Inductor's, on CUDA devices."""
+"""Inductor modes that record CUDA graphs."""
 
 
 def compile_option() -> Any:
-    """`--compile`; the field holds a `CompileConfig`, or None where blocks run as they are."""
+    """`--compile`; the field holds a `CompileConfig`, or None if blocks are not compiled."""
     declared = Option(help="compile every transformer block", default=False, group="compilation")
     return option_made_into(declared, default=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompileConfig:
-    """The `--compile_*` options; torch.compile's own words."""
+    """The `--compile_*` options, with the values of torch.compile."""
 
     compile_backend: str = option("inductor", "torch.compile's back end (default: inductor)")
-    compile_mode: CompileMode = option("default", "how much inductor optimises (default: default)")
+    compile_mode: CompileMode = option("default", "mode of the inductor back end (default: default)")
     compile_dynamic: Literal["true", "false", "auto"] | None = option(
         None,
-        "whether lengths may change without compiling again; auto: from the second length on (default: true)",
+        "compile for variable lengths; auto: from the second length on (default: true)",
     )
-    compile_fullgraph: bool = option(False, "refuse graph breaks")
+    compile_fullgraph: bool = option(False, "raise an error at a graph break")
     compile_cache_size_limit: int | None = option(
-        None, "graphs kept per kind of block (default: torch's limit)", positive_int
+        None, "maximum number of compiled graphs per kind of block (default: torch's limit)", positive_int
     )
 
     @property
@@ -45,7 +45,7 @@ class CompileConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DynamoOptions:
-    """accelerate's names for the same choices, which training scripts of this family take."""
+    """accelerate's names for the same settings, which musubi-tuner's training scripts accept."""
 
     dynamo_backend: str = option(
         NO_BACKEND, "as --compile --compile_backend TEXT (default: no)", str.lower, metavar="TEXT"

@@ -32,7 +32,7 @@ OUTPUT_SUFFIXES = (".mp4", ".png", ".safetensors")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelPaths:
-    """Where the models are; the encoders may be hub ids. The task's places where no option names one."""
+    """Paths of the models; encoders may be hub ids. Paths that are not given default to the task's."""
 
     dit: Path = option_made_into(
         Option(help="DiT: a .safetensors file, shards or a diffusers folder (default: the task's)", read=Path)
@@ -50,18 +50,18 @@ class ModelPaths:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MagCacheConfig:
-    """Skipping the visual blocks where they are known to change little."""
+    """Skips the visual blocks in steps where their output is known to change little."""
 
     magcache_mag_ratios: tuple[float, ...] | None = option(
         None,
-        "ratios instead of the task's: conditional and unconditional in turn, from the second step on",
+        "ratios that replace the task's: conditional and unconditional alternately, from the second step on",
         float_between(0, 100),
         nargs="+",
     )
     magcache_threshold: float = option(
-        0.12, "largest error that skipping may add up to (default: 0.12)", float_between(0, 10)
+        0.12, "maximum accumulated error of skipped steps (default: 0.12)", float_between(0, 10)
     )
-    magcache_k: int = option(2, "longest run of skipped passes (default: 2)", positive_int)
+    magcache_k: int = option(2, "maximum number of consecutive skipped passes (default: 2)", positive_int)
     magcache_retention_ratio: float = option(
         0.2, "share of steps at the start that are never skipped (default: 0.2)", float_between(0, 1)
     )
@@ -69,19 +69,20 @@ class MagCacheConfig:
     def __post_init__(self) -> None:
         if self.magcache_mag_ratios is not None and len(self.magcache_mag_ratios) % 2:
             raise ConfigError(
-                f"--magcache_mag_ratios: expected pairs, got {len(self.magcache_mag_ratios)} numbers"
+                f"--magcache_mag_ratios: expected pairs of numbers, got {len(self.magcache_mag_ratios)} "
+                "numbers"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DitConfig(WeightsConfig):
-    """How the DiT is held and run."""
+    """Storage and execution of the DiT."""
 
     dtype: str | None = option(
-        None, "compute dtype (default: bfloat16, on a CPU float32)", choices=DTYPES, group="size and sampling"
+        None, "compute dtype (default: bfloat16; float32 on a CPU)", choices=DTYPES, group="size and sampling"
     )
     offload_dit_during_sampling: bool = option(
-        False, "with --interactive: DiT in host memory while encoders and VAE work"
+        False, "with --interactive: keep the DiT in host memory while encoders and VAE run"
     )
     nabla: NablaParams | None = None
     """Block-sparse attention; None is full attention."""
@@ -89,15 +90,15 @@ class DitConfig(WeightsConfig):
     """A name in `ATTENTION_BACKENDS`."""
     magcache: MagCacheConfig | None = option_made_into(
         Option(
-            help="skip blocks by the task's official ratios: faster, less exact",
+            help="skip blocks according to the task's official ratios: faster, less exact",
             default=False,
             group="MagCache",
         ),
         default=None,
     )
-    """None runs all blocks at every step."""
+    """None: all blocks run at every step."""
     cpu_noise: bool = option(
-        False, "draw the noise on the CPU: the same video on every GPU", group="size and sampling"
+        False, "draw the noise on the CPU: the same noise on every GPU", group="size and sampling"
     )
     compile: CompileConfig | None = compile_option()
 
@@ -118,31 +119,31 @@ class VaeConfig:
 
     vae_dtype: str | None = vae_dtype_option()
     tile_px: int | None = None
-    """Side of spatial tiles in pixels; None decodes frames whole while memory allows."""
+    """Side of spatial tiles in pixels; None: decode whole frames if memory allows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """The adapters to apply and how."""
+    """LoRAs to apply."""
 
     lora_weight: tuple[Path, ...] = option(
-        (), "LoRA files of any known layout", Path, nargs="+", metavar="PATH"
+        (), "LoRA files, in any known layout", Path, nargs="+", metavar="PATH"
     )
     lora_multiplier: tuple[float, ...] = option(
         (), "strengths in the same order (default: 1.0)", lora_strength, nargs="+"
     )
-    """As many as were given; the rest are 1."""
+    """May be shorter than `lora_weight`; missing values are 1."""
     lora_mode: Literal["merge", "runtime"] = option(
-        "merge", "merge into the weights, or keep beside them (default: merge)"
+        "merge", "merge: add to the weights before the model runs; runtime: keep separate (default: merge)"
     )
     include_patterns: tuple[str, ...] = option(
-        (), "use only LoRA keys in which this regular expression is found", nargs="+", metavar="RE"
+        (), "use only LoRA keys that contain a match of this regular expression", nargs="+", metavar="RE"
     )
     exclude_patterns: tuple[str, ...] = option(
-        (), "leave out LoRA keys in which this regular expression is found", nargs="+", metavar="RE"
+        (), "skip LoRA keys that contain a match of this regular expression", nargs="+", metavar="RE"
     )
-    lora_allow_partial: bool = option(False, "use a LoRA some of whose keys match nothing")
-    no_lora_trigger: bool = option(False, "do not put a LoRA's trigger words before the prompt")
+    lora_allow_partial: bool = option(False, "use a LoRA even if some of its keys match no layer")
+    no_lora_trigger: bool = option(False, "do not prepend a LoRA's trigger words to the prompt")
     save_merged_model: Path | None = option(None, "write the DiT with the LoRAs merged, then stop", Path)
 
     def __post_init__(self) -> None:
@@ -150,19 +151,19 @@ class LoraConfig:
         if len(self.lora_multiplier) > len(self.lora_weight):
             problems.append(
                 f"--lora_multiplier: {len(self.lora_multiplier)} values for {len(self.lora_weight)} "
-                "--lora_weight: at most one for each"
+                "--lora_weight: give at most one for each"
             )
         if self.save_merged_model is not None and not self.lora_weight:
-            problems.append("--save_merged_model requires --lora_weight: there is nothing to merge")
+            problems.append("--save_merged_model has nothing to merge: add --lora_weight")
         if self.save_merged_model is not None and self.lora_mode == "runtime":
-            problems.append("--save_merged_model merges, --lora_mode runtime does not: leave one of them out")
+            problems.append("--save_merged_model merges, --lora_mode runtime does not: give only one of them")
         if problems:
             raise ConfigError(problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputConfig:
-    """What is written, where and how."""
+    """Output files."""
 
     output: Path | None = option_made_into(
         Option(
@@ -173,13 +174,13 @@ class OutputConfig:
     )
     """None only with --save_merged_model."""
     output_is_folder: bool = False
-    """The path ended with a separator."""
+    """Whether the path ended with a separator."""
     output_type: Literal["video", "images", "latent", "both", "latent_images"] = option(
-        "video", "what is written; both: video and latent (default: video)"
+        "video", "what to write; both: video and latent (default: video)"
     )
     fps: int = option(FPS, f"frames per second, at most 1000 (default: {FPS})", int_between(1, 1000))
     crf: int = option(14, "quality of the video: 0 lossless, 51 worst (default: 14)", int_between(0, 51))
-    trim_tail_frames: int = option(0, "leave out the last N frames (default: 0)", non_negative_int)
+    trim_tail_frames: int = option(0, "drop the last N frames (default: 0)", non_negative_int)
     overwrite: bool = option(False, "replace existing files instead of choosing a new name")
     no_metadata: bool = option(False, "do not store prompt and settings in the files")
 
@@ -203,14 +204,16 @@ class GenerateConfig:
 
     task: Task = option_made_into(
         Option(
-            help=f"which checkpoint, with its settings (default: {DEFAULT_TASK})",
+            help=f"model and its default settings (default: {DEFAULT_TASK})",
             default=DEFAULT_TASK,
             metavar="NAME",
         )
     )
     models: ModelPaths
     spec: PromptSpec
-    """The prompt and settings of the command line; defaults for prompts from elsewhere."""
+    """Prompt and settings of the command line; the settings are the defaults of prompts from a file or the
+    console.
+    """
     from_file: Path | None = option(
         None, "a .txt, .json or .toml file of prompts; --output is a folder", Path
     )
@@ -218,9 +221,9 @@ class GenerateConfig:
     latent_path: Path | None = option(None, "decode a saved latent instead of sampling", Path)
     dry_run: bool = option(False, "check everything, print memory and FLOPs of each prompt, then stop")
     vram_budget: float | None = vram_budget_option(
-        "add --fp8_base and --blocks_to_swap as far as sampling needs them to fit into so much device memory"
+        "GiB of device memory: add --fp8_base and as many --blocks_to_swap as sampling needs to fit"
     )
-    """GiB of device memory that sampling may need."""
+    """GiB of device memory available to sampling."""
     device: str | None = option(
         None, "where to compute (default: cuda if there is one, else cpu)", group="models"
     )
@@ -230,7 +233,7 @@ class GenerateConfig:
     lora: LoraConfig
     output: OutputConfig
     options: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """Every option as given or defaulted, by name; files and folders are `Path`."""
+    """The values of all options, defaults included, by name; files and folders are `Path`."""
 
     def __post_init__(self) -> None:
         sources = {
@@ -246,7 +249,10 @@ class GenerateConfig:
             what = f"got {' and '.join(given)}" if given else "none was given"
             problems.append(f"exactly one of {', '.join(sources)} is required: {what}")
         if self.dry_run and (merges or self.interactive or self.latent_path is not None):
-            problems.append("--dry_run plans for --prompt or --from_file: give one of them alone")
+            problems.append(
+                "--dry_run plans for --prompt or --from_file: omit --interactive, "
+                "--latent_path and --save_merged_model"
+            )
         if self.output.output is None and not merges:
             problems.append("--output is required: a .mp4, a .png or a folder")
         if problems:

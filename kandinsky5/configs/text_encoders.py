@@ -1,4 +1,4 @@
-"""Settings of the text encoders, the same in every command that encodes captions."""
+"""Settings of the text encoders, shared by all commands that encode text."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from modules.errors import ConfigError
 from modules.options import option
 
 Quantization = Literal["nf4", "fp8"]
-"""Of the Linear weights: 4 bits by bitsandbytes, or our float8."""
+"""Format of linear weights: 4 bits by bitsandbytes, or this project's float8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextEncodersConfig:
-    """Which encoders to load, and how they are used."""
+    """The text encoders to load and their settings."""
 
     text_encoder_qwen: str
     text_encoder_clip: str
@@ -24,19 +24,21 @@ class TextEncodersConfig:
     quantization: Quantization | None = None
     """The format of Qwen's Linear weights; None keeps the compute dtype."""
     qwen_max_length: int = 256
-    """Tokens kept after the template part."""
+    """Maximum number of tokens after the template's."""
     clip_max_length: int = 77
-    """Tokens with the start and the end token."""
+    """Maximum number of tokens, including start and end token."""
     require_official_crop: bool | None = None
-    """Refuse a tokenizer that is not Qwen2.5-VL's; None: if the width is that of Qwen2.5-VL-7B."""
+    """Whether to refuse a tokenizer other than Qwen2.5-VL's; None: only if the model has the width of
+    Qwen2.5-VL-7B.
+    """
     expected_dims: tuple[int, int] | None = None
-    """in_text_dim and in_text_dim2 of the DiT, if there is one."""
+    """`in_text_dim` and `in_text_dim2` of the DiT, if they are known."""
 
 
 def encoders_for_task(
     task: Task, params: DitParams, qwen: str, clip: str, quantization: Quantization | None
 ) -> TextEncodersConfig:
-    """The encoders for a task whose DiT has these parameters."""
+    """The encoder settings for a task whose DiT has these parameters."""
     return TextEncodersConfig(
         text_encoder_qwen=qwen,
         text_encoder_clip=clip,
@@ -56,18 +58,20 @@ def prompt_templates_option() -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QwenOptions:
-    """How Qwen's weights are held."""
+    """Format of Qwen's weights."""
 
-    fp8_llm: bool = option(False, "hold Qwen's weights in float8: half the memory", other_names=("fp8_vlm",))
+    fp8_llm: bool = option(False, "store Qwen's weights in float8: half the memory", other_names=("fp8_vlm",))
     quantized_qwen: bool = option(False, "load Qwen in 4 bits (NF4) with bitsandbytes")
 
     def __post_init__(self) -> None:
         if self.fp8_llm and self.quantized_qwen:
-            raise ConfigError("--fp8_llm holds Qwen in 8 bits and --quantized_qwen in 4: give one of them")
+            raise ConfigError(
+                "--fp8_llm stores Qwen in 8 bits, --quantized_qwen in 4 bits: give only one of them"
+            )
 
     @property
     def quantization(self) -> Quantization | None:
-        """What the two options ask for together; None leaves the weights as they come."""
+        """The format selected by the two options; None: as in the checkpoint."""
         if self.quantized_qwen:
             return "nf4"
         return "fp8" if self.fp8_llm else None

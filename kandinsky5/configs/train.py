@@ -49,9 +49,11 @@ TIMESTEP_SAMPLINGS: tuple[TimestepSampling, ...] = get_args(TimestepSampling)
 WeightingScheme = Literal["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"]
 WEIGHTING_SCHEMES: tuple[WeightingScheme, ...] = get_args(WeightingScheme)
 ROOM_FOR_ENDINGS = 64
-"""Bytes kept for what is added to the output name: position, time, seed, ending of LoRA, state or sample."""
+"""Bytes reserved for suffixes of the output name: position, time, seed, and extension of LoRA, state or
+sample.
+"""
 MODE_SCALES = (-1.0, 2.0 / (math.pi - 2.0))
-"""Between these the formula of `--weighting_scheme mode` is monotone: Esser et al. 2024, arXiv 2403.03206,
+"""Range in which the formula of `--weighting_scheme mode` is monotone: Esser et al. 2024, arXiv 2403.03206,
 section 3.1."""
 DEFAULT_TRAIN_STEPS = 1600
 _MEMORY = "weights and memory"
@@ -59,13 +61,13 @@ _CUDA = "CUDA arithmetic"
 
 
 def keyword_option(help: str) -> Any:
-    """A field of settings by name, from an option that takes NAME=VALUE words."""
+    """A field with named settings, from an option that takes NAME=VALUE arguments."""
     declared = Option(help=help, default=(), nargs="*", metavar="NAME=VALUE")
     return option_made_into(declared, default_factory=dict)
 
 
 def secret_option(help: str) -> Any:
-    """A field that no log and no file of the run shows."""
+    """A field that is written neither to the log nor to any file of the run."""
     return option_made_into(Option(help=help), default=None, repr=False)
 
 
@@ -81,7 +83,7 @@ def mode_scale(word: str) -> float:
 
 
 def inner_share(word: str) -> float:
-    """Reads a share that is neither nothing nor all."""
+    """Reads a share between 0 and 1, both excluded."""
     value = share(word)
     if value in (0.0, 1.0):
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {word}")
@@ -98,7 +100,9 @@ def step_count(word: str) -> int | float:
         else:
             return non_negative_int(word)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number of steps or a share, got {word!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"must be a number of steps, or a share such as 0.1 or 10%, got {word!r}"
+        ) from None
     if value == 0:
         return 0
     if not 0 < value < 1:
@@ -116,7 +120,7 @@ def resolution(word: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimestepConfig:
-    """How a training step draws sigma and weights its loss."""
+    """Distribution of sigma and weighting of the loss."""
 
     timestep_sampling: TimestepSampling = option(
         "sigma", "distribution of sigma (default: sigma; shift is usual)"
@@ -126,18 +130,23 @@ class TimestepConfig:
     )
     """s in sigma' = s*sigma / (1 + (s-1)*sigma); above 1 favours high sigma."""
     sigmoid_scale: float = option(1.0, "spread of the logistic distributions (default: 1.0)", positive)
-    min_timestep: float = option(0.0, "lower end of 1000 * sigma (default: 0)", float_between(0, 1000))
-    max_timestep: float = option(1000.0, "upper end of 1000 * sigma (default: 1000)", float_between(0, 1000))
+    min_timestep: float = option(0.0, "lower limit of 1000 * sigma (default: 0)", float_between(0, 1000))
+    max_timestep: float = option(
+        1000.0, "upper limit of 1000 * sigma (default: 1000)", float_between(0, 1000)
+    )
     preserve_distribution_shape: bool = option(
-        False, "redraw what falls outside min..max instead of squeezing the distribution into it"
+        False,
+        "redraw values outside --min_timestep..--max_timestep instead of rescaling the distribution to it",
     )
     num_timestep_buckets: int | None = option(
         None,
-        "spread each epoch's draws evenly over this many parts; 0: off (default)",
+        "stratify the draws of each epoch into this many equal buckets; 0: off (default)",
         off_at_zero(int_between(2)),
     )
     weighting_scheme: WeightingScheme = option(
-        "none", "weights of the loss, and with --timestep_sampling sigma the distribution (default: none)"
+        "none",
+        "weighting of the loss; with --timestep_sampling sigma also the distribution of sigma "
+        "(default: none)",
     )
     logit_mean: float = option(0.0, "mean for logit_normal and logsnr (default: 0.0)", any_number)
     logit_std: float = option(1.0, "standard deviation for logit_normal and logsnr (default: 1.0)", positive)
@@ -150,19 +159,19 @@ class TimestepConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShowTimesteps:
-    """`--show_timesteps`, which trains nothing."""
+    """`--show_timesteps`, which plots instead of training."""
 
     show_timesteps: Literal["image", "console"] | None = option(
-        None, "show 100 000 draws of sigma and the weights, then stop"
+        None, "plot 100 000 draws of sigma and the loss weights, then stop"
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(WeightsConfig):
-    """The frozen model and how it computes."""
+    """The frozen model: weights, dtype, attention and memory."""
 
     task: Task = option_made_into(
-        Option(help="which model: k5-pro-t2v-5s-sd, k5-lite-t2v-5s-sd, ...", metavar="NAME", required=True)
+        Option(help="model preset: k5-pro-t2v-5s-sd, k5-lite-t2v-5s-sd, ...", metavar="NAME", required=True)
     )
     dit: Path = option_made_into(
         Option(help="DiT weights: file, first shard or folder (default: the task's)", read=Path)
@@ -174,12 +183,12 @@ class ModelConfig(WeightsConfig):
             metavar="JSON",
         )
     )
-    """The task's, with `--override_dit` merged in."""
+    """The task's, with the changes of `--override_dit`."""
     nabla: NablaParams | None = None
     scheduler_scale: float = option_made_into(
         Option(help="shift of the sampling schedule (default: the task's)", read=sampling_shift)
     )
-    """Sampling schedule of the task; goes into the metadata."""
+    """Shift of the sampling schedule; recorded in the metadata."""
     mixed_precision: Literal["no", "bf16"] | None = option_made_into(
         Option(
             help="bf16, or no for float32 (default: accelerate's, else bf16 on CUDA)",
@@ -187,14 +196,16 @@ class ModelConfig(WeightsConfig):
         ),
         default=None,
     )
-    """None: what accelerate was started with, else bf16 on CUDA and float32 on the CPU."""
-    dit_dtype: str | None = option(None, "compute dtype; wins over --mixed_precision", choices=DTYPES)
+    """None: accelerate's setting, else bf16 on CUDA and float32 on the CPU."""
+    dit_dtype: str | None = option(
+        None, "compute dtype; takes precedence over --mixed_precision", choices=DTYPES
+    )
     attention: str = DEFAULT_BACKEND
     """A name in `ATTENTION_BACKENDS`."""
     gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass", group=_MEMORY)
     gradient_checkpointing_keep_attention: int = option(
         0,
-        "visual blocks that keep their attention outputs instead of computing them again (default: 0)",
+        "number of visual blocks that store their attention outputs instead of recomputing them (default: 0)",
         non_negative_int,
         group=_MEMORY,
     )
@@ -203,7 +214,7 @@ class ModelConfig(WeightsConfig):
     )
     block_swap_ring_size: int = option(
         DEFAULT_RING_SIZE,
-        f"device buffers that the swapped blocks share (default: {DEFAULT_RING_SIZE})",
+        f"number of device buffers for swapped blocks (default: {DEFAULT_RING_SIZE})",
         positive_int,
         group=_MEMORY,
     )
@@ -211,14 +222,14 @@ class ModelConfig(WeightsConfig):
         (), "LoRA files merged in before training", Path, nargs="*", metavar="PATH"
     )
     base_weights_multiplier: tuple[float, ...] = option(
-        (), "one strength per file of --base_weights (default: 1.0)", lora_strength, nargs="*"
+        (), "strength of each file of --base_weights (default: 1.0)", lora_strength, nargs="*"
     )
-    lora_allow_partial: bool = option(False, "accept LoRA files some of whose keys fit no layer")
+    lora_allow_partial: bool = option(False, "accept LoRA files even if some of their keys match no layer")
     compile: CompileConfig | None = compile_option()
-    cuda_allow_tf32: bool = option(False, "TF32 in float32 products", group=_CUDA)
-    cuda_cudnn_benchmark: bool = option(False, "let cuDNN time its algorithms", group=_CUDA)
+    cuda_allow_tf32: bool = option(False, "use TF32 for float32 matrix products", group=_CUDA)
+    cuda_cudnn_benchmark: bool = option(False, "let cuDNN benchmark its algorithms", group=_CUDA)
     vae: str | None = None
-    """Given for samples; its name goes into the metadata."""
+    """Used for samples; its file name is recorded in the metadata."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,17 +237,19 @@ class ConditioningConfig:
     """Image-to-video training."""
 
     i2v_mode: Literal["first", "first_last"] = option(
-        "first", "which frames the model is given (default: first; first_last is experimental)"
+        "first", "conditioning frames (default: first; first_last is experimental)"
     )
     i2v_conditioning: Literal["inference", "channels"] = option(
-        "inference", "clean frames in place of noisy ones, as in generation, or in the condition channels"
+        "inference",
+        "inference: clean frames replace the noisy ones, as in generation (default); "
+        "channels: clean frames go into the condition channels",
     )
     visual_cond_prob: float = option(1.0, "probability that a clip is conditioned (default: 1.0)", share)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Terms of the loss beside the velocity error."""
+    """Masks and additional terms of the loss."""
 
     masked_loss: bool = option(False, "weight the loss by the clips' masks")
     mask_min_weight: float = option(0.0, "weight of the black parts of a mask, 0 to 1 (default: 0)", share)
@@ -249,40 +262,41 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Which caches are trained on, and how they are read."""
+    """Training and validation data."""
 
     dataset_config: Path = option_made_into(Option(help="dataset file", read=Path, required=True))
     caption_dropout_rate: float = option(
         0.0,
-        "probability that a clip is trained with the empty caption; a dataset's own rate wins (default: 0)",
+        "probability that a clip is trained with the empty caption; the rate of a dataset takes precedence "
+        "(default: 0)",
         share,
         group="loss",
     )
     validation_dataset_config: Path | None = option(
-        None, "dataset whose loss is measured on fixed noise, with and without the LoRA", Path
+        None, "dataset file for the validation loss, measured with and without the LoRA on fixed noise", Path
     )
     validation_split: float | None = option(
         None,
-        "measure this share of the source files and do not train on it",
+        "hold out this share of the source files for the validation loss",
         float_between(0.001, 0.999),
         metavar="SHARE",
     )
     validate_every_n_steps: int | None = option(
-        None, "measure after every n-th step as well as at the end", positive_int
+        None, "validate after every n-th step and at the end", positive_int
     )
     validate_every_n_epochs: int | None = option(
-        None, "measure after every n-th epoch as well as at the end", positive_int
+        None, "validate after every n-th epoch and at the end", positive_int
     )
     max_data_loader_n_workers: int = option(
-        8, "threads that read caches ahead (default: 8, at most the CPU count); 0: none", non_negative_int
+        8, "threads that prefetch caches (default: 8, at most the CPU count); 0: none", non_negative_int
     )
     strict: bool = option(False, "any skipped item is an error")
-    allow_missing: bool = option(False, "train although some items have no cache")
+    allow_missing: bool = option(False, "train even if some items have no cache")
     allow_upstream_text_cache: bool = option(
-        False, "use text caches of musubi-tuner for videos although their template is the wrong one"
+        False, "use musubi-tuner's text caches for videos, which were encoded with the image template"
     )
     allow_changed_data: bool = option(
-        False, "resume although dataset, seed or batch settings differ; the run is then not exact"
+        False, "resume even if dataset, seed or batch settings differ; the resumed run is then not exact"
     )
 
 
@@ -308,7 +322,7 @@ class OptimizerConfig:
         "(default: constant)",
     )
     lr_scheduler_type: str = option(
-        "", "class of torch.optim.lr_scheduler or package.module.Class; wins over --lr_scheduler"
+        "", "class of torch.optim.lr_scheduler or package.module.Class; takes precedence over --lr_scheduler"
     )
     lr_scheduler_args: Mapping[str, Any] = keyword_option("arguments of the schedule")
     lr_warmup_steps: int | float = option(
@@ -317,22 +331,22 @@ class OptimizerConfig:
     lr_decay_steps: int | float = option(
         0, "warmup_stable_decay: length of the decay, in the same form (default: 0)", step_count
     )
-    """Whole numbers are optimizer steps, fractions below 1 shares of the run."""
+    """Integers are optimizer steps, fractions below 1 are shares of the run."""
     lr_scheduler_num_cycles: int = option(
-        1, "cycles of the schedules that have some (default: 1)", positive_int
+        1, "number of cycles of schedules with cycles (default: 1)", positive_int
     )
     lr_scheduler_power: float = option(1.0, "exponent of polynomial (default: 1)", positive)
     lr_scheduler_timescale: int | None = option(
-        None, "steps of inverse_sqrt (default: the warm-up)", positive_int
+        None, "timescale of inverse_sqrt in steps (default: the warm-up steps)", positive_int
     )
     lr_scheduler_min_lr_ratio: float | None = option(
-        None, "lowest rate as a share of the learning rate", share
+        None, "minimum learning rate as a share of --learning_rate", share
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
-    """The LoRA."""
+    """The adapter to train."""
 
     network_module: str = option(
         DEFAULT_TYPE.network_module,
@@ -341,24 +355,24 @@ class NetworkConfig:
     network_dim: int = option(4, "rank (default: 4; 32 is usual)", positive_int)
     network_alpha: float = option(
         1.0,
-        "the change is scaled by alpha / rank; 0: alpha = rank (default: 1)",
+        "LoRA alpha; the weight change is scaled by alpha / rank; 0: alpha = rank (default: 1)",
         float_between(0.0, 1e6),
     )
     network_dropout: float | None = option(
-        None, "dropout of the rank-sized activations", float_between(0.0, 0.999)
+        None, "dropout of the activations between the two LoRA matrices", float_between(0.0, 0.999)
     )
     network_args: Mapping[str, Any] = keyword_option(
         "settings of the adapter: rank_dropout, module_dropout, loraplus_lr_ratio, exclude_patterns, "
         "include_patterns, verbose; LoKr: factor"
     )
-    network_weights: Path | None = option(None, "start from this LoRA, any format", Path)
-    dim_from_weights: bool = option(False, "ranks and alphas from --network_weights")
+    network_weights: Path | None = option(None, "start from this LoRA file, in any known layout", Path)
+    dim_from_weights: bool = option(False, "take ranks and alphas from --network_weights")
     scale_weight_norms: float | None = option(
-        None, "limit of the norm of every layer's change; 0: off (default)", off_at_zero(positive)
+        None, "maximum norm of each layer's weight change; 0: off (default)", off_at_zero(positive)
     )
     ema_decay: float | None = option(
         None,
-        "save a moving average of the LoRA too, which keeps this share of itself at every step, such as 0.99",
+        "also save an exponential moving average of the LoRA with this decay, such as 0.99",
         inner_share,
     )
 
@@ -371,7 +385,7 @@ class NetworkConfig:
             "scale_weight_norms": self.scale_weight_norms is not None,
         }
         problems = [
-            f"--{name}: not available with --network_module {self.network_module}"
+            f"--{name}: not supported by --network_module {self.network_module}; omit it"
             for name, value in given.items()
             if value
         ]
@@ -381,15 +395,17 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """How long and in what order a run goes."""
+    """Length, seed and checks of a run."""
 
     max_train_steps: int | None = option(
         None,
         f"optimizer steps (default: {DEFAULT_TRAIN_STEPS}, or with --resume those of the first run)",
         non_negative_int,
     )
-    """None: `DEFAULT_TRAIN_STEPS`, or where the run that is resumed was to end."""
-    max_train_epochs: int | None = option(None, "epochs; wins over --max_train_steps", positive_int)
+    """None: `DEFAULT_TRAIN_STEPS`, or the planned end of the resumed run."""
+    max_train_epochs: int | None = option(
+        None, "epochs; takes precedence over --max_train_steps", positive_int
+    )
     gradient_accumulation_steps: int = option(
         1, "batches per optimizer step (default: 1); the last step of an epoch may have fewer", positive_int
     )
@@ -399,32 +415,39 @@ class RunConfig:
         "at a loss or gradient that is not finite: stop, or skip the step and stop after 10 in a row",
     )
     resume: str | None = option(
-        None, "state folder to continue from; auto: the newest whole one", metavar="DIR|auto"
+        None, "state folder to resume from; auto: the latest complete one", metavar="DIR|auto"
     )
     dry_run: bool = option(False, "check everything, print memory and FLOPs of each bucket, then stop")
-    no_probe: bool = option(False, "on a GPU: do not try the largest batch before the first step")
+    no_probe: bool = option(False, "on a GPU: do not run the largest batch once before the first step")
     vram_budget: float | None = vram_budget_option(
-        "add the cheapest of these options that make the largest batch fit into so much device memory"
+        "GiB of device memory: add the cheapest of these options that make the largest batch fit"
     )
-    """GiB of device memory that the largest batch may need."""
-    ddp_timeout: float | None = option(None, "several processes: minutes to wait for each other", positive)
+    """GiB of device memory available to the largest batch."""
+    ddp_timeout: float | None = option(
+        None, "several processes: timeout for communication, in minutes", positive
+    )
     ddp_gradient_as_bucket_view: bool = option(False, "several processes: avoid a copy of the gradients")
-    ddp_static_graph: bool = option(False, "several processes: every step uses all parameters of the LoRA")
+    ddp_static_graph: bool = option(
+        False, "several processes: declare that every step uses all LoRA parameters"
+    )
 
     def __post_init__(self) -> None:
         if self.max_train_steps == 0 and self.max_train_epochs is None:
-            raise ConfigError("--max_train_steps 0 leaves the length to --max_train_epochs: give one of them")
+            raise ConfigError(
+                "--max_train_steps 0 means that --max_train_epochs sets the length: add "
+                "--max_train_epochs, or give a number of steps"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavingConfig:
-    """What is written, when, and what is deleted again."""
+    """Saving and deletion of LoRAs and states."""
 
-    output_dir: Path = option_made_into(Option(help="folder of the results", read=Path, required=True))
+    output_dir: Path = option_made_into(Option(help="output folder", read=Path, required=True))
     output_name: str = option_made_into(Option(help="name of the LoRA", required=True))
     output_dir_fallback: Path | None = option(
         None,
-        "folder on another disk that LoRA and state go to if --output_dir fills up during the run",
+        "folder on another disk for LoRA and state, used if the disk of --output_dir fills up during the run",
         Path,
     )
     overwrite: bool = option(False, "replace results of the same --output_name")
@@ -433,13 +456,13 @@ class SavingConfig:
     )
     lora_format: Literal["diffusers", "kohya"] = option(
         "diffusers",
-        "layout of the file (default: diffusers, read by diffusers, ComfyUI and the official code)",
+        "key layout of the LoRA file (default: diffusers, for diffusers, ComfyUI and the official code)",
     )
     save_every_n_epochs: int | None = option(None, "save every n-th epoch", positive_int)
     save_every_n_steps: int | None = option(None, "save every n-th step", positive_int)
     save_last_n_epochs: int | None = option(None, "delete LoRAs older than n epochs", positive_int)
     save_last_n_steps: int | None = option(None, "delete LoRAs older than n steps", positive_int)
-    save_state: bool = option(False, "save with every LoRA what --resume needs")
+    save_state: bool = option(False, "save a state for --resume with every LoRA")
     save_state_on_train_end: bool = option(False, "save a state at the end of the run")
     save_last_n_epochs_state: int | None = option(
         None, "delete states older than n epochs (default: --save_last_n_epochs)", positive_int
@@ -453,7 +476,9 @@ class SavingConfig:
 class MetadataConfig:
     """The metadata of a LoRA file."""
 
-    no_metadata: bool = option(False, "only what is needed to use the file, and the name of the run")
+    no_metadata: bool = option(
+        False, "store only the metadata that is needed to load the file, and the name of the run"
+    )
     training_comment: str | None = option(None, "free text")
     metadata_title: str | None = option(None, "modelspec.title")
     metadata_author: str | None = option(None, "modelspec.author")
@@ -463,26 +488,28 @@ class MetadataConfig:
     metadata_reso: tuple[int, int] | None = option(
         None, "modelspec.resolution (default: the dataset's)", resolution, metavar="WIDTH,HEIGHT"
     )
-    """Width, height."""
+    """Width and height."""
     metadata_arch: str | None = option(None, "architecture before /lora (default: Kandinsky-5)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingConfig:
-    """Where curves go beside metrics.jsonl."""
+    """Trackers, in addition to metrics.jsonl."""
 
     logging_dir: Path | None = option(None, "folder for TensorBoard curves and wandb's files", Path)
     log_with: Literal["tensorboard", "wandb", "all"] | None = option(
-        None, "where curves and samples are shown (default: tensorboard with --logging_dir)"
+        None, "tracker for curves and samples (default: tensorboard with --logging_dir)"
     )
-    """None: TensorBoard with a logging_dir, else nothing."""
-    log_prefix: str = option("", "start of the name of the run's folder")
+    """None: TensorBoard with `logging_dir`, else no tracker."""
+    log_prefix: str = option("", "prefix of the run's TensorBoard folder")
     log_tracker_name: str = option("network_train", "wandb project (default: network_train)")
     wandb_run_name: str | None = option(None, "name of the run in wandb (default: the output name)")
-    wandb_api_key: str | None = secret_option("key for wandb; stored nowhere (default: as logged in)")
+    wandb_api_key: str | None = secret_option(
+        "wandb API key; never saved (default: the login of `wandb login`)"
+    )
     log_tracker_settings: Mapping[str, Mapping[str, Any]] = option_made_into(
         Option(
-            help="TOML file with arguments under [wandb] and [tensorboard]",
+            help="TOML file with tracker arguments under [wandb] and [tensorboard]",
             read=Path,
             name="log_tracker_config",
         ),
@@ -494,7 +521,7 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         if self.log_with in ("tensorboard", "all") and self.logging_dir is None:
-            raise ConfigError(f"--log_with {self.log_with} needs --logging_dir")
+            raise ConfigError(f"--log_with {self.log_with} requires --logging_dir")
 
     @property
     def uses_tensorboard(self) -> bool:
@@ -510,7 +537,7 @@ class HubConfig:
     """Uploads to the Hugging Face hub."""
 
     huggingface_repo_id: str | None = option(
-        None, "upload every saved LoRA there; created if missing", metavar="USER/REPO"
+        None, "hub repository to which every saved LoRA is uploaded; created if missing", metavar="USER/REPO"
     )
     """None: nothing is uploaded."""
     huggingface_repo_type: Literal["model", "dataset", "space"] = option(
@@ -521,7 +548,7 @@ class HubConfig:
         "access token (default: the one that `hf auth login` stored)"
     )
     huggingface_repo_visibility: Literal["public", "private"] = option(
-        "private", "of a repository that is created (default: private)"
+        "private", "visibility of a repository that is created (default: private)"
     )
     save_state_to_huggingface: bool = option(False, "upload states too")
     resume_from_huggingface: bool = option(
@@ -532,7 +559,7 @@ class HubConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig:
-    """Videos and images made while training."""
+    """Samples generated during training."""
 
     vae: Path = option_made_into(Option(help="VAE: a file or a folder (default: the task's)", metavar="PATH"))
     text_encoder_qwen: str = option_made_into(
@@ -541,7 +568,7 @@ class SampleConfig:
     text_encoder_clip: str = option_made_into(
         Option(help="CLIP: a folder or a hub id (default: the task's)", metavar="PATH")
     )
-    """The task's places where no option names one."""
+    """Paths that are not given default to the task's."""
     sample_prompts: Path | None = option(None, "file of prompts: .txt, .toml or .json", Path)
     """None: no samples."""
     sample_every_n_steps: int | None = option(None, "sample after every n-th step", positive_int)
@@ -551,7 +578,9 @@ class SampleConfig:
     quantization: Quantization | None = None
     """Of Qwen's Linear weights: --fp8_llm or --quantized_qwen."""
     prompt_templates: Path | None = prompt_templates_option()
-    offload_dit_during_sampling: bool = option(False, "DiT to host memory while the VAE decodes samples")
+    offload_dit_during_sampling: bool = option(
+        False, "move the DiT to host memory while the VAE decodes samples"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -572,19 +601,19 @@ class TrainConfig:
     hub: HubConfig
     samples: SampleConfig
     options: Mapping[str, Any]
-    """Every option as given or defaulted, as a configuration file would hold it; files and folders are
-    `Path`. No secrets, and nothing that only concerns this call."""
+    """The values of all options, defaults included, as in a configuration file; files and folders are `Path`.
+    Without secrets, and without options that apply to a single invocation."""
     notes: tuple[str, ...] = ()
-    """Log lines about options that have no effect here, and other advice."""
+    """Log lines about options that have no effect, and other advice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShowTimestepsConfig:
-    """`--show_timesteps`: draw and plot, train nothing."""
+    """Settings of `--show_timesteps`, which draws and plots sigma without training."""
 
     show_timesteps: Literal["image", "console"]
     timesteps: TimestepConfig
     image_path: Path
-    """Where the plot goes in image mode."""
+    """Folder of the plot in image mode."""
     notes: tuple[str, ...] = ()
-    """Log lines about options that have no effect here."""
+    """Log lines about options that have no effect."""

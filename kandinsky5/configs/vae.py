@@ -1,4 +1,4 @@
-"""Options of the VAE that several commands have."""
+"""VAE options shared by several commands."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MIN_TILE_PX = 64
 DEFAULT_TILE_PX = 256
 VAE_CHUNK_SIZE = {
     "vae_chunk_size": ignored_option(
-        "the VAE always works in windows of 17 frames, like the official one", default=None, read=positive_int
+        "the VAE always uses windows of 17 frames, like the official code", default=None, read=positive_int
     )
 }
 
 
 def vae_dtype_option(**more: Any) -> Any:
-    """`--vae_dtype`; the field is a dtype word or None."""
-    return option(None, "dtype of the VAE (default: float16, on a CPU float32)", choices=DTYPES, **more)
+    """`--vae_dtype`; the field is the name of a dtype, or None."""
+    return option(None, "dtype of the VAE (default: float16; float32 on a CPU)", choices=DTYPES, **more)
 
 
 def _tile_side(word: str) -> int:
@@ -35,7 +35,7 @@ def _tile_side(word: str) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TilingOptions:
-    """Encoding and decoding in spatial tiles, which saves memory."""
+    """Spatial tiles for encoding and decoding, which save memory."""
 
     vae_tiling: bool = option(False, f"encode and decode in spatial tiles of {DEFAULT_TILE_PX} pixels")
     vae_spatial_tile_sample_min_size: int | None = option(

@@ -1,4 +1,4 @@
-"""How the DiT's frozen weights are held, the same in training and generation."""
+"""Storage of the DiT's frozen weights, for training and generation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from modules.options import float_between, non_negative_int, option
 
 DTYPES = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
 DEFAULT_RING_SIZE = 2
-"""Device buffers that the swapped blocks share in turn."""
+"""Number of device buffers for swapped blocks."""
 
 
 class WeightFormat(Enum):
-    """The storage of the attention and feed-forward weights of the blocks."""
+    """Storage format of the attention and feed-forward weights of the blocks."""
 
     COMPUTE_DTYPE = "compute dtype"
     FP8 = "float8"
@@ -23,40 +23,42 @@ class WeightFormat(Enum):
 
 
 def vram_budget_option(help: str) -> Any:
-    """`--vram_budget`, with what it adds in a script."""
+    """`--vram_budget`; `help` says which options it adds in a script."""
     return option(None, help, float_between(1.0, 1024.0), metavar="GB", group="weights and memory")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsConfig:
-    """The format and the place of the weights."""
+    """Format and location of the weights."""
 
     fp8_base: bool = option(
         False,
-        "hold attention and feed-forward weights in float8",
+        "store attention and feed-forward weights in float8",
         other_names=("fp8_scaled",),
         hidden_names=("fp8",),
     )
     fp8_fast: bool = option(
         False,
-        "with --fp8_base: multiply in float8 too; compute capability 8.9 (Ada, Hopper) or later, "
-        "not run on a GPU yet",
+        "with --fp8_base: also compute matrix products in float8; requires compute capability 8.9 (Ada, "
+        "Hopper) or later; not run on a GPU yet",
     )
-    int8_base: bool = option(False, "hold attention and feed-forward weights in int8 instead, on any card")
+    int8_base: bool = option(False, "store attention and feed-forward weights in int8 instead, on any device")
     int8_fast: bool = option(
         False,
-        "with --int8_base: multiply in int8 too; compute capability 7.5 (Turing, Ampere) or later, "
-        "not run on a GPU yet",
+        "with --int8_base: also compute matrix products in int8; requires compute capability 7.5 (Turing, "
+        "Ampere) or later; not run on a GPU yet",
     )
-    blocks_to_swap: int = option(0, "blocks whose weights stay in host memory (default: 0)", non_negative_int)
-    use_pinned_memory_for_block_swap: bool = option(False, "with --blocks_to_swap: pinned host memory")
+    blocks_to_swap: int = option(
+        0, "number of blocks whose weights stay in host memory (default: 0)", non_negative_int
+    )
+    use_pinned_memory_for_block_swap: bool = option(False, "with --blocks_to_swap: use pinned host memory")
     disable_numpy_memmap: bool = option(False, "read model files without memory mapping")
-    no_weight_check: bool = option(False, "do not search the weights for NaN and Inf while loading")
+    no_weight_check: bool = option(False, "do not check the weights for NaN and Inf while loading")
 
     def __post_init__(self) -> None:
         if self.fp8_base and self.int8_base:
             raise ConfigError(
-                "--fp8_base and --int8_base choose a form of the same weights: give one of them"
+                "--fp8_base and --int8_base select a format for the same weights: give only one of them"
             )
 
     @property
@@ -67,7 +69,7 @@ class WeightsConfig:
 
     @property
     def use_fast_products(self) -> bool:
-        """Whether products are computed in the storage format too."""
+        """Whether matrix products are also computed in the storage format."""
         return self.fp8_fast or self.int8_fast
 
     @property
@@ -76,10 +78,10 @@ class WeightsConfig:
 
     @property
     def storage_form(self) -> tuple[str, bool]:
-        """Format and products of the frozen weights, whatever their place."""
+        """Format of the frozen weights and of their products, independent of their location."""
         return self.weight_format.value, self.use_fast_products
 
     @property
     def modulation_on_host(self) -> bool:
-        """Whether the modulation weights, an eighth of the model that is read once per step, stay there."""
+        """Whether the modulation weights stay in host memory: an eighth of the model, read once per step."""
         return self.has_one_byte_weights or self.blocks_to_swap > 0

@@ -42,7 +42,7 @@ def test_a_prompt_may_be_empty() -> None:
     ("line", "words"),
     [
         ("cat --w wide", ("--w", "'wide'")),
-        ("cat --q 3", ("--q", "known")),
+        ("cat --q 3", ("--q", "use one of")),
         ("cat --g nan", ("--g", "must lie within")),
     ],
 )

@@ -67,7 +67,7 @@ def test_qwen_is_held_in_one_way_in_every_script(tmp_path: Path) -> None:
     assert parse().text.quantization is None
     assert parse("--fp8_vlm").text.quantization == "fp8"
     assert parse("--quantized_qwen").text.quantization == "nf4"
-    assert "give one of them" in refusal(*BASE, "--fp8_llm", "--quantized_qwen")
+    assert "give only one of them" in refusal(*BASE, "--fp8_llm", "--quantized_qwen")
     (tmp_path / "d.toml").write_text("", encoding="utf-8")
     words = ["--dataset_config", str(tmp_path / "d.toml"), "--text_encoder_qwen", "a/b"]
     config = parse_cache_text([*words, "--text_encoder_clip", "a/c", "--fp8_llm"])

@@ -219,7 +219,7 @@ def test_generation_with_compiled_blocks_gives_the_same_latents(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--compile", "--compile_fullgraph", "--fp8_base"), "layers in float8"),
+        (("--compile", "--compile_fullgraph", "--fp8_base"), "float8 layers"),
         (("--compile", "--compile_fullgraph", "--force_nabla_attention"), "NABLA's attention"),
         (
             ("--compile", "--compile_mode", "reduce-overhead", "--blocks_to_swap", "1"),

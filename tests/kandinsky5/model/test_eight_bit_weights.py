@@ -176,7 +176,7 @@ def refused(capsys: pytest.CaptureFixture[str], stop: pytest.ExceptionInfo[Syste
 
 
 REFUSALS = [
-    (("--fp8_base", "--int8_base"), 2, "--fp8_base and --int8_base choose a form of the same weights"),
+    (("--fp8_base", "--int8_base"), 2, "--fp8_base and --int8_base select a format for the same weights"),
     (("--int8_base", "--int8_fast"), 5, "--int8_fast needs a CUDA device with int8 units, not cpu"),
     (("--fp8_base", "--fp8_fast"), 5, "--fp8_fast needs a CUDA device with float8 units, not cpu"),
 ]

@@ -168,7 +168,7 @@ def test_a_repository_that_cannot_be_used_is_said_before_a_model_loads(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--resume_from_huggingface", "--resume", "auto"), "needs --resume USER/REPO/PATH"),
+        (("--resume_from_huggingface", "--resume", "auto"), "requires --resume USER/REPO/PATH"),
         (("--resume_from_huggingface", "--resume", "state"), "expected USER/REPO/PATH"),
     ],
 )

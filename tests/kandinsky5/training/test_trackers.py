@@ -294,7 +294,7 @@ def test_a_setting_that_wandb_does_not_know_is_said_without_its_value(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('mode = "offline"\n', "arguments stand under [tensorboard] and [wandb]"),
+        ('mode = "offline"\n', "put arguments under [tensorboard] or [wandb]"),
         ('[wandb]\nentty = "me"\n', "takes no entty; it takes entity"),
         ('[wandb]\nproject = "me"\n', "takes no project"),
         ("[wandb]\nsettings = 3\n", "must be a table"),

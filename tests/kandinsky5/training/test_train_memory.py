@@ -79,7 +79,7 @@ def test_compiled_blocks_train_to_the_same_losses(files: tuple[Path, Path], tmp_
     [
         (("--dynamo_backend", "FX2TRT"), "torch has no compiler back end 'fx2trt'; it has: cudagraphs"),
         (("--compile", "--compile_backend", "inductr"), "torch has no compiler back end 'inductr'"),
-        (("--dynamo_backend", "inductor", "--compile"), "give only one of the two"),
+        (("--dynamo_backend", "inductor", "--compile"), "give only one of them"),
         (
             ("--dynamo_backend", "inductor", "--dynamo_fullgraph", "--fp8_base"),
             "stay outside compiled graphs",

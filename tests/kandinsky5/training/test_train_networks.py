@@ -49,7 +49,7 @@ def test_loha_and_lokr_train_save_and_resume_to_the_same_bytes(
 )
 def test_what_only_a_plain_lora_has_is_refused(words: tuple[str, ...]) -> None:
     base = ("--task", "k5-tiny-t2v", "--dataset_config", "d.toml", "--output_dir", "o", "--output_name", "n")
-    with pytest.raises(ConfigError, match="not available with --network_module"):
+    with pytest.raises(ConfigError, match="not supported by --network_module"):
         parse_train([*base, "--network_module", "networks.loha", *words])
 
 

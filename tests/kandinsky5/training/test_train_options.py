@@ -78,7 +78,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         "only one attention",
         "unknown task",
     )
-    for part in (*expected, "name=value", "--log_with all needs --logging_dir"):
+    for part in (*expected, "name=value", "--log_with all requires --logging_dir"):
         assert part in text
 
 
@@ -86,25 +86,25 @@ def test_everything_wrong_is_said_at_once() -> None:
     ("words", "message"),
     [
         (["--mixed_precision", "fp16"], "fp16"),
-        (["--lr_scheduler", "reduce_lr_on_plateau"], "use cosine"),
+        (["--lr_scheduler", "reduce_lr_on_plateau"], "use --lr_scheduler cosine"),
         (["--blocks_to_swap", "2"], "--gradient_checkpointing"),
         (["--base_weights_multiplier", "0.5"], "1 values for 0 files"),
         (["--network_module", "networks.other"], "networks.lora_kandinsky"),
         (["--override_dit", '{"depth": 3}'], "model_dim"),
-        (["--override_dit", "{"], "no JSON"),
+        (["--override_dit", "{"], "not valid JSON"),
         (["--override_dit", "[]"], "a JSON object, got []"),
         (["--override_dit", '{"ff_dim": 0}'], "ff_dim must be a whole number above 0, got 0"),
         (["--override_dit", '{"axes_dims": [16, 24]}'], "axes_dims must be three whole numbers above 0"),
         (["--override_dit", '{"axes_dims": [15, 25, 24]}'], "must be even"),
         (["--override_dit", '{"model_dim": 100}'], "must divide model_dim 100"),
-        (["--log_with", "all"], "--log_with all needs --logging_dir"),
+        (["--log_with", "all"], "--log_with all requires --logging_dir"),
         (["--network_module", "lycoris.kohya"], "use one of networks.lora_kandinsky"),
         (["--sage_attn"], "cannot train"),
         (["--min_timestep", "800", "--max_timestep", "200"], "below"),
-        (["--output_name", "a/b"], "folders belong to --output_dir"),
+        (["--output_name", "a/b"], "give the folder with --output_dir"),
         (["--nabla_P", "3", "--force_nabla_attention"], "at most 1"),
-        (["--max_train_steps", "0"], "give one of them"),
-        (["--fp8_base", "--int8_base"], "give one of them"),
+        (["--max_train_steps", "0"], "give a number of steps"),
+        (["--fp8_base", "--int8_base"], "give only one of them"),
         (["--resume_from_huggingface", "--resume", "auto"], "--resume USER/REPO/PATH"),
         (["--optimizer_args", "eps=1e999"], "eps is no finite"),
         (["--optimizer_args", "betas=(0.9,1e999)"], "betas is no finite"),
@@ -214,7 +214,7 @@ def test_a_configuration_file_is_checked_like_the_command_line(tmp_path: Path) -
         "sdpa is a switch",
         "seed needs a value",
         "task takes one value",
-        "vae: holds a NUL character",
+        "vae: contains a NUL character",
         "base_weights: holds a NUL character",
     ):
         assert part in text
@@ -361,4 +361,4 @@ def test_settings_of_both_families_of_compile_options_act_together() -> None:
     ):
         assert parse(*words).model.compile == CompileConfig(compile_mode=mode)
     both = ("--dynamo_backend", "eager", "--compile_backend", "aot_eager")
-    assert "only one of the two" in "\n".join(problems_of(*BASE, *both))
+    assert "only one of them" in "\n".join(problems_of(*BASE, *both))

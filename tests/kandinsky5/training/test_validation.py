@@ -181,7 +181,7 @@ def test_another_split_is_not_resumed(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--validation_split", 0.4, "--validation_dataset_config", "v.toml"), "leave one out"),
+        (("--validation_split", 0.4, "--validation_dataset_config", "v.toml"), "give only one of them"),
         (("--validation_split", 0), "must lie within"),
         (("--validation_split", 0.001), "at least one is held out"),
     ],

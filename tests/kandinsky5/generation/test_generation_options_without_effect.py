@@ -28,10 +28,10 @@ NABLA = "--task k5-tiny-nabla"
 
 @dataclass(frozen=True)
 class Example:
-    """An option with a value, beside words that make it idle, and beside words that let it act."""
+    """An option with a value, beside words that make it ineffective, and beside words that let it act."""
 
     words: str
-    idle: tuple[str, ...]
+    without_effect: tuple[str, ...]
     acts: str
 
 
@@ -187,17 +187,22 @@ def notes(
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.words)
-def test_an_idle_option_says_so_and_one_that_acts_is_silent(
+def test_an_option_without_effect_is_logged_and_one_with_effect_is_not(
     example: Example, notes: Callable[..., list[str]]
 ) -> None:
     option = example.words.split()[0].replace("--no_nabla_add_sta", "--nabla_add_sta")
-    for beside in example.idle:
+    for beside in example.without_effect:
         assert [line for line in notes(beside, example.words) if line.startswith(f"{option} has")], beside
     assert not [line for line in notes(example.acts, example.words) if line.startswith(f"{option} has")]
 
 
 def test_every_rule_and_every_option_in_it_has_an_example(notes: Callable[..., list[str]]) -> None:
-    lines = {line for example in EXAMPLES for beside in example.idle for line in notes(beside, example.words)}
+    lines = {
+        line
+        for example in EXAMPLES
+        for beside in example.without_effect
+        for line in notes(beside, example.words)
+    }
     expected = {
         f"--{name} has no effect: {rule.why}"
         for rule in RULES

@@ -38,11 +38,11 @@ RULES = (
 
 @dataclass(frozen=True)
 class Example:
-    """An option with a value, beside words that make it idle, and beside words that let it act."""
+    """An option with a value, beside words that make it ineffective, and beside words that let it act."""
 
     option: str
     value: str
-    idle: tuple[str, ...]
+    without_effect: tuple[str, ...]
     """One set of words for every rule that names the option."""
     acts: str | None
     """None where nothing does."""
@@ -206,7 +206,7 @@ def parse(*words: object) -> TrainConfig:
     return config
 
 
-def idle_lines(config: TrainConfig) -> list[str]:
+def no_effect_lines(config: TrainConfig) -> list[str]:
     return [note for note in config.notes if "has no effect" in note]
 
 
@@ -220,13 +220,13 @@ def trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("trackers")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"{example.option} {example.value}")
 def test_an_option_without_effect_gets_one_line_and_one_that_acts_none(example: Example) -> None:
-    for beside in example.idle:
-        before = idle_lines(parse(*beside.split()))
-        with_it = idle_lines(parse(*beside.split(), *example.words))
+    for beside in example.without_effect:
+        before = no_effect_lines(parse(*beside.split()))
+        with_it = no_effect_lines(parse(*beside.split(), *example.words))
         (line,) = [line for line in with_it if line not in before]
         assert line.startswith(f"--{example.option} ")
     acts = [] if example.acts is None else [*example.words, *example.acts.split()]
-    lines = idle_lines(parse(*acts))
+    lines = no_effect_lines(parse(*acts))
     assert not [line for line in lines if line.startswith(f"--{example.option} ")]
 
 
@@ -236,25 +236,25 @@ def test_every_rule_and_every_option_in_it_has_an_example() -> None:
     lines = {
         line
         for example in EXAMPLES
-        for beside in example.idle
-        for line in idle_lines(parse(*beside.split(), *example.words))
+        for beside in example.without_effect
+        for line in no_effect_lines(parse(*beside.split(), *example.words))
     }
     expected = {(name, rule.why) for rule in RULES for name in rule.options}
     assert not [pair for pair in expected if f"--{pair[0]} has no effect: {pair[1]}" not in lines]
 
 
-def test_defaults_are_never_called_idle_not_even_from_the_file_of_a_run(tmp_path: Path) -> None:
+def test_defaults_are_never_logged_as_without_effect(tmp_path: Path) -> None:
     first = parse("--timestep_sampling", "uniform")
     write_config(tmp_path / "c.toml", first, {"mixed_precision": "no", "seed": 1})
     again = parse("--config_file", tmp_path / "c.toml")
-    assert not idle_lines(first)
-    assert not idle_lines(again)
+    assert not no_effect_lines(first)
+    assert not no_effect_lines(again)
 
 
-def test_an_idle_option_of_a_configuration_file_is_said_too(tmp_path: Path) -> None:
+def test_an_option_of_a_configuration_file_without_effect_is_logged(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("discrete_flow_shift = 5.0\n", encoding="utf-8")
-    (line,) = idle_lines(parse("--config_file", tmp_path / "c.toml"))
-    assert line == "--discrete_flow_shift has no effect: only --timestep_sampling shift shifts by it"
+    (line,) = no_effect_lines(parse("--config_file", tmp_path / "c.toml"))
+    assert line == "--discrete_flow_shift has no effect: it applies to --timestep_sampling shift"
 
 
 def test_the_plot_of_timesteps_tells_what_does_not_shape_it() -> None:
