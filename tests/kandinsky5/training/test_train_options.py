@@ -215,7 +215,7 @@ def test_a_configuration_file_is_checked_like_the_command_line(tmp_path: Path) -
         "seed needs a value",
         "task takes one value",
         "vae: contains a NUL character",
-        "base_weights: holds a NUL character",
+        "base_weights: contains a NUL character",
     ):
         assert part in text
     assert "no such file" in problems_of("--config_file", str(tmp_path / "other"))[0]
