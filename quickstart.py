@@ -59,7 +59,7 @@ CHECKS = (
     ("lint", ("-m", "ruff", "check", ".")),
     ("format", ("-m", "ruff", "format", "--check", ".")),
     ("types", ("-m", "pyright", "--pythonpath", str(PYTHON))),
-    ("tests", ("-m", "pytest")),
+    ("tests", ("-m", "pytest", "-n", "2", "--dist", "worksteal")),
 )
 
 

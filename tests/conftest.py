@@ -16,6 +16,29 @@ import torch
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+WHOLE_RUNS = (
+    "kandinsky5/caching",
+    "kandinsky5/generation",
+    "kandinsky5/gpu_check",
+    "kandinsky5/memory",
+    "kandinsky5/model/test_compilation.py",
+    "kandinsky5/model/test_eight_bit_weights.py",
+    "kandinsky5/model/test_equal_gradients.py",
+    "kandinsky5/small_world",
+    "kandinsky5/test_tiny_models.py",
+    "kandinsky5/training",
+    "test_bench_gpu.py",
+    "test_whole_path.py",
+)
+"""Tests that run whole scripts, compile models or plan large ones; `fast` only where they are marked so."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not item.path.is_relative_to(ROOT / "tests") or item.get_closest_marker("slow"):
+            continue
+        if not item.path.relative_to(ROOT / "tests").as_posix().startswith(WHOLE_RUNS):
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="session")

@@ -130,7 +130,7 @@ def test_float32_is_refused_by_half_precision_back_ends(backend: str) -> None:
         attention(query, key, value, backend=backend)
 
 
-@pytest.mark.parametrize("name", ATTENTION_BACKENDS.keys() - {"sdpa"})
+@pytest.mark.parametrize("name", sorted(ATTENTION_BACKENDS.keys() - {"sdpa"}))
 def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, ATTENTION_BACKENDS[name].package, None)
     with pytest.raises(ResourceError, match=f"--{name} requires the package"):

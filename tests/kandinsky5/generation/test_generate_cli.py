@@ -16,6 +16,8 @@ from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.prompts import parse_prompt_line
 from modules.errors import ConfigError
 
+pytestmark = pytest.mark.fast
+
 BASE = ("--prompt", "a cat", "--output", "out.mp4")
 
 

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BT709_LUMA = np.array([0.2126, 0.7152, 0.0722])
 
 
+@pytest.mark.fast
 def test_a_prompt_becomes_a_video_that_reads_back(
     script: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,8 @@ from kandinsky5.cli.without_effect import (
     WEIGHT_RULES,
 )
 
+pytestmark = pytest.mark.fast
+
 RULES = (*GENERATE_RULES, *WEIGHT_RULES, *COMPILE_RULES, *NABLA_RULES, *TASK_RULES)
 PROMPT = "--prompt x --output out.mp4"
 LATENT = "--latent_path l.safetensors --output out.mp4"

@@ -119,6 +119,13 @@ def test_a_check_that_ends_its_process_is_a_line_and_the_next_one_runs() -> None
     ]
 
 
+def test_a_large_card_needs_no_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "MODELS", (("Lite", "k5-lite-t2v-5s-sd"),))
+    monkeypatch.setattr(options, "CLIPS", ((17, 512, 512),))
+    assert options.memory_options(141 * GIB)[0][:3] == ("Lite", "512x512x17", "nothing")
+
+
+@pytest.mark.slow
 def test_options_follow_from_the_size_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "MODELS", (("Lite", "k5-lite-t2v-5s-sd"),))
     (_, _, tight, device, host), (_, _, too_tight, *_) = options.memory_options(int(3.5 * GIB))
@@ -126,8 +133,6 @@ def test_options_follow_from_the_size_of_the_card(monkeypatch: pytest.MonkeyPatc
     assert device
     assert host
     assert too_tight.startswith("does not fit: the least it needs is ")
-    monkeypatch.setattr(options, "CLIPS", ((17, 512, 512),))
-    assert options.memory_options(141 * GIB)[0][:3] == ("Lite", "512x512x17", "nothing")
 
 
 @pytest.mark.slow

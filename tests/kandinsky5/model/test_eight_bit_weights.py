@@ -98,7 +98,9 @@ class WideActivations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "plain"])
+@pytest.mark.parametrize(
+    "checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["checkpointed", "plain"]
+)
 @pytest.mark.parametrize("held", [*HELD, *FAST])
 def test_a_whole_lora_step_makes_no_activation_wider_than_the_compute_dtype(
     wide_file: Path, held: dict[str, bool], checkpointing: bool, monkeypatch: pytest.MonkeyPatch

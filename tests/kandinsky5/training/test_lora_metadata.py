@@ -9,6 +9,8 @@ import pytest
 from modules.tensor_files import read_header, read_tensors, write_tensors
 from tests.kandinsky5.training.training_runs import train
 
+pytestmark = pytest.mark.fast
+
 
 def metadata_of(dit: Path, dataset: Path, folder: Path, *words: object) -> dict[str, str]:
     train(dit, dataset, folder, "--max_train_steps", 1, *words)

@@ -19,6 +19,8 @@ from networks.lora import LoRANetwork
 from networks.lora_kandinsky import create_network
 from tests.tiny import tiny_dit
 
+pytestmark = pytest.mark.fast
+
 BLOCKS = {"num_text_blocks": 1, "num_visual_blocks": 1}
 
 

@@ -24,6 +24,8 @@ from kandinsky5.training.results.saved_config import write_config
 from kandinsky5_train_network import main
 from tests.kandinsky5.training.training_runs import SMALLER, exit_code, train, write_word_while_loading
 
+pytestmark = pytest.mark.fast
+
 BASE = ("--task", "k5-tiny-t2v", "--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "name")
 RULES = (
     *TIMESTEP_RULES,

@@ -18,6 +18,8 @@ from modules.errors import CacheError
 from tests.kandinsky5.training import fault_kit
 from tests.kandinsky5.training.training_runs import lora_bytes, train, write_dataset
 
+pytestmark = pytest.mark.fast
+
 LENGTH = TrainingLength(batches_per_epoch=5, gradient_accumulation_steps=2, num_processes=1, total_steps=7)
 START = 2
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import TrainConfig
 from kandinsky5.training.results.saved_config import shareable_options, write_config
 from kandinsky5_train_network import main
 from tests.kandinsky5.training.training_runs import lora_bytes, train
+
+pytestmark = pytest.mark.fast
 
 BASE = ("--task", "k5-tiny-t2v", "--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "name")
 

@@ -66,6 +66,7 @@ def test_more_than_the_model_has_is_refused_with_the_maximum(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_to_the_same_losses(files: tuple[Path, Path], tmp_path: Path) -> None:
     losses = []
     for name, words in (("eager", ()), ("compiled", ("--dynamo_backend", "EAGER"))):

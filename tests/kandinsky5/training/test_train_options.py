@@ -20,6 +20,8 @@ from modules.attention_backends import ATTENTION_BACKENDS
 from modules.errors import ConfigError
 from modules.options import options_of
 
+pytestmark = pytest.mark.fast
+
 BASE = ["--task", "k5-tiny-t2v", "--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "name"]
 
 # The training command of the user guide, with its placeholders.

@@ -26,6 +26,7 @@ from tests.kandinsky5.training.training_runs import (
 )
 
 
+@pytest.mark.fast
 def test_the_same_command_twice_gives_the_same_bytes(dit: Path, dataset: Path, tmp_path: Path) -> None:
     losses = []
     for name in ("one", "two"):

@@ -29,6 +29,8 @@ from modules.errors import ConfigError
 from modules.seeding import generator_for
 from tests.kandinsky5.training.training_runs import SMALLER
 
+pytestmark = pytest.mark.fast
+
 SIZE = (64, 96)
 
 
