@@ -24,6 +24,8 @@ from modules.errors import ModelFileError
 from modules.files import atomic_writer
 
 MAX_HEADER_BYTES = 100 * 2**20
+SAFETENSORS_SUFFIXES = frozenset({".safetensors", ".sft"})
+"""In lower case."""
 
 _DTYPE_BY_CODE = {
     "F64": torch.float64,
@@ -90,7 +92,7 @@ def read_header(path: Path) -> TensorFileHeader:
 def _parse_header(path: Path, raw: bytes, *, data_start: int, size: int) -> TensorFileHeader:
     try:
         header = json.loads(raw)
-        metadata = header.pop("__metadata__", {})
+        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
         tensors = {name: _tensor_info(entry, data_start) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFileError(
@@ -112,7 +114,9 @@ def _parse_header(path: Path, raw: bytes, *, data_start: int, size: int) -> Tens
 
 def _tensor_info(entry: dict, data_start: int) -> TensorInfo:
     start, end = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
+    shape = tuple(entry["shape"])
+    if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
+        raise ValueError("sizes and offsets must be whole numbers of at least 0")
     if entry["dtype"] not in _DTYPE_BY_CODE:
         raise ValueError(f"unknown dtype {entry['dtype']}")
     return TensorInfo(_DTYPE_BY_CODE[entry["dtype"]], shape, data_start + start, data_start + end)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modules.errors import ModelFileError
 from modules.messages import names_in_short
-from modules.tensor_files import TensorFile, TensorInfo
+from modules.tensor_files import SAFETENSORS_SUFFIXES, TensorFile, TensorInfo
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -36,16 +36,28 @@ def find_weight_files(path: Path, *, subfolder: str) -> tuple[Path, ...]:
         raise ModelFileError(f"{path}: no such file or folder")
     if path.name.endswith(_INDEX_SUFFIX):
         return _files_of_index(path)
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() not in SAFETENSORS_SUFFIXES:
         raise ModelFileError(f"{path}: not a .safetensors file; other formats can run programs when opened")
     return _files_of_shard(path) if _SHARD.fullmatch(path.name) else (path,)
+
+
+def key_prefix(names: Iterable[str], marker: str) -> str | None:
+    """What stands before the model's own keys in a file: the text before `marker`, the shortest there is.
+
+    Args:
+        marker: a key that every such model has. A prefix ends at a dot.
+    Returns:
+        "" if nothing stands there, None if no name ends with the marker.
+    """
+    found = [name.removesuffix(marker) for name in names if name.endswith(marker)]
+    return min((prefix for prefix in found if prefix == "" or prefix.endswith(".")), key=len, default=None)
 
 
 def _files_of_folder(folder: Path) -> tuple[Path, ...]:
     indices = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
     if len(indices) == 1:
         return _files_of_index(indices[0])
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SAFETENSORS_SUFFIXES)
     stems = {match["stem"] if (match := _SHARD.fullmatch(file.name)) else file.name for file in files}
     if not files:
         raise ModelFileError(f"{folder}: a folder without .safetensors files; name the model file itself")

@@ -44,7 +44,18 @@ class LayerFactors(ABC):
 
     @abstractmethod
     def delta(self) -> Tensor:
-        """The change of the layer's weight: [out, in], float32, on the device of the factors."""
+        """What the factors add to the layer's weight: [out, in], float32, on the device of the factors."""
+
+    def change(self, weight: Tensor) -> Tensor:
+        """The whole change of the layer's weight, for kinds in which it depends on the weight.
+
+        Args:
+            weight: [out, in], of any dtype, on the device of the factors; not changed.
+        Returns:
+            A fresh [out, in], float32.
+        """
+        del weight
+        return self.delta()
 
     @property
     def is_scaled(self) -> bool:

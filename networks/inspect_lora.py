@@ -15,14 +15,14 @@ from modules.logs import format_table, print_report
 from networks.factors import LayerFactors, factors_class
 from networks.lora_files import LoadedLora, read_adapter_tensors, read_lora
 from networks.lora_kandinsky import known_layer_names
-from networks.lora_keys import layout_of, parse_key
+from networks.lora_keys import LayerNames, layout_of, parse_key
 from networks.lora_types import LORA_TYPES, LoraType
 
 _BLOCK = re.compile(r"((?:text|visual)_transformer_blocks\.\d+)\..+")
 _MAX_VALUE_LENGTH = 100
 # Layouts that each program reads; see docs on LoRA formats.
 _READERS = {
-    "this project": {"kohya", "lycoris", "diffusers", "comfy", "peft", "bare", "mixed"},
+    "this project": {"kohya", "lycoris", "diffusers", "comfy", "peft", "bare", "other"},
     "musubi-tuner": {"kohya"},
     "ComfyUI": {"kohya", "lycoris", "diffusers", "comfy", "bare"},
     "diffusers": {"diffusers"},
@@ -40,7 +40,7 @@ def report(path: Path) -> str:
     """
     tensors, _ = read_adapter_tensors(path)
     lora = read_lora(path, known_layer_names(), allow_partial=True)
-    layers, layout = list(lora.layers.values()), layout_of(tensors)
+    layers, layout = list(lora.layers.values()), layout_of(tensors, LayerNames(known_layer_names()))
     lines = [
         f"{path.name}: {len(tensors)} tensors, {path.stat().st_size / 2**20:.1f} MiB, {layout} layout",
         f"layers: {len(layers)} ({_counted(_type_of(layer).title for layer in layers)})",

@@ -14,7 +14,7 @@ lora_A is lora_down [rank, in], lora_B is lora_up [out, rank].
 from __future__ import annotations
 
 import hashlib
-import pickle
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,11 +29,37 @@ from modules.errors import ConfigError, ModelFileError
 from modules.files import write_json
 from modules.logs import get_logger
 from modules.messages import names_in_short
-from modules.tensor_files import encode_header, file_order, read_tensors, tensor_bytes, write_tensors
+from modules.tensor_files import (
+    SAFETENSORS_SUFFIXES,
+    encode_header,
+    file_order,
+    read_tensors,
+    tensor_bytes,
+    write_tensors,
+)
+from modules.torch_files import TORCH_SUFFIXES, read_torch_tensors
+from networks.dora import DoraFactors
 from networks.factors import LayerFactors, factors_from_roles
 from networks.lora import LoraFactors, LoRANetwork
-from networks.lora_keys import LayerNames, group_keys, is_dora_key, parse_key, underscored
-from networks.lora_scales import FOLDED_MARK, PeftScale, find_scale, lora_config_path
+from networks.lora_keys import (
+    ForeignKind,
+    KeyGroups,
+    LayerNames,
+    foreign_kind,
+    group_keys,
+    is_marker,
+    parse_key,
+    underscored,
+)
+from networks.lora_scales import (
+    FOLDED_MARK,
+    UNSCALED,
+    PeftSettings,
+    find_settings,
+    header_settings,
+    lora_config_path,
+)
+from networks.lora_types import MAGNITUDE
 
 log = get_logger(__name__)
 
@@ -41,7 +67,11 @@ LoraFormat = Literal["diffusers", "kohya"]
 LayerSizes = tuple[int, int]
 """(out_features, in_features)."""
 
-_PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
+_NAMES_IN_FOLDERS = (
+    *("adapter_model.safetensors", "adapter_model.bin"),
+    *("pytorch_lora_weights.safetensors", "lora.safetensors"),
+)
+"""Of PEFT, diffusers and the official adapters."""
 _MAX_TRIGGER_LENGTH = 500
 
 
@@ -65,11 +95,11 @@ class LoadedLora:
         """The layers, if all are plain LoRA.
 
         Raises:
-            ConfigError: the file holds LoHa or LoKr layers.
+            ConfigError: the file holds layers of other kinds.
         """
         plain = {name: layer for name, layer in self.layers.items() if isinstance(layer, LoraFactors)}
         if len(plain) != len(self.layers):
-            raise ConfigError(f"{self.path}: holds LoHa or LoKr layers; a plain LoRA is required here")
+            raise ConfigError(f"{self.path}: holds LoHa, LoKr or DoRA layers; a plain LoRA is required here")
         return plain
 
 
@@ -91,25 +121,40 @@ def read_lora(
         ModelFileError: missing, damaged, not a LoRA, made for another model, or not fully usable.
         ConfigError: a pattern is no regular expression.
     """
+    path = lora_file(path)
     tensors, metadata = read_adapter_tensors(path)
-    dora = [key for key in tensors if is_dora_key(key)]
-    if dora:
-        raise ModelFileError(f"{path}: is a DoRA (key {dora[0]}), which cannot be applied here")
-    if not any(parse_key(key) for key in tensors):
-        raise ModelFileError(f"{path}: not a LoRA file: no key like lora_A, lora_down, hada_w1_a or lokr_w1; "
-                             f"its first keys are {names_in_short(list(tensors))}")  # fmt: skip
     chosen = _filter_keys(tensors, include_patterns, exclude_patterns)
-    groups = group_keys(chosen, LayerNames(layers))
-    _check_matches(path, groups.layers, groups.unmatched, groups.repeated, allow_partial)
-    without_alpha = any("lora_down" in roles and "alpha" not in roles for roles in groups.layers.values())
-    peft = find_scale(path, metadata) if without_alpha else PeftScale()
-    loaded = {
-        layer: _build_layer(path, layer, {role: tensors[key] for role, key in roles.items()}, peft)
+    foreign = [key for key in tensors if parse_key(key) is None]
+    if len(foreign) == len(tensors):
+        raise ModelFileError(f"{path}: {_what_it_is(foreign)}")
+    groups = group_keys([key for key in chosen if key not in foreign], LayerNames(layers))
+    _check_matches(path, groups, [key for key in chosen if key in foreign], allow_partial)
+    raw = {
+        layer: _build_layer(path, layer, {role: tensors[key] for role, key in roles.items()})
         for layer, roles in groups.layers.items()
     }
+    loaded = _scaled_layers(path, raw, metadata, groups)
     if isinstance(layers, Mapping):
         _check_sizes(path, loaded, layers)
     return LoadedLora(path, loaded, metadata, _clean_trigger(metadata.get("trigger")))
+
+
+def lora_file(path: Path) -> Path:
+    """The LoRA file that `path` names: itself, or the one in a folder as PEFT and diffusers write it.
+
+    Raises:
+        ModelFileError: a folder without such a file.
+    """
+    if not path.is_dir():
+        return path
+    inside = sorted(
+        file for file in path.iterdir() if file.suffix.lower() in SAFETENSORS_SUFFIXES | TORCH_SUFFIXES
+    )
+    usual = [path / name for name in _NAMES_IN_FOLDERS if (path / name).is_file()]
+    if usual or len(inside) == 1:
+        return (usual or inside)[0]
+    names = names_in_short([file.name for file in inside]) or "no .safetensors file"
+    raise ModelFileError(f"{path}: is a folder; name a LoRA file (inside: {names})")
 
 
 def read_adapter_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -118,34 +163,15 @@ def read_adapter_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
     Raises:
         ModelFileError: missing, damaged, not finite, or a pickle with anything else in it.
     """
-    if path.is_dir():
-        inside = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))) or "no .safetensors file"
-        raise ModelFileError(f"{path}: is a folder; name a LoRA file (inside: {inside})")
-    if path.suffix.lower() in _PICKLE_SUFFIXES:
-        tensors, metadata = _read_torch_file(path), {}
+    path = lora_file(path)
+    if path.suffix.lower() in TORCH_SUFFIXES:
+        tensors, metadata = read_torch_tensors(path), {}
     else:
         tensors, metadata = read_tensors(path)
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise ModelFileError(f"{path}: tensor {key} holds NaN or infinite values")
     return tensors, {str(key): str(value) for key, value in metadata.items()}
-
-
-def _read_torch_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ModelFileError(f"{path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ModelFileError(
-            f"{path}: refused: it is damaged or holds more than tensors (a pickle can run programs). "
-            "Use a .safetensors file."
-        ) from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ModelFileError(f"{path}: not a LoRA file: it does not hold tensors by name")
-    return {str(key): value for key, value in content.items()}
 
 
 def _filter_keys(keys: Collection[str], includes: Sequence[str], excludes: Sequence[str]) -> list[str]:
@@ -161,31 +187,106 @@ def _filter_keys(keys: Collection[str], includes: Sequence[str], excludes: Seque
     ]
 
 
-def _check_matches(
-    path: Path,
-    layers: Mapping[str, object],
-    unmatched: Sequence[str],
-    repeated: Sequence[str],
-    allow_partial: bool,
-) -> None:
-    total = len(unmatched) + sum(len(roles) for roles in layers.values() if isinstance(roles, dict))
-    if not layers:
-        raise ModelFileError(f"{path}: 0 of {total} keys match a layer of this model; first keys: "
-                             f"{names_in_short(unmatched)}")  # fmt: skip
-    if repeated:
-        raise ModelFileError(f"{path}: a layer occurs under two names: {names_in_short(repeated)}")
-    if unmatched:
-        names = names_in_short(unmatched)
-        text = f"{path}: {len(unmatched)} of {total} keys match no layer of this model: {names}"
-        if not allow_partial:
-            raise ModelFileError(f"{text}\nUse --lora_allow_partial to continue without them.")
-        log.warning("%s", text)
+def _check_matches(path: Path, groups: KeyGroups, foreign: Sequence[str], allow_partial: bool) -> None:
+    """Every key must be used, but for marks, and for what --lora_allow_partial lets pass."""
+    used = sum(len(roles) for roles in groups.layers.values())
+    total = used + len(groups.unmatched)
+    if not groups.layers:
+        names = names_in_short([*groups.unmatched, *foreign])
+        raise ModelFileError(f"{path}: 0 of {total} keys match a layer of this model; first keys: {names}")
+    if groups.repeated:
+        raise ModelFileError(f"{path}: a layer occurs under two names: {names_in_short(groups.repeated)}")
+    unused: dict[ForeignKind | None, list[str]] = {}
+    for key in (*groups.unmatched, *foreign):
+        if not is_marker(key):
+            unused.setdefault(foreign_kind(key), []).append(key)
+    problems, may_continue = [], True
+    for kind, keys in unused.items():
+        names = names_in_short(keys)
+        if kind is None:
+            count = f"{len(keys)} of {used + len(keys)}"
+            problems.append(f"{path}: {count} keys match no layer of this model: {names}")
+            continue
+        may_continue &= kind.is_separate
+        rest = "" if kind.is_separate else ": without them the LoRA would not act as it was trained"
+        problems.append(f"{path}: holds {kind.name}, which cannot be applied here ({names}){rest}")
+    if problems and not allow_partial:
+        hint = "\nUse --lora_allow_partial to continue without them." if may_continue else ""
+        raise ModelFileError([*problems[:-1], problems[-1] + hint])
+    for problem in problems:
+        log.warning("%s; left out (--lora_allow_partial)", problem)
 
 
-def _build_layer(path: Path, layer: str, roles: dict[str, Tensor], peft: PeftScale) -> LayerFactors:
+def _what_it_is(foreign: Sequence[str]) -> str:
+    kinds = {kind.name for key in foreign if (kind := foreign_kind(key)) is not None}
+    if kinds:
+        return f"holds {' and '.join(sorted(kinds))} alone ({foreign[0]}), which cannot be applied here"
+    return (
+        "not a LoRA file: no key like lora_A, lora_down, hada_w1_a or lokr_w1; "
+        f"its first keys are {names_in_short(foreign)}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _RawLayer:
+    """A layer before its scale is known."""
+
+    factors: LayerFactors
+    alpha: float | None
+    """Of its own tensor."""
+
+    def scaled(self, layer: str, settings: PeftSettings) -> LayerFactors:
+        factors = self.factors
+        if not factors.is_scaled:
+            if self.alpha is None and settings.scales_whole_matrices and settings.rank:
+                return replace(factors, scale=settings.factor(layer, settings.rank))
+            return factors
+        if self.alpha is None:
+            return replace(factors, scale=settings.factor(layer, factors.rank))
+        return replace(factors, scale=(self.alpha or factors.rank) / factors.rank)  # alpha 0: alpha = rank
+
+
+def _scaled_layers(
+    path: Path, raw: Mapping[str, _RawLayer], metadata: Mapping[str, str], groups: KeyGroups
+) -> dict[str, LayerFactors]:
+    """The layers with their scales; see `find_settings` where there are no `.alpha` tensors."""
+    without = {name: layer.factors for name, layer in raw.items() if layer.alpha is None}
+    ranks = {name: factors.rank for name, factors in without.items() if factors.is_scaled}
+    has_magnitudes = any(isinstance(layer.factors, DoraFactors) for layer in raw.values())
+    if without and any(written.is_respelled for written in groups.written):
+        # Keys with all dots are those of musubi-tuner's convert_lora --target other. It puts the scale into
+        # both factors, and keeps the header, whose alpha is that of the file before.
+        log.info("%s: converted by musubi-tuner: the scale is inside its factors", path.name)
+        settings = UNSCALED
+    elif without:
+        settings = find_settings(path, metadata, ranks, has_magnitudes=has_magnitudes)
+    else:
+        settings = UNSCALED
+        _compare_header(path, raw, metadata)
+    return {name: layer.scaled(name, settings) for name, layer in raw.items()}
+
+
+def _compare_header(path: Path, raw: Mapping[str, _RawLayer], metadata: Mapping[str, str]) -> None:
+    """Report a header that contradicts the file's own `.alpha` tensors, which count."""
+    if FOLDED_MARK[0] in metadata:
+        return
+    ranks = {name: layer.factors.rank for name, layer in raw.items()}
+    for stated in header_settings(path, metadata):
+        for name, layer in raw.items():
+            stated_scale, scale = stated.factor(name, ranks[name]), layer.scaled(name, UNSCALED).scale
+            if stated.misfit(ranks, False) is None and not math.isclose(stated_scale, scale, rel_tol=0.02):
+                log.warning(
+                    "%s: its .alpha tensors are used, with which its scale is %g; %s gives %g",
+                    path.name, scale, stated.where, stated_scale,
+                )  # fmt: skip
+                return
+
+
+def _build_layer(path: Path, layer: str, roles: dict[str, Tensor]) -> _RawLayer:
     alpha = roles.pop("alpha", None)
     if alpha is not None and alpha.numel() != 1:
         raise ModelFileError(f"{path}: layer {layer}: alpha has {alpha.numel()} elements instead of one")
+    roles = {role: _as_matrix(role, tensor) for role, tensor in roles.items()}
     odd = [role for role, tensor in roles.items() if tensor.ndim != 2 or not tensor.numel()]
     factors = None if odd else factors_from_roles(roles, 1.0)
     if factors is None:
@@ -194,14 +295,15 @@ def _build_layer(path: Path, layer: str, roles: dict[str, Tensor], peft: PeftSca
     problem = factors.product_problem()
     if problem:
         raise ModelFileError(f"{path}: layer {layer}: {problem}")
-    if alpha is None:
-        # LyCORIS files without alpha mean scale 1; plain ones may have PEFT settings.
-        scale = peft.factor(layer, factors.rank) if isinstance(factors, LoraFactors) else 1.0
-    elif not factors.is_scaled:
-        scale = 1.0
-    else:
-        scale = (float(alpha) or factors.rank) / factors.rank  # alpha 0 stands for alpha = rank
-    return replace(factors, scale=scale)
+    return _RawLayer(factors, None if alpha is None else float(alpha))
+
+
+def _as_matrix(role: str, tensor: Tensor) -> Tensor:
+    """[m, n] of factors that are written as those of a 1 x 1 convolution, [m, n, 1, 1], or of a vector."""
+    if role == MAGNITUDE and tensor.ndim == 1:
+        return tensor[:, None]
+    is_pointwise = tensor.ndim > 2 and all(size == 1 for size in tensor.shape[2:])
+    return tensor.reshape(tensor.shape[:2]) if is_pointwise else tensor
 
 
 def _check_sizes(path: Path, loaded: Mapping[str, LayerFactors], sizes: Mapping[str, LayerSizes]) -> None:

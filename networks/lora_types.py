@@ -16,6 +16,8 @@ from modules.errors import ConfigError
 
 EVERY_PROGRAM = ("this project", "musubi-tuner", "ComfyUI", "diffusers", "official pipeline")
 LYCORIS_PROGRAMS = ("this project", "musubi-tuner", "ComfyUI")
+MAGNITUDE = "dora_scale"
+"""Role of the magnitudes of a DoRA: one number per row of the weight, or per column."""
 
 
 class ArgCheck(NamedTuple):
@@ -32,6 +34,8 @@ class LoraType:
 
     network_module: str
     """The value of `--network_module`."""
+    switch: str | None = None
+    """The setting of `--network_args` that chooses it instead of the first kind of its module."""
     title: str
     """The name in reports."""
     module: str
@@ -74,7 +78,7 @@ def _is_factor(value: Any) -> bool:
 
 _CHANCE = ArgCheck(_is_chance, "a number from 0 to below 1")
 
-LORA_TYPES = (
+_DIRECTIONS = (
     LoraType(
         network_module="networks.lora_kandinsky",
         title="LoRA",
@@ -108,8 +112,23 @@ LORA_TYPES = (
         constructor_args=("factor",),
     ),
 )
+# A DoRA may have the direction of any kind.
+LORA_TYPES = (
+    *_DIRECTIONS,
+    LoraType(
+        network_module="networks.lora_kandinsky",
+        switch="use_dora",
+        title="DoRA",
+        module="networks.dora",
+        adapter="DoraAdapter",
+        factors="DoraFactors",
+        roles=(MAGNITUDE, *(role for kind in _DIRECTIONS for role in kind.roles)),
+        args=_DIRECTIONS[0].args,
+        programs=("this project", "diffusers", "ComfyUI"),
+    ),
+)
 DEFAULT_TYPE = LORA_TYPES[0]
-NETWORK_MODULES = tuple(kind.network_module for kind in LORA_TYPES)
+NETWORK_MODULES = tuple(kind.network_module for kind in _DIRECTIONS)
 """What `--network_module` may name; nothing is imported because an option or a file says so."""
 
 

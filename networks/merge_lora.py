@@ -15,14 +15,13 @@ from modules.logs import get_logger
 from modules.messages import names_in_short
 from modules.options import float_between
 from modules.tensor_files import TensorInfo
-from modules.weight_files import find_weight_files, open_weight_files
+from modules.weight_files import find_weight_files, key_prefix, open_weight_files
 from networks.lora_files import LayerSizes, read_lora
 from networks.merging import WEIGHT_DTYPES, unfit_scales, write_merged
 
 log = get_logger(__name__)
 
-_PREFIXES = ("model.diffusion_model.", "")
-_BLOCK = "visual_transformer_blocks.0."
+_MARKER = "visual_transformer_blocks.0.self_attention.to_query.weight"
 
 
 def layer_sizes_of_file(tensors: Mapping[str, TensorInfo]) -> tuple[str, dict[str, LayerSizes]]:
@@ -31,7 +30,7 @@ def layer_sizes_of_file(tensors: Mapping[str, TensorInfo]) -> tuple[str, dict[st
     Raises:
         ModelFileError: no Kandinsky 5 blocks in it.
     """
-    prefix = next((p for p in _PREFIXES if any(name.startswith(p + _BLOCK) for name in tensors)), None)
+    prefix = key_prefix(tensors, _MARKER)
     if prefix is None:
         raise ModelFileError(f"not a Kandinsky 5 DiT; its first keys: {names_in_short(tensors)}")
     sizes: dict[str, LayerSizes] = {}

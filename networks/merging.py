@@ -37,7 +37,8 @@ def is_merged_layer(layer: str, loras: Sequence[LoadedLora]) -> bool:
 def add_deltas(weight: Tensor, layer: str, loras: Sequence[LoadedLora]) -> Tensor:
     """weight [out, in] plus the changes of all LoRAs, summed in float32 on the weight's device: float32.
 
-    A layer that no LoRA changes is returned as is.
+    Each change is that of the LoRA alone: a DoRA's does not depend on the others. A layer that no LoRA
+    changes is returned as is.
     """
     if not is_merged_layer(layer, loras):
         return weight
@@ -45,7 +46,7 @@ def add_deltas(weight: Tensor, layer: str, loras: Sequence[LoadedLora]) -> Tenso
     for lora in loras:
         factors = lora.layers.get(layer)
         if factors is not None and lora.multiplier != 0.0:
-            total += factors.to(weight.device).delta().mul_(lora.multiplier)
+            total += factors.to(weight.device).change(weight).mul_(lora.multiplier)
     return total
 
 

@@ -30,7 +30,7 @@ from modules.logs import get_logger
 from modules.messages import names_in_short
 from modules.quantised_linear import QuantisedLinear, dequantise, normalise_scale
 from modules.tensor_files import TensorInfo
-from modules.weight_files import WeightSource, find_weight_files, open_weight_files
+from modules.weight_files import WeightSource, find_weight_files, key_prefix, open_weight_files
 from networks.lora_files import LoadedLora
 from networks.lora_kandinsky import is_target_name
 from networks.merging import (
@@ -44,7 +44,8 @@ from networks.merging import (
 
 log = get_logger(__name__)
 
-_PREFIXES = ("", "model.diffusion_model.")
+_MARKER = "visual_embeddings.in_layer.weight"
+"""A key of every DiT of this family."""
 # What float8 checkpoints in ComfyUI's layouts hold beside the weights.
 _FP8_EXTRAS = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
 _FP8_MARK = "scaled_fp8"
@@ -119,7 +120,7 @@ def _check_tensors(
     }
     # The tensors outside the blocks are the same in every size of the model.
     outside = [key for key in expected if "_transformer_blocks." not in key]
-    prefix = max(_PREFIXES, key=lambda prefix: sum(prefix + key in found for key in outside))
+    prefix = key_prefix(found, _MARKER) or ""
     tensors = {key: found[prefix + key] for key in expected if prefix + key in found}
     if sum(key in tensors for key in outside) < len(outside) // 2:
         raise ModelFileError(f"{path}: not a Kandinsky 5 DiT{_foreign_hint(found)}")
@@ -147,12 +148,12 @@ def _check_tensors(
 
 
 def _unexplained(extra: Sequence[str], prefix: str, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """The names among `extra` that are not companions of a float8 weight."""
+    """The names among `extra` that are not companions of a float8 weight, or the mark of such a file."""
     is_fp8 = any(info.dtype in FP8_DTYPES for info in tensors.values())
     return [
         name
         for name in extra
-        if not (is_fp8 and (name.endswith(_FP8_EXTRAS) or name.removeprefix(prefix) == _FP8_MARK))
+        if name.removeprefix(prefix) != _FP8_MARK and not (is_fp8 and name.endswith(_FP8_EXTRAS))
     ]
 
 

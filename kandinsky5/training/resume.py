@@ -77,7 +77,7 @@ def without_replaced_weights(config: TrainConfig, saved: SavedState | None) -> T
         ModelFileError: the ranks are to be taken from it.
     """
     weights = config.network.network_weights
-    if saved is None or weights is None or weights.is_file():
+    if saved is None or weights is None or weights.exists():
         return config
     if config.network.dim_from_weights:
         raise ModelFileError(

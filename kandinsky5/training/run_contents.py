@@ -9,6 +9,7 @@ from dataset.cache.cached_dataset import CachedDataset
 from kandinsky5.configs.train import ModelConfig
 from modules.files import file_fingerprint
 from modules.weight_files import find_weight_files
+from networks.lora_files import lora_file
 
 CACHES = {
     "latents": "the latents",
@@ -35,7 +36,8 @@ def cache_contents(data: CachedDataset) -> dict[str, str]:
 
 def model_contents(model: ModelConfig) -> dict[str, str]:
     """A hash of the files of each of `MODELS` that there are: sizes, first and last MiB of each file."""
-    files = {"dit": find_weight_files(model.dit, subfolder="transformer"), "base_weights": model.base_weights}
+    loras = tuple(map(lora_file, model.base_weights))
+    files = {"dit": find_weight_files(model.dit, subfolder="transformer"), "base_weights": loras}
     return {name: _hash(map(file_fingerprint, paths)) for name, paths in files.items() if paths}
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,13 @@ from kandinsky5.weight_checks import (
 )
 from modules.errors import ModelFileError
 from modules.logs import get_logger
-from modules.tensor_files import TensorFile, read_header
+from modules.tensor_files import SAFETENSORS_SUFFIXES, TensorFile, read_header
+from modules.torch_files import TORCH_SUFFIXES, read_torch_tensors
 
 log = get_logger(__name__)
 
 _CLASS_NAME = "AutoencoderKLHunyuanVideo"
 _FILE_NAMES = ("diffusion_pytorch_model.safetensors", "pytorch_model.pt")
-_TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _ORIGINAL_PREFIX = "vae."
 _EXPECTED = (
     "expected HunyuanVideo's VAE: a diffusers folder, its diffusion_pytorch_model.safetensors, "
@@ -89,7 +87,7 @@ def vae_fingerprint(path: Path) -> str:
     config, _ = _read_config(file)
     _check_tensors(file, config, _read_shapes(file))
     weights = WeightHash(json.dumps(_effective_config(config), sort_keys=True))
-    if file.suffix == ".safetensors":
+    if _is_safetensors(file):
         tensors = read_header(file).tensors
         weights.add_file(file, {_plain_name(name): info for name, info in tensors.items()})
     else:
@@ -129,7 +127,7 @@ def vae_without_data(path: Path, dtype: torch.dtype) -> Any:
 
 def _find_weights(path: Path) -> Path:
     if path.is_file():
-        if path.suffix not in {".safetensors", *_TORCH_SUFFIXES}:
+        if path.suffix.lower() not in SAFETENSORS_SUFFIXES | TORCH_SUFFIXES:
             raise ModelFileError(f"{path}: not a .safetensors or .pt file; {_EXPECTED}")
         return path
     if not path.is_dir():
@@ -190,14 +188,14 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    if file.suffix == ".safetensors":
+    if _is_safetensors(file):
         return {_plain_name(name): info.shape for name, info in read_header(file).tensors.items()}
     return _shapes(_read_torch_file(file))
 
 
 def _iterate_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, CPU tensor in the file's dtype), one at a time."""
-    if file.suffix != ".safetensors":
+    if not _is_safetensors(file):
         yield from _read_torch_file(file).items()
         return
     with TensorFile(file) as opened:
@@ -207,18 +205,11 @@ def _iterate_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _read_torch_file(file: Path) -> dict[str, Tensor]:
     """The tensors of a file written by torch.save; mapped, so that only what is used is read."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelFileError(
-            f"{file}: cannot be read as a file of weights ({reason}). It is damaged, or holds more than "
-            "tensors, which is not loaded because it could run code"
-        ) from error
-    nested = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(nested, dict) or not all(isinstance(value, Tensor) for value in nested.values()):
-        raise ModelFileError(f"{file}: does not hold a table of tensors; {_EXPECTED}")
-    return {_plain_name(name): tensor for name, tensor in nested.items()}
+    return {_plain_name(name): tensor for name, tensor in read_torch_tensors(file, is_mapped=True).items()}
+
+
+def _is_safetensors(file: Path) -> bool:
+    return file.suffix.lower() in SAFETENSORS_SUFFIXES
 
 
 def _plain_name(name: str) -> str:

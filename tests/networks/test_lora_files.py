@@ -18,9 +18,8 @@ from kandinsky5.model.dit import DiffusionTransformer3D
 from modules.errors import ConfigError, ModelFileError
 from modules.tensor_files import read_tensors, write_tensors
 from networks.lora import LoRANetwork
-from networks.lora_files import LoadedLora, load_weights, read_lora, save_lora
+from networks.lora_files import load_weights, read_lora, save_lora
 from networks.lora_kandinsky import create_network, linear_layer_sizes
-from networks.lora_scales import PeftScale, find_scale
 from tests.tiny import tiny_dit
 
 TARGET = "visual_transformer_blocks.1.cross_attention.to_key"
@@ -256,7 +255,7 @@ def take_all_ranks(tensors: dict[str, Tensor]) -> None:
         (drop_one_half, f"layer {TARGET} are incomplete"),
         (widen, r"another size: .* is \[128, 128\] in this model, \[128, 1792\] in the file"),
         (poison, "NaN"),
-        (add_dora, "DoRA"),
+        (add_dora, f"layer {TARGET}: its magnitudes are"),
         (repeat_a_layer, "under two names"),
         (keep_no_adapter_key, "not a LoRA file"),
     ],
@@ -354,17 +353,6 @@ def test_settings_beside_the_file_that_cannot_be_used_are_errors(
         read_lora(tmp_path / "lora.safetensors", sizes)
 
 
-def test_patterns_and_rslora_of_peft_are_applied(
-    network: LoRANetwork, sizes: dict[str, tuple[int, int]], tmp_path: Path
-) -> None:
-    write_layout(network, tmp_path / "lora.safetensors", "bare")
-    config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"cross_attention.to_key": 2}, "use_rslora": True}
-    (tmp_path / "config_lora.json").write_text(json.dumps(config), encoding="utf-8")
-    lora: LoadedLora = read_lora(tmp_path / "lora.safetensors", sizes)
-    assert lora.layers[TARGET].scale == 1.0
-    assert lora.layers[TARGET.replace("to_key", "to_query")].scale == 4.0
-
-
 def test_a_trigger_is_printable_and_short(
     network: LoRANetwork, sizes: dict[str, tuple[int, int]], tmp_path: Path
 ) -> None:
@@ -379,26 +367,8 @@ def test_underscored_names_are_looked_up_and_not_split(sizes: dict[str, tuple[in
     from networks.lora_keys import LayerNames
 
     names = LayerNames(sizes)
-    assert names.find("lora_unet_" + TARGET.replace(".", "_")) == TARGET
-    assert names.find("base_model.model.transformer." + TARGET) == TARGET
-    assert names.find("visual.transformer.blocks.1.cross.attention.to.key") is None
-
-
-def test_of_two_patterns_that_fit_a_layer_the_first_counts_as_in_peft(tmp_path: Path) -> None:
-    from peft.utils.other import get_pattern_key
-
-    name = "visual_transformer_blocks.0.self_attention.to_query"
-    for patterns in ({name: 8, "to_query": 16}, {"to_query": 16, name: 8}):
-        scale = PeftScale(4.0, patterns)
-        assert scale.factor(name, 4) == patterns[get_pattern_key(list(patterns), name)] / 4
-    assert scale.factor("visual_transformer_blocks.0.self_attention.to_key", 4) == 1
-
-
-@pytest.mark.parametrize("name", ["config_lora.json", "a_config_lora.json"])
-def test_a_scale_from_a_file_beside_the_lora_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
-    (tmp_path / name).write_text('{"r": 4, "lora_alpha": 2}', encoding="utf-8")
-    with caplog.at_level("INFO"):
-        assert find_scale(tmp_path / "a.safetensors", {}).factor("x", 4) == 0.5
-    assert f"a.safetensors: no alpha in the file, so its scale is that of {name}" in caplog.text
+    for written in ("lora_unet_" + TARGET.replace(".", "_"), "base_model.model.transformer." + TARGET):
+        found = names.split(written)
+        assert found is not None
+        assert (found.layer, found.has_known_prefix) == (TARGET, True)
+    assert names.split("lora_unet_visual_transformer_blocks_99_cross_attention_to_key") is None

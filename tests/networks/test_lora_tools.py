@@ -18,7 +18,7 @@ from networks.convert_lora import TARGETS
 from networks.lora import LoRANetwork
 from networks.lora_files import read_lora, save_lora, with_hashes
 from networks.lora_kandinsky import create_network, known_layer_names
-from networks.lora_keys import layout_of
+from networks.lora_keys import LayerNames, layout_of
 from networks.post_hoc_ema import decay_rates, power_of_sigma_rel
 from tests.tiny import tiny_dit
 
@@ -67,7 +67,7 @@ def test_a_round_trip_through_any_layout_keeps_the_change(
             torch.testing.assert_close(delta, network.adapters[name].factors().delta(), rtol=1e-5, atol=1e-7)
     tensors, written = read_tensors(there)
     expected = {"default": "kohya", "other": "comfy", "official": "peft"}.get(target, target)
-    assert layout_of(tensors) == expected
+    assert layout_of(tensors, LayerNames(known_layer_names())) == expected
     assert written["trigger"] == "dolly in"
     assert written["sshs_model_hash"] == with_hashes(tensors, {})["sshs_model_hash"]
     assert len(tensors) == len(network.adapters) * (3 if target == "default" else 2)

@@ -88,6 +88,10 @@ def write_layout(folder: Path, tensors: dict[str, Tensor], layout: str) -> Path:
             folder / "dit.safetensors", {f"model.diffusion_model.{k}": v for k, v in tensors.items()}
         )
         return folder / "dit.safetensors"
+    if layout == "other_prefix_and_marker":
+        renamed = {f"module._orig_mod.{k}": v for k, v in tensors.items()}
+        write_tensors(folder / "dit.SFT", {**renamed, "module._orig_mod.scaled_fp8": torch.zeros(0)})
+        return folder / "dit.SFT"
     if layout == "first_shard":
         return write_shards(folder, tensors, "dit", has_index=False)[0]
     if layout == "index":
@@ -108,6 +112,7 @@ def write_layout(folder: Path, tensors: dict[str, Tensor], layout: str) -> Path:
         ("file", True),
         ("file", False),
         ("prefix", True),
+        ("other_prefix_and_marker", True),
         ("first_shard", True),
         ("index", True),
         ("diffusers_single", True),
