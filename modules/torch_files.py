@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -30,10 +31,12 @@ def read_torch_tensors(path: Path, *, is_mapped: bool = False) -> dict[str, Tens
         )
     except Exception as error:
         # Damaged bytes raise whatever the first wrong opcode leads to: no list of types is complete.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's text for a pickle with more than tensors recommends loading it anyway.
+        is_advice = isinstance(error, pickle.UnpicklingError) or not str(error)
+        reason = type(error).__name__ if is_advice else str(error).splitlines()[0]
         raise ModelFileError(
             f"{path}: refused: it cannot be read as a file of tensors ({reason}). It is damaged, or holds "
-            "more than tensors, which is not loaded because it could run programs. Use a .safetensors file."
+            "more than tensors, which is not loaded because it could run code. Use a .safetensors file."
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
