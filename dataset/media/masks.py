@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dataset.buckets import Size
 from dataset.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
-from dataset.media.files import VIDEO_EXTENSIONS
+from dataset.media.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from dataset.media.frame_folders import frame_paths
 from dataset.media.media import (
     CHANGED,
@@ -65,7 +65,7 @@ def plan_mask(path: Path, size: Size, num_frames: int) -> PlannedMask:
     count: int | None = None
     if frames:
         found, count = probe_image(frames[0]), len(frames)
-    elif path.suffix.lower() in VIDEO_EXTENSIONS:
+    elif path.suffix.lower() in VIDEO_EXTENSIONS and not _is_still(path):
         video = probe_video(path)
         found, count = video.size, video.num_frames
     else:
@@ -116,6 +116,11 @@ def _shrunk(frame: Frame, crop: Size) -> Tensor:
     """Mean brightness [H, W] of each latent position."""
     brightness = torch.from_numpy(resize_and_crop(frame, crop)).float().mean(dim=-1) / 255
     return F.avg_pool2d(brightness[None], PIXELS_PER_LATENT)[0]
+
+
+def _is_still(path: Path) -> bool:
+    """Whether a file whose extension may mean both, a GIF, holds a single frame."""
+    return path.suffix.lower() in IMAGE_EXTENSIONS and probe_video(path).num_frames == 1
 
 
 def _fingerprint(path: Path, frames: Sequence[Path]) -> str:

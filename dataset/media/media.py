@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import struct
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -50,17 +48,6 @@ _PLUGINS = {".jxl": ("JXL", "JPEG XL", "pillow-jxl-plugin")} | dict.fromkeys(
 """Extension -> Pillow's name of the format, ours, and the package that reads it."""
 _ANIMATED_FORMATS = ("PNG", "WEBP", "AVIF", "GIF", "TIFF")
 """In other formats further pictures are previews of the first."""
-# What Pillow's decoders raise for broken files.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    MemoryError,
-)
 _OPENCV_NO_MEMORY = -4  # cv2.Error.StsNoMem
 
 
@@ -122,6 +109,34 @@ def memory_errors(path: Path) -> Iterator[None]:
         raise MediaError(path, reason, f"OpenCV: {error.err}") from error
 
 
+@contextlib.contextmanager
+def decoder_errors(path: Path, reason: str) -> Iterator[None]:
+    """Turn whatever a decoder raises for the bytes of a file into an error about that file.
+
+    Decoders answer broken bytes with any kind of exception: Pillow's with OSError, SyntaxError, ValueError,
+    EOFError, struct.error, RuntimeError (libavif) and more. Only the decoder's own call belongs inside.
+
+    Raises:
+        MediaError: with this reason. What `memory_errors` handles passes.
+    """
+    try:
+        yield
+    except (MediaError, MemoryError, cv2.error):
+        raise
+    except Exception as error:
+        raise MediaError(path, reason, decoder_message(path, error)) from error
+
+
+def decoder_message(path: Path, error: Exception) -> str:
+    """One line on a decoder's error, without the folder that the file lies in."""
+    if path.is_file() and path.stat().st_size == 0:
+        return "the file is empty"
+    if isinstance(error, OSError) and error.strerror:  # str(error) would carry the folder into the index
+        return error.strerror
+    lines = str(error).replace(str(path), path.name).splitlines()
+    return (lines[0] if lines else "") or type(error).__name__
+
+
 def probe_image(path: Path) -> Size:
     """Width and height of an image after EXIF rotation, from its header.
 
@@ -129,10 +144,8 @@ def probe_image(path: Path) -> Size:
         MediaError: the file cannot be opened, or is too large to be decoded safely.
     """
     with _open_image(path) as image:
-        try:
+        with decoder_errors(path, DAMAGED):
             orientation = _orientation(path, image)
-        except _DECODE_ERRORS as error:
-            raise MediaError(path, DAMAGED, str(error)) from error
         width, height = image.size
     return (height, width) if orientation in {5, 6, 7, 8} else (width, height)
 
@@ -143,11 +156,8 @@ def is_animated(path: Path) -> bool:
     Raises:
         MediaError: the file cannot be opened.
     """
-    with _open_image(path) as image:
-        try:
-            return image.format in _ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1
-        except _DECODE_ERRORS as error:
-            raise MediaError(path, DAMAGED, str(error) or type(error).__name__) from error
+    with _open_image(path) as image, decoder_errors(path, DAMAGED):
+        return image.format in _ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1
 
 
 def read_image(path: Path) -> Frame:
@@ -156,12 +166,9 @@ def read_image(path: Path) -> Frame:
     Raises:
         MediaError: the file cannot be opened or decoded in full.
     """
-    with _open_image(path) as image:
-        try:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-        except _DECODE_ERRORS as error:
-            raise MediaError(path, DAMAGED, str(error) or type(error).__name__) from error
+    with _open_image(path) as image, decoder_errors(path, DAMAGED):
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _open_image(path: Path) -> Image.Image:
@@ -174,7 +181,9 @@ def _open_image(path: Path) -> Image.Image:
         raise MediaError(path, TOO_LARGE, _LIMIT) from error
     except FileNotFoundError as error:
         raise MediaError(path, UNREADABLE, "no such file") from error
-    except _DECODE_ERRORS as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # any: see decoder_errors
         raise MediaError(path, UNREADABLE, _open_failure(path)) from error
     try:
         check_pixel_count(path, image.size)

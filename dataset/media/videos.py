@@ -34,6 +34,7 @@ from dataset.media.media import (
     Frame,
     MediaError,
     check_pixel_count,
+    decoder_errors,
     over_white,
     refuse_irregular,
     resize,
@@ -47,6 +48,16 @@ _CLOCK = re.compile(r"([0-9]{1,4}):([0-9]{2}):([0-9]{2}(?:\.[0-9]{1,12})?)")
 """How Matroska writes a duration: 00:00:01.960000000; tags that look otherwise promise nothing."""
 _ROUNDING = Fraction(1, 200)
 """By how much sums of rounded times may differ, in seconds."""
+_OPEN_OPTIONS = {
+    "format_whitelist": (
+        "mov,matroska,avi,asf,flv,ogg,mpeg,mpegts,mpegvideo,gif,m4v,h264,hevc,obu,ivf,nut,mxf,gxf,dv,rm,apng"
+    ),
+    "protocol_whitelist": "file",
+}
+"""Containers of moving pictures. FFmpeg goes by content, not by name, and would open playlists of other
+files, descriptions of network streams, scripts and subtitles too."""
+_PLAYLIST_STARTS = (b"ffconcat version", b"#EXTM3U", b"<?xml", b"<MPD", b"[playlist]", b"[Reference]", b"v=0")
+"""Of ffconcat, HLS, DASH (and other XML), PLS, QuickTime reference and SDP files."""
 _LONGEST_STEP = Fraction(1, 10)
 """Assumed duration of a frame where the file gives none, in seconds."""
 _SEEK_WORTHWHILE = 32
@@ -94,16 +105,15 @@ def probe_video(path: Path) -> VideoInfo:
     Raises:
         MediaError: it cannot be opened, holds no video, is cut short, or its first frame cannot be decoded.
     """
-    refuse_irregular(path)
-    try:
-        with av.open(str(path)) as container:
+    with decoder_errors(path, UNREADABLE):
+        with _open(path) as container:
             stream = _video_stream(path, container)
             check_pixel_count(path, (stream.codec_context.width, stream.codec_context.height))
             packets = _Packets.read(container, stream)
             if packets.is_cut or ends_early(path, container.format.name):
                 raise MediaError(path, DAMAGED, "the file ends early")
         _refuse_early_end(path, packets)
-        with av.open(str(path)) as container:
+        with _open(path) as container:
             stream = _video_stream(path, container)
             if packets.can_be_trusted:
                 first = next(container.decode(stream), None)
@@ -111,8 +121,6 @@ def probe_video(path: Path) -> VideoInfo:
             else:
                 first, times = _count_frames(container.decode(stream), packets)
             aspect = stream.sample_aspect_ratio
-    except (av.FFmpegError, OSError, ValueError, ArithmeticError) as error:
-        raise MediaError(path, UNREADABLE, _reason(path, error)) from error
     if first is None:
         raise MediaError(path, DAMAGED, "no frame can be decoded")
     if first.is_corrupt:
@@ -164,12 +172,22 @@ def _square_size(stored: Size, aspect: Fraction | None) -> Size:
     return (int(width * aspect + half), height) if aspect > 1 else (width, int(height / aspect + half))
 
 
-def _reason(path: Path, error: Exception) -> str:
-    if path.is_file() and path.stat().st_size == 0:
-        return "the file is empty"
-    if isinstance(error, (av.FFmpegError, OSError)) and error.strerror:
-        return error.strerror  # str(error) would carry the folder into the index
-    return type(error).__name__
+def _open(path: Path) -> InputContainer:
+    """Open a video file; a playlist, which would play other files, is refused.
+
+    Raises:
+        MediaError: it is a playlist, no regular file, or not one of the containers that are read.
+    """
+    refuse_irregular(path)
+    with path.open("rb") as stream:
+        start = stream.read(512).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start.startswith(_PLAYLIST_STARTS):
+        raise MediaError(path, UNREADABLE, "a playlist of other files, not a video")
+    try:
+        return av.open(str(path), options=_OPEN_OPTIONS)
+    except av.error.ArgumentError as error:  # also for a format outside the list
+        detail = "not a video container that is read, or damaged"
+        raise MediaError(path, UNREADABLE, detail) from error
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
@@ -308,19 +326,17 @@ def read_frames(path: Path, info: VideoInfo, numbers: Sequence[int]) -> Iterator
     """
     requested = set(numbers)
     missing = len(requested)
-    try:
-        with av.open(str(path)) as container:
-            for number, frame in _numbered(container, _video_stream(path, container), info, numbers[0]):
-                if frame.is_corrupt:
-                    raise MediaError(path, DAMAGED, f"frame {number} is corrupt")
-                if number not in requested:
-                    continue
-                missing -= 1
-                yield number, _upright(path, frame, info)
-                if number == numbers[-1]:
-                    break
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(path, DAMAGED, _reason(path, error)) from error
+    # The consumer's errors never reach a generator, so all that is raised in here comes from the decoder.
+    with decoder_errors(path, DAMAGED), _open(path) as container:
+        for number, frame in _numbered(container, _video_stream(path, container), info, numbers[0]):
+            if frame.is_corrupt:
+                raise MediaError(path, DAMAGED, f"frame {number} is corrupt")
+            if number not in requested:
+                continue
+            missing -= 1
+            yield number, _upright(path, frame, info)
+            if number == numbers[-1]:
+                break
     if missing:
         raise MediaError(path, DAMAGED, f"{missing} of {len(requested)} frames cannot be decoded")
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataset.media.files import IMAGE_EXTENSIONS
 from dataset.media.media import (
     DAMAGED,
     TOO_LARGE,
@@ -215,3 +216,33 @@ def test_the_fingerprint_follows_the_content_not_the_name(tmp_path: Path, media:
     before = source_fingerprint(big)
     big.write_bytes(bytes(3 * 2**20 - 1) + b"x")
     assert source_fingerprint(big) != before
+
+
+def test_every_listed_image_format_is_read_whatever_the_case_of_its_name(tmp_path: Path) -> None:
+    colour = (200, 40, 60)
+    for extension in IMAGE_EXTENSIONS:
+        path = tmp_path / f"a{extension.upper()}"
+        if extension in {
+            ".heic",
+            ".heif",
+            ".hif",
+            ".jxl",
+        }:  # optional decoders
+            path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(16))
+            error = refused(path)
+            assert error.reason == UNREADABLE
+            assert "pillow" in error.detail or extension in {".heic", ".heif", ".hif"}
+            continue
+        kind = {".hif": "HEIF", ".jpe": "JPEG", ".jfif": "JPEG"}.get(extension)
+        options = {} if extension in {".png", ".bmp", ".gif", ".tif", ".tiff"} else {"quality": 100}
+        Image.new("RGB", (48, 32), colour).save(path, format=kind, **options)
+        assert probe_image(path) == (48, 32)
+        assert np.abs(read_image(path).astype(int) - colour).max() <= 3, extension
+
+
+def test_an_animated_image_gives_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    for name in ("a.gif", "a.webp", "a.png", "a.tif"):
+        options = {"lossless": True} if name == "a.webp" else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        assert (read_image(tmp_path / name) == (255, 0, 0)).all(), name

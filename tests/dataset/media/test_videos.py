@@ -12,7 +12,9 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
+from PIL import Image
 
+from dataset.media.files import VIDEO_EXTENSIONS
 from dataset.media.frames import are_even, resample_by_time
 from dataset.media.media import DAMAGED, TOO_LARGE, UNREADABLE, MediaError
 from dataset.media.videos import VideoInfo, probe_video, read_frames
@@ -220,6 +222,29 @@ def test_a_duration_tag_that_is_no_time_promises_nothing(tmp_path: Path, tag: st
     with av.open(str(path)) as container:
         assert container.streams.video[0].metadata["DURATION"] == tag
     assert numbers_of(read_all(path)) == list(range(5))
+
+
+def test_every_listed_video_container_is_read(tmp_path: Path) -> None:
+    codecs = {".wmv": "wmv2", ".flv": "flv", ".ogv": "libvpx", ".webm": "libvpx", ".mpg": "mpeg2video"}
+    codecs |= dict.fromkeys((".mpeg", ".mts", ".vob", ".mxf"), "mpeg2video")
+    codecs |= {".avi": "mpeg4", ".asf": "wmv2"}
+        ".avi": "mpeg4",
+        ".asf": "wmv2",
+    }
+    for extension in VIDEO_EXTENSIONS:
+        path = tmp_path / f"a{extension}"
+        frames = numbered_frames(6)
+        if extension == ".gif":
+            images = [Image.fromarray(frame) for frame in frames]
+            images[0].save(path, save_all=True, append_images=images[1:], duration=40)
+        else:
+            codec = codecs.get(extension, "libx264")
+            options = {"b": "4M", "qmin": "1", "qmax": "4"} if codec != "libx264" else None
+            write_video(path, frames, codec=codec, codec_options=options)
+        path = path.rename(tmp_path / f"b{extension.upper()}")
+        info = probe_video(path)
+        assert info.num_frames == 6, extension
+        assert numbers_of(read_all(path)) == list(range(6)), extension
 
 
 @pytest.mark.parametrize(
