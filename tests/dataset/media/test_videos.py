@@ -228,9 +228,6 @@ def test_every_listed_video_container_is_read(tmp_path: Path) -> None:
     codecs = {".wmv": "wmv2", ".flv": "flv", ".ogv": "libvpx", ".webm": "libvpx", ".mpg": "mpeg2video"}
     codecs |= dict.fromkeys((".mpeg", ".mts", ".vob", ".mxf"), "mpeg2video")
     codecs |= {".avi": "mpeg4", ".asf": "wmv2"}
-        ".avi": "mpeg4",
-        ".asf": "wmv2",
-    }
     for extension in VIDEO_EXTENSIONS:
         path = tmp_path / f"a{extension}"
         frames = numbered_frames(6)
