@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modules.dtypes import dtype_name
-from modules.messages import names_in_short
+from modules.messages import counted, names_in_short
 from modules.tensor_files import TensorInfo
 
 _FINGERPRINT_BYTES = 1024
@@ -118,6 +118,6 @@ class WeightHash:
 def not_finite_message(names: list[str]) -> str:
     """Error message for tensors with NaN or infinity: their number, the first names, and what to do."""
     return (
-        f"{len(names)} tensors contain NaN or infinite values: {names_in_short(names)}\nDownload the file "
-        "again"
+        f"{counted(len(names), 'tensor contains', 'tensors contain')} NaN or infinite values: "
+        f"{names_in_short(names)}\nDownload the file again"
     )

@@ -27,7 +27,7 @@ from modules.errors import ModelFileError
 from modules.fp8 import FP8_DTYPES, Fp8Linear
 from modules.int8 import Int8Linear
 from modules.logs import get_logger
-from modules.messages import names_in_short
+from modules.messages import counted, names_in_short
 from modules.quantised_linear import QuantisedLinear, dequantise, normalise_scale
 from modules.tensor_files import TensorInfo
 from modules.weight_files import WeightSource, find_weight_files, key_prefix, open_weight_files
@@ -131,16 +131,32 @@ def _check_tensors(
         for key, info in tensors.items()
         if info.shape != expected[key]
     ]
+    odd_dtypes = [
+        f"{key} {dtype_name(i.dtype)}" for key, i in tensors.items() if i.dtype not in WEIGHT_DTYPES
+    ]
+    another = "another shape (is this another model size or task?)"
+    belong = "belong to the model"
     problems = [
-        _listed(path, "tensors are missing", missing),
-        _listed(path, "tensors do not belong to the model", _unexplained(extra, prefix, tensors)),
-        _listed(path, "tensors have another shape (is this another model size or task?)", odd_shapes),
+        _listed(path, "tensor is missing", "tensors are missing", missing),
         _listed(
             path,
-            "tensors have a dtype that cannot be used",
-            [f"{key} {dtype_name(i.dtype)}" for key, i in tensors.items() if i.dtype not in WEIGHT_DTYPES],
+            f"tensor does not {belong}",
+            f"tensors do not {belong}",
+            _unexplained(extra, prefix, tensors),
         ),
-        _listed(path, "float8 scales do not fit their weights", unfit_scales(found, prefix)),
+        _listed(path, f"tensor has {another}", f"tensors have {another}", odd_shapes),
+        _listed(
+            path,
+            "tensor has a dtype that cannot be used",
+            "tensors have a dtype that cannot be used",
+            odd_dtypes,
+        ),
+        _listed(
+            path,
+            "float8 scale does not fit its weight",
+            "float8 scales do not fit their weights",
+            unfit_scales(found, prefix),
+        ),
     ]
     if any(problems):
         raise ModelFileError([problem for problem in problems if problem])
@@ -157,10 +173,10 @@ def _unexplained(extra: Sequence[str], prefix: str, tensors: Mapping[str, Tensor
     ]
 
 
-def _listed(path: Path, what: str, names: Sequence[str]) -> str:
+def _listed(path: Path, one: str, many: str, names: Sequence[str]) -> str:
     if not names:
         return ""
-    return f"{path}: {len(names)} {what}: {names_in_short(names)}"
+    return f"{path}: {counted(len(names), one, many)}: {names_in_short(names)}"
 
 
 def _foreign_hint(found: Mapping[str, TensorInfo]) -> str:

@@ -126,7 +126,7 @@ def test_a_vae_with_nan_is_refused_before_anything_is_sampled(
     models["--vae"] = tmp_path / "vae"
     monkeypatch.setattr(generation.ModelLoader, "text_encoders", raising(AssertionError("too late")))
     message = refused(run, 4, capsys, "--prompt", "x", "--output", "x.mp4")
-    assert "1 tensors hold NaN" in message
+    assert "1 tensor contains NaN" in message
 
 
 # Files of earlier runs

@@ -190,8 +190,8 @@ def replaced_by(*names: str) -> Callable[[dict[str, Tensor]], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (drop, rf"1 tensors are missing: {NORM}"),
-        (add, r"1 tensors do not belong to the model: visual_transformer_blocks\.9\.extra\.weight"),
+        (drop, rf"1 tensor is missing: {NORM}"),
+        (add, r"1 tensor does not belong to the model: visual_transformer_blocks\.9\.extra\.weight"),
         (reshape, r"visual_embeddings\.in_layer\.weight \[128, 64\] instead of \[128, 132\]"),
         (integers, r"dtype that cannot be used: .* int8"),
         (replaced_by("encoder.down_blocks.0.weight"), r"looks like a VAE.*--vae.*key encoder"),
@@ -263,7 +263,7 @@ def test_weights_that_are_not_finite_are_found_by_name(
     damaged = {**tensors, f"{TARGET}.weight": tensors[f"{TARGET}.weight"].clone()}
     damaged[f"{TARGET}.weight"][3, 5] = value
     path = write_layout(tmp_path, damaged, "file")
-    with pytest.raises(ModelFileError, match=rf"1 tensors hold NaN or infinite values: {TARGET}\.weight"):
+    with pytest.raises(ModelFileError, match=rf"1 tensor contains NaN or infinite values: {TARGET}\.weight"):
         load(path)
     load(path, no_weight_check=True)
 
@@ -366,7 +366,7 @@ def test_float8_scales_that_do_not_fit_their_weight_are_found_in_the_header(
     tensors: dict[str, Tensor], tmp_path: Path, scale: Tensor
 ) -> None:
     path = write_layout(tmp_path, row_scaled(tensors, scale), "prefix")
-    with pytest.raises(ModelFileError, match=rf"scales do not fit.*{TARGET}\.scale_weight.*\[128, 128\]"):
+    with pytest.raises(ModelFileError, match=rf"scale does not fit.*{TARGET}\.scale_weight.*\[128, 128\]"):
         check_dit_file(path, PARAMS)
 
 
@@ -375,7 +375,7 @@ def test_a_float8_scale_of_a_vector_is_found_in_the_header(
 ) -> None:
     layer = NORM.removesuffix(".weight")
     changed = {**tensors, NORM: tensors[NORM].to(FP8_DTYPE), f"{layer}.scale_weight": torch.ones(())}
-    with pytest.raises(ModelFileError, match="scales do not fit"):
+    with pytest.raises(ModelFileError, match="scale does not fit"):
         check_dit_file(write_layout(tmp_path, changed, "file"), PARAMS)
 
 
@@ -385,7 +385,7 @@ def test_float8_scales_that_are_not_finite_are_found_by_name(
 ) -> None:
     scale = torch.ones(128).index_fill_(0, torch.tensor([5]), torch.nan)
     path = write_layout(tmp_path, row_scaled(tensors, scale), "prefix")
-    with pytest.raises(ModelFileError, match=rf"hold NaN or infinite values: .*{TARGET}\.scale_weight"):
+    with pytest.raises(ModelFileError, match=rf"NaN or infinite values: .*{TARGET}\.scale_weight"):
         load(path, **held)
     load(path, no_weight_check=True, **held)
 

@@ -140,7 +140,9 @@ def _spoil(file: Path, name: str, value: float) -> None:
 def test_vae_weights_that_are_not_finite_are_found_by_name(own_models: dict[str, Path], value: float) -> None:
     folder = own_models["--vae"]
     _spoil(folder / "diffusion_pytorch_model.safetensors", "post_quant_conv.bias", value)
-    with pytest.raises(ModelFileError, match=r"1 tensors hold NaN or infinite values: post_quant_conv\.bias"):
+    with pytest.raises(
+        ModelFileError, match=r"1 tensor contains NaN or infinite values: post_quant_conv\.bias"
+    ):
         load_vae(folder, dtype=torch.float32, device=CPU)
 
 
@@ -158,7 +160,7 @@ def test_text_encoder_weights_that_are_not_finite_are_found_by_name(
             if stored.endswith(name):
                 _spoil(file, stored, torch.nan)
     message = refused(script, 4, capsys, *BASE, *quantisation)
-    assert f"1 tensors hold NaN or infinite values: {name}" in message
+    assert f"1 tensor contains NaN or infinite values: {name}" in message
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,7 @@ def test_float8_scales_that_do_not_fit_are_refused_before_anything_loads(
         write_tensors(tmp_path / path.parent.name / "odd.safetensors",
                       {**tensors, f"{LAYER}.scale_weight": torch.ones(3)})  # fmt: skip
     odd = tmp_path / models["--dit"].parent.name / "odd.safetensors"
-    assert f"scales do not fit their weights: {LAYER}" in refused(run, 4, capsys, *BASE, "--dit", odd)
+    assert f"scale does not fit its weight: {LAYER}" in refused(run, 4, capsys, *BASE, "--dit", odd)
     odd = tmp_path / dit.parent.name / "odd.safetensors"
     assert exit_code(odd, dataset, tmp_path / "out", "--max_train_steps", 1) == 4
 
