@@ -6,8 +6,6 @@ Does not import torch, because the command line uses `PromptSpec`.
 from __future__ import annotations
 
 import argparse
-import json
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +14,9 @@ from typing import Any
 from dataset.geometry import NABLA_STEP, PIXEL_STEP
 from kandinsky5.tasks import MAX_FRAMES, MAX_SIDE
 from modules.errors import ConfigError
-from modules.options import as_word, float_between, int_between, option, options_of
+from modules.options import as_word, file_path, float_between, int_between, option, options_of
+from modules.parsing import ParseError, parse_json, parse_toml
+from modules.path_kinds import file_problem
 
 _WHAT = "input"
 PROMPT_FILE_SUFFIXES = (".txt", ".json", ".toml")
@@ -31,7 +31,7 @@ lora_strength = float_between(-1e3, 1e3)
 def _some_path(word: str) -> Path:
     if not word:
         raise argparse.ArgumentTypeError("must be a path")
-    return Path(word)
+    return file_path(word)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,10 +273,11 @@ def read_prompt_file(path: Path) -> PromptList:
         raise ConfigError(
             f"{path}: unknown extension; a prompt file ends in {', '.join(PROMPT_FILE_SUFFIXES)}"
         )
+    problem = file_problem(path)
+    if problem is not None:
+        raise ConfigError(f"{path}: {problem}")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     reader = _Reader()
@@ -297,8 +298,8 @@ def read_prompt_file(path: Path) -> PromptList:
 
 def _structured_entries(path: Path, text: str) -> list[object]:
     try:
-        content = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text) if path.suffix.lower() == ".json" else parse_toml(text)
+    except ParseError as error:
         raise ConfigError(f"{path}: {error}") from error
     if path.suffix.lower() == ".json":
         if not isinstance(content, list):

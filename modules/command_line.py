@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ from modules.files import check_folder_unwritten
 from modules.host_memory import available_memory, total_memory
 from modules.logs import setup_logging
 from modules.memory_errors import asked_size, memory_error_behind
+from modules.messages import visible
+from modules.options import file_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +33,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
         )
+        self.register("type", Path, file_path)
         self.add_argument(
             "--traceback", action="store_true", help="show the Python traceback of errors in the input too"
         )
@@ -44,7 +48,8 @@ class Parser(argparse.ArgumentParser):
             if nearest:
                 message += f"; did you mean {nearest[0]}?"
         code = ConfigError.exit_code
-        print(f"error: {message}\n{self.prog} --help lists the options\nexit code {code}", file=sys.stderr)
+        text = f"error: {visible(message)}\n{self.prog} --help lists the options\nexit code {code}"
+        print(text, file=sys.stderr)
         raise SystemExit(code)
 
 
@@ -76,9 +81,9 @@ def user_errors(
         if shown is None:
             raise
         if asks_for_traceback(arguments):
-            traceback.print_exc()
+            print(visible(traceback.format_exc()), file=sys.stderr, end="")
         lines = "\n".join(shown.problems)
-        print(f"error: {lines}\nexit code {shown.exit_code}", file=sys.stderr)
+        print(f"error: {visible(lines)}\nexit code {shown.exit_code}", file=sys.stderr)
         raise SystemExit(shown.exit_code) from None
 
 
@@ -126,7 +131,7 @@ def check_output(path: Path, *, overwrite: bool | None, inputs: Sequence[Path] =
         raise ConfigError(f"{path}: the name {problem}")
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; give the name of a file")
-    if any(path.resolve() == source.resolve() for source in inputs):
+    if any(os.path.realpath(path) == os.path.realpath(source) for source in inputs):
         raise ConfigError(f"{path}: is an input as well; choose another name for the output")
     if path.exists() and not overwrite:
         other_way = "" if overwrite is None else ", or give --overwrite"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +46,39 @@ def atomic_writer(path: Path, *, makes_folder: bool = True) -> Iterator[BinaryIO
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def open_own_file(path: Path) -> BinaryIO:
+    """Open a file of a fixed name for reading and appending; it is made if missing.
+
+    What stands in its place is never followed or changed: anybody may have put a link there. The name must be
+    that of a regular file which no other name shares.
+
+    Raises:
+        OSError: it is a link, a pipe or the like, or cannot be opened.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # each system has some of them
+        flags |= getattr(os, name, 0)
+    if path.is_symlink():
+        raise _foreign(path, "is a link")
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _foreign(path, "is a link") from error
+        raise
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        what = "is no regular file" if not stat.S_ISREG(found.st_mode) else "is a file of several names"
+        raise _foreign(path, what)
+    return io.FileIO(str(path), "a+", opener=lambda *_: descriptor)
+
+
+def _foreign(path: Path, what: str) -> OSError:
+    words = f"{what}, which this program did not make; remove it, or use another folder"
+    return OSError(errno.EEXIST, words, str(path))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from modules.errors import ResourceError
-from modules.files import disk_errors
+from modules.files import disk_errors, open_own_file
 from modules.logs import get_logger
 
 log = get_logger(__name__)
 
 _LOCK_NAME = ".k5_lock"
 _POLL_SECONDS = 0.5
+_OWNER = re.compile(rb"[0-9]*")
+_MAX_OWNER_BYTES = 64
 
 
 @contextmanager
@@ -28,8 +31,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / _LOCK_NAME).open("a+b")
+    with disk_errors(folder / _LOCK_NAME):
+        stream = open_own_file(folder / _LOCK_NAME)
     with stream:
+        _check_owner(stream)
         if not _try_lock(stream):
             log.info("%s is in use by process %s; waiting until it is done", folder, _read_owner(stream))
             while not _try_lock(stream):
@@ -48,9 +53,13 @@ def sole_user(path: Path, what: str) -> Iterator[None]:
     Processes that this one forks do not hold it, so that it ends with this process alone.
 
     Raises:
-        ResourceError: another process holds it (`what` describes it), or the file system has no locks.
+        ResourceError: another process holds it (`what` describes it), the file system has no locks, or
+            there is something in its place that is no lock of this program.
     """
-    with path.open("a+b") as stream:
+    with disk_errors(path):
+        stream = open_own_file(path)
+    with stream:
+        _check_owner(stream)
         if not _try_own_lock(stream):
             raise ResourceError(f"{what} by process {_read_owner(stream)}: end it first, or wait for its end")
         try:
@@ -59,6 +68,16 @@ def sole_user(path: Path, what: str) -> Iterator[None]:
         finally:
             _unlock_own(stream)
     path.unlink(missing_ok=True)  # after an error it stays, which locks nothing
+
+
+def _check_owner(stream: BinaryIO) -> None:
+    """Refuse a file that holds anything but the number of a process: it would be overwritten."""
+    stream.seek(1)  # Windows lets nobody read the byte that is locked
+    size = os.fstat(stream.fileno()).st_size
+    if size and not (1 < size <= _MAX_OWNER_BYTES and _OWNER.fullmatch(stream.read(_MAX_OWNER_BYTES))):
+        raise ResourceError(
+            f"{stream.name}: is no lock file of this program; move it away, or use another folder"
+        )
 
 
 def _write_owner(stream: BinaryIO) -> None:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from modules.messages import visible
+
 _LOG = logging.getLogger("k5")
 
 _NOISY = "bitsandbytes.backends.cpu.ops"
@@ -23,11 +25,18 @@ def setup_logging() -> None:
             stream.reconfigure(errors="backslashreplace")
     if not _LOG.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_VisibleFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         _LOG.addHandler(handler)
         _LOG.propagate = False
     _LOG.setLevel(logging.INFO)
     logging.getLogger(_NOISY).setLevel(logging.ERROR)
+
+
+class _VisibleFormatter(logging.Formatter):
+    """Names of files and captions in a message cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 @contextmanager
@@ -61,7 +70,7 @@ def get_logger(name: str) -> logging.Logger:
 def print_report(text: str) -> None:
     """Print to standard output; a closed pipe, as with `head`, ends the command without an error."""
     try:
-        print(text, flush=True)
+        print(visible(text), flush=True)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EINVAL):  # the second is how Windows says it
             raise

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from modules.path_kinds import name_length_problem
+
 _Value = TypeVar("_Value")
 _Settings = TypeVar("_Settings")
 Reader = Callable[[str], Any]
@@ -130,7 +132,7 @@ def _add(add: Callable[..., Any], name: str, declared: Option) -> None:
 def _metavar(declared: Option) -> str | None:
     if declared.choices is not None:
         return None
-    return {None: "TEXT", Path: "PATH"}.get(declared.read, "N")
+    return {None: "TEXT", Path: "PATH", path_text: "PATH"}.get(declared.read, "N")
 
 
 def missing_options(options: Mapping[str, Option], args: argparse.Namespace) -> list[str]:
@@ -160,6 +162,19 @@ def _values(settings: type, given: Mapping[str, Any]) -> Iterator[tuple[str, Any
             yield item.name, tuple(value) if isinstance(value, list) else value
 
 
+def path_text(word: str) -> str:
+    """A reader of texts that name a file or folder, or may: names that no file can have are refused."""
+    problem = name_length_problem(Path(word))
+    if problem is not None:
+        raise argparse.ArgumentTypeError(problem)
+    return word
+
+
+def file_path(word: str) -> Path:
+    """A reader of paths; the `Parser` puts it in the place of `Path`."""
+    return Path(path_text(word))
+
+
 def as_word(value: object) -> str:
     """A number of a TOML or JSON file as it would be typed: 32.0 is the whole number 32."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -172,13 +187,17 @@ def int_between(low: int, high: int | None = None) -> Callable[[str], int]:
         try:
             value = int(word)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {word!r}") from None
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {_quoted(word)}") from None
         if value < low or (high is not None and value > high):
             possible = f"be at least {low}" if high is None else f"lie within {low} .. {high}"
-            raise argparse.ArgumentTypeError(f"must {possible}, got {word}")
+            raise argparse.ArgumentTypeError(f"must {possible}, got {word[:40]}")
         return value
 
     return number
+
+
+def _quoted(word: str) -> str:
+    return repr(word if len(word) <= 40 else f"{word[:40]}...")
 
 
 def float_between(low: float, high: float) -> Callable[[str], float]:
@@ -188,7 +207,7 @@ def float_between(low: float, high: float) -> Callable[[str], float]:
         try:
             value = float(word)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, got {word!r}") from None
+            raise argparse.ArgumentTypeError(f"must be a number, got {_quoted(word)}") from None
         if not low <= value <= high:  # false for nan too
             raise argparse.ArgumentTypeError(f"must lie within {low:g} .. {high:g}, got {word}")
         return value

@@ -15,6 +15,8 @@ from modules.file_names import MAX_NAME_BYTES
 Kind = Literal["file", "folder", "missing", "special", "unreachable"]
 """`special`: a pipe, a socket or a device, whose opening or reading may never end."""
 
+_MAX_PATH_CHARACTERS = 4095
+_IS_IT_TEXT = "Is this a caption or a prompt in the place of a path?"
 _SPECIAL = {
     stat.S_IFIFO: "a named pipe, not a file",
     stat.S_IFSOCK: "a socket, not a file",
@@ -55,13 +57,15 @@ def file_problem(path: Path) -> str | None:
 
 def name_length_problem(path: Path) -> str | None:
     """What makes a path too long for this system, with a hint at text in its place; None if nothing does."""
+    if sys.platform != "win32" and len(str(path)) > _MAX_PATH_CHARACTERS:
+        return f"is no path: it has {len(str(path))} characters. {_IS_IT_TEXT}"
     for part in path.parts:
         size = _name_size(part)
         if size > MAX_NAME_BYTES:
             unit = "bytes" if _counts_bytes() else "characters"
             return (
-                f"is no file name: {part[:40]}... has {size} {unit}, names have at most {MAX_NAME_BYTES}. "
-                "Is this a caption or a prompt in the place of a path?"
+                f"is no path: {part[:40]}... has {size} {unit}, file names have at most {MAX_NAME_BYTES}. "
+                f"{_IS_IT_TEXT}"
             )
     return None
 

@@ -15,17 +15,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from modules.errors import ModelFileError
 from modules.files import atomic_writer
+from modules.parsing import parse_json
 
 MAX_HEADER_BYTES = 100 * 2**20
 SAFETENSORS_SUFFIXES = frozenset({".safetensors", ".sft"})
 """In lower case."""
+_MAX_DIMENSIONS = 64
+"""Of torch's tensors."""
 
 _DTYPE_BY_CODE = {
     "F64": torch.float64,
@@ -91,10 +94,10 @@ def read_header(path: Path) -> TensorFileHeader:
 
 def _parse_header(path: Path, raw: bytes, *, data_start: int, size: int) -> TensorFileHeader:
     try:
-        header = json.loads(raw)
-        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
-        tensors = {name: _tensor_info(entry, data_start) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        header = _object(parse_json(raw), "the header")
+        metadata = _metadata(header.pop("__metadata__", None))
+        tensors = {name: _tensor_info(name, entry, data_start) for name, entry in header.items()}
+    except ValueError as error:
         raise ModelFileError(
             f"{path}: not a safetensors file: its header cannot be read ({error})"
         ) from error
@@ -112,14 +115,37 @@ def _parse_header(path: Path, raw: bytes, *, data_start: int, size: int) -> Tens
     return TensorFileHeader(tensors, metadata)
 
 
-def _tensor_info(entry: dict, data_start: int) -> TensorInfo:
-    start, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
-        raise ValueError("sizes and offsets must be whole numbers of at least 0")
-    if entry["dtype"] not in _DTYPE_BY_CODE:
-        raise ValueError(f"unknown dtype {entry['dtype']}")
-    return TensorInfo(_DTYPE_BY_CODE[entry["dtype"]], shape, data_start + start, data_start + end)
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is no JSON object")
+    return value
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    """The one place where the types of metadata are checked: all that read it find texts."""
+    metadata = _object({} if value is None else value, "__metadata__")
+    return {name: str(text) for name, text in metadata.items()}  # some programs write numbers
+
+
+def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
+    """Likewise for the tensors: a known dtype, sizes and places within the file that are whole numbers."""
+    what = f"tensor {name[:80]!r}"
+    entry = _object(entry, what)
+    code = entry.get("dtype")
+    if not isinstance(code, str) or code not in _DTYPE_BY_CODE:
+        raise ValueError(f"{what} has the unknown dtype {str(code)[:40]}")
+    shape = _sizes(entry.get("shape"), f"the shape of {what}")
+    offsets = _sizes(entry.get("data_offsets"), f"data_offsets of {what}")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"data_offsets of {what} are no start and end")
+    return TensorInfo(_DTYPE_BY_CODE[code], shape, data_start + offsets[0], data_start + offsets[1])
+
+
+def _sizes(value: Any, what: str) -> tuple[int, ...]:
+    is_list = isinstance(value, list) and len(value) <= _MAX_DIMENSIONS
+    if not is_list or not all(type(size) is int and 0 <= size < 2**63 for size in value):
+        raise ValueError(f"{what} is no list of sizes")
+    return tuple(value)
 
 
 def _count(shape: Iterable[int]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from modules.errors import ModelFileError
 from modules.messages import names_in_short
+from modules.parsing import parse_json
 from modules.tensor_files import SAFETENSORS_SUFFIXES, TensorFile, TensorInfo
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -79,9 +79,9 @@ def _files_of_index(path: Path) -> tuple[Path, ...]:
     if path.stat().st_size > _MAX_INDEX_BYTES:
         raise ModelFileError(f"{path}: too large for an index of shards")
     try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(parse_json(path.read_bytes())["weight_map"].values())
         outside = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelFileError(f"{path}: not a usable index of shards ({error})") from error
     if outside or not names:
         raise ModelFileError(f"{path}: must name files of its own folder, got {outside or 'none'}")

@@ -8,7 +8,6 @@ Settings that give other ranks than the file has belong to another file and are 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 from modules.errors import ModelFileError
 from modules.logs import get_logger
 from modules.messages import names_in_short
+from modules.parsing import ParseError, parse_json
 
 log = get_logger(__name__)
 
@@ -250,8 +250,8 @@ def _read_config(path: Path) -> str:
 
 def _parse_settings(text: str, where: str) -> dict[str, Any]:
     try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        settings = parse_json(text)
+    except ParseError as error:
         raise ModelFileError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(settings, dict):
         raise ModelFileError(f"{where}: expected a JSON object with r and lora_alpha")

@@ -22,6 +22,7 @@ from dataset.media.files import Content
 from modules.dtypes import dtype_from_word, dtype_name
 from modules.errors import CacheError, DataError, ModelFileError, NewerCacheError
 from modules.messages import counted
+from modules.parsing import whole_number
 from modules.tensor_files import TensorFile, TensorFileHeader, read_header, write_tensors
 
 if TYPE_CHECKING:  # training reads caches and needs no media libraries
@@ -197,12 +198,13 @@ def checked_header(path: Path) -> tuple[TensorFileHeader, bool]:
     version = header.metadata.get("k5_cache_version")
     if version is None:
         return header, False
-    if not version.isdigit() or int(version) > CACHE_VERSION:
+    number = whole_number(version)
+    if number is None or number > CACHE_VERSION:
         raise NewerCacheError(
             f"{path}: made by a newer version of this program "
             f"(cache version {version}, this one knows {CACHE_VERSION})"
         )
-    if int(version) < CACHE_VERSION:
+    if number < CACHE_VERSION:
         raise CacheError(f"{path}: made by an older version of this program (cache version {version})")
     return header, True
 

@@ -20,6 +20,7 @@ from dataset.sources.items import SkippedItem, SourceItem
 from modules.errors import CacheError, NewerCacheError
 from modules.files import write_json
 from modules.logs import get_logger
+from modules.parsing import parse_json
 
 if TYPE_CHECKING:  # training reads indexes and needs no media libraries
     from dataset.clips import PlannedClip
@@ -159,11 +160,13 @@ def read_index(cache_directory: Path, kind: CacheKind) -> dict[str, IndexEntry] 
     except UnicodeDecodeError as error:
         raise _damaged(path, error) from error
     try:
-        value = json.loads(text)
+        value = parse_json(text)
         version = value["version"]
+        if not isinstance(version, int):
+            raise TypeError("its version is no number")
         if version <= INDEX_VERSION:
             return {key: _entry_from_json(entry) for key, entry in value["entries"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
     raise NewerCacheError(
         f"{path}: made by a newer version of this program (index version {version}, known {INDEX_VERSION})"

@@ -410,7 +410,7 @@ class _Reader:
     def _check_cache_directories(self, datasets: Sequence[AnyDatasetConfig]) -> None:
         first_with: dict[str, int] = {}
         for dataset in datasets:
-            real = os.path.normcase(dataset.cache_directory.resolve())
+            real = os.path.normcase(os.path.realpath(dataset.cache_directory))
             other = first_with.setdefault(real, dataset.index)
             if other != dataset.index:
                 self.problems.append(

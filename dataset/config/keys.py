@@ -10,6 +10,7 @@ from typing import Any
 
 from dataset.geometry import PIXEL_STEP
 from dataset.media.frames import FRAME_EXTRACTIONS
+from modules.path_kinds import name_length_problem
 
 KeyCheck = Callable[[Any], Any]
 """Turns a raw value into the field's; raises ValueError saying what is expected ("must be ...")."""
@@ -60,6 +61,9 @@ def _share(raw: Any) -> float:
 def _path(raw: Any) -> Path:
     if not isinstance(raw, str) or not raw.strip() or "\0" in raw:
         raise ValueError("must be a path in quotes")
+    problem = name_length_problem(Path(raw))
+    if problem is not None:
+        raise ValueError(problem)
     return Path(raw)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modules.errors import ConfigError
+from modules.parsing import ParseError, parse_json, parse_toml
+from modules.path_kinds import file_problem
 
 _TABLE = re.compile(r"\s*\[\[?\s*(?P<name>[^\]]+?)\s*\]\]?")
 _KEY = re.compile(r"\s*[\"']?(?P<key>[\w-]+)[\"']?\s*=")
@@ -38,10 +38,9 @@ def read_config_text(path: Path) -> ConfigText:
     extension = path.suffix.lower()
     if extension not in {".toml", ".json"}:
         raise ConfigError(f"--dataset_config {path}: must be a .toml or a .json file")
-    if not path.is_file():
-        raise ConfigError(
-            f"--dataset_config {path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}"
-        )
+    problem = file_problem(path)
+    if problem is not None:
+        raise ConfigError(f"--dataset_config {path}: {problem}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -56,15 +55,10 @@ def read_config_text(path: Path) -> ConfigText:
 
 def _parse(path: Path, text: str, *, is_toml: bool) -> Any:
     try:
-        return tomllib.loads(text.replace("\r\n", "\n")) if is_toml else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except tomllib.TOMLDecodeError as error:
-        # tomllib ends its message with "(at line 3, column 5)".
+        return parse_toml(text) if is_toml else parse_json(text)
+    except ParseError as error:
         hint = " (write paths with / or in 'single quotes')" if "Unescaped" in str(error) else ""
         raise ConfigError(f"{path}: {error}{hint}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: nested too deeply") from error
 
 
 def _key_lines(text: str) -> dict[tuple[int | None, str | None], int]:

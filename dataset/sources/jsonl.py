@@ -19,6 +19,7 @@ from dataset.sources.items import MISSING_FILE, SkippedItem, SourceItem, SourceL
 from dataset.sources.masks import is_mask
 from modules.errors import ConfigError, DataError
 from modules.messages import MAX_LINES, shortened
+from modules.parsing import ParseError, parse_json
 from modules.path_kinds import file_problem, name_length_problem, path_kind
 
 _HALF_A_CHARACTER = "holds half a character (a lone surrogate such as \\ud800)"
@@ -168,11 +169,9 @@ def _jsonl_captions(value: dict[str, Any]) -> tuple[str, ...]:
 
 def _json_object(line: str) -> dict[str, Any]:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"column {error.colno}: {error.msg}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        value = parse_json(line)
+    except ParseError as error:
+        raise ValueError(str(error).removeprefix("line 1, ")) from error
     if not isinstance(value, dict):
         raise ValueError('must be an object like {"image_path": "...", "caption": "..."}')
     return value

@@ -16,7 +16,7 @@ from dataset.geometry import FPS
 from kandinsky5.configs.caching import DebugConfig
 from kandinsky5.sampling.video_files import write_video
 from modules.files import atomic_writer
-from modules.logs import get_logger
+from modules.logs import get_logger, print_report
 
 log = get_logger(__name__)
 
@@ -79,9 +79,9 @@ def ascii_picture(frame: np.ndarray, width: int) -> str:
 
 def _print_clip(clip: PlannedClip, frames: np.ndarray, width: int) -> None:
     num_frames, height, columns = clip.shape
-    print(f"{clip.cache_name}: {num_frames} frames of {columns}x{height}")
+    print_report(f"{clip.cache_name}: {num_frames} frames of {columns}x{height}")
     for caption in clip.item.captions:
-        print(f"caption: {caption}")
-    print(ascii_picture(frames[0], width))
+        print_report(f"caption: {caption}")
+    print_report(ascii_picture(frames[0], width))
     if num_frames > 1:
-        print(f"last frame:\n{ascii_picture(frames[-1], width)}")
+        print_report(f"last frame:\n{ascii_picture(frames[-1], width)}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from dataset.cache.index import (
     CacheKind,
@@ -67,7 +69,7 @@ def cache_folders(datasets: Sequence[AnyDatasetConfig], processes: Processes) ->
     Raises:
         ResourceError: a folder cannot be written, or the disk fills up within the block.
     """
-    folders = sorted({dataset.cache_directory.resolve() for dataset in datasets})
+    folders = sorted({Path(os.path.realpath(dataset.cache_directory)) for dataset in datasets})
     with ExitStack() as stack:
 
         def enter() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from modules.errors import ConfigError
+from modules.path_kinds import file_problem
 
 SAVES_HOST_MEMORY = {
     "cache_latents": (
@@ -44,9 +45,8 @@ def local_name(path: Path) -> str:
 
 def missing_file(flag: str, path: Path | None) -> list[str]:
     """Return a problem line if an option names something that is not a file."""
-    if path is None or path.is_file():
-        return []
-    return [f"{flag} {path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}"]
+    problem = None if path is None else file_problem(path)
+    return [] if problem is None else [f"{flag} {path}: {problem}"]
 
 
 def raise_all(problems: Iterable[str]) -> None:

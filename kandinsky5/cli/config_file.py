@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 from modules.errors import ConfigError
 from modules.options import as_word
+from modules.parsing import ParseError, parse_toml
+from modules.path_kinds import file_problem, path_kind
 
 FLAG = "--config_file"
 
@@ -56,7 +57,8 @@ def _named_file(argv: Sequence[str]) -> Path | None:
     if name is None:
         return None
     path = Path(name)
-    return path if path.is_file() or path.suffix == ".toml" else path.with_name(path.name + ".toml")
+    is_whole = path.suffix == ".toml" or path_kind(path).kind == "file"
+    return path if is_whole else path.with_name(path.name + ".toml")
 
 
 def file_argv(parser: argparse.ArgumentParser, path: Path) -> list[str]:
@@ -114,11 +116,12 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, or cannot be read or parsed.
     """
+    problem = file_problem(path)
+    if problem is not None:
+        raise ConfigError(f"{flag} {path}: {problem}")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{flag} {path}: no such file") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return parse_toml(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, ParseError) as error:
         raise ConfigError(f"{flag} {path}: cannot be read: {error}") from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -64,6 +63,7 @@ from modules.options import (
     options_of,
     read_options,
 )
+from modules.parsing import ParseError, parse_json
 from networks.lora_types import NETWORK_MODULES, lora_type
 
 IGNORED = {
@@ -266,8 +266,8 @@ def _dit_params(task: Task, override: str | None) -> DitParams:
     if override is None:
         return task.dit_params
     try:
-        changes = json.loads(override)
-    except json.JSONDecodeError as error:
+        changes = parse_json(override)
+    except ParseError as error:
         raise ConfigError(f"--override_dit: not valid JSON: {error}") from error
     if not isinstance(changes, Mapping):
         raise ConfigError(f"--override_dit: expected a JSON object, got {override}")

@@ -10,7 +10,7 @@ from dataset.geometry import NABLA_STEP
 from kandinsky5.configs.text_encoders import Quantization, prompt_templates_option
 from kandinsky5.configs.vae import vae_dtype_option
 from modules.errors import ConfigError
-from modules.options import Option, ignored_option, option, option_made_into, positive_int
+from modules.options import Option, ignored_option, option, option_made_into, path_text, positive_int
 
 KEEP_CACHE = {"keep_cache": ignored_option("caches are deleted only with --prune")}
 
@@ -86,10 +86,12 @@ class CacheTextConfig:
 
     run: CacheRunConfig
     text_encoder_qwen: str = option_made_into(
-        Option(help="Qwen2.5-VL-7B-Instruct: a folder or a hub id", metavar="PATH", required=True)
+        Option(
+            help="Qwen2.5-VL-7B-Instruct: a folder or a hub id", metavar="PATH", read=path_text, required=True
+        )
     )
     text_encoder_clip: str = option_made_into(
-        Option(help="CLIP ViT-L/14: a folder or a hub id", metavar="PATH", required=True)
+        Option(help="CLIP ViT-L/14: a folder or a hub id", metavar="PATH", read=path_text, required=True)
     )
     qwen_max_length: int = option(
         256,

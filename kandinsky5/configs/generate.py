@@ -23,6 +23,7 @@ from modules.options import (
     non_negative_int,
     option,
     option_made_into,
+    path_text,
     positive_int,
 )
 
@@ -41,10 +42,12 @@ class ModelPaths:
         Option(help="HunyuanVideo's VAE: a file or a folder (default: the task's)", read=Path)
     )
     text_encoder_qwen: str = option_made_into(
-        Option(help="Qwen2.5-VL: a folder or a hub id (default: the task's)", metavar="PATH")
+        Option(help="Qwen2.5-VL: a folder or a hub id (default: the task's)", metavar="PATH", read=path_text)
     )
     text_encoder_clip: str = option_made_into(
-        Option(help="CLIP ViT-L/14: a folder or a hub id (default: the task's)", metavar="PATH")
+        Option(
+            help="CLIP ViT-L/14: a folder or a hub id (default: the task's)", metavar="PATH", read=path_text
+        )
     )
 
 
@@ -169,6 +172,7 @@ class OutputConfig:
         Option(
             help="a .mp4 file, a .png file (one image) or a folder (files named by time)",
             metavar="PATH",
+            read=path_text,
             hidden_names=("save_path",),
         )
     )

@@ -26,6 +26,7 @@ from modules.options import (
     off_at_zero,
     option,
     option_made_into,
+    path_text,
     positive,
     positive_int,
     share,
@@ -415,7 +416,7 @@ class RunConfig:
         "at a loss or gradient that is not finite: stop, or skip the step and stop after 10 in a row",
     )
     resume: str | None = option(
-        None, "state folder to resume from; auto: the latest complete one", metavar="DIR|auto"
+        None, "state folder to resume from; auto: the latest complete one", path_text, metavar="DIR|auto"
     )
     dry_run: bool = option(False, "check everything, print memory and FLOPs of each bucket, then stop")
     no_probe: bool = option(False, "on a GPU: do not run the largest batch once before the first step")
@@ -501,7 +502,7 @@ class TrackingConfig:
         None, "tracker for curves and samples (default: tensorboard with --logging_dir)"
     )
     """None: TensorBoard with `logging_dir`, else no tracker."""
-    log_prefix: str = option("", "prefix of the run's TensorBoard folder")
+    log_prefix: str = option("", "prefix of the run's TensorBoard folder", path_text, metavar="TEXT")
     log_tracker_name: str = option("network_train", "wandb project (default: network_train)")
     wandb_run_name: str | None = option(None, "name of the run in wandb (default: the output name)")
     wandb_api_key: str | None = secret_option(
@@ -561,12 +562,14 @@ class HubConfig:
 class SampleConfig:
     """Samples generated during training."""
 
-    vae: Path = option_made_into(Option(help="VAE: a file or a folder (default: the task's)", metavar="PATH"))
+    vae: Path = option_made_into(
+        Option(help="VAE: a file or a folder (default: the task's)", metavar="PATH", read=path_text)
+    )
     text_encoder_qwen: str = option_made_into(
-        Option(help="Qwen2.5-VL: a folder or a hub id (default: the task's)", metavar="PATH")
+        Option(help="Qwen2.5-VL: a folder or a hub id (default: the task's)", metavar="PATH", read=path_text)
     )
     text_encoder_clip: str = option_made_into(
-        Option(help="CLIP: a folder or a hub id (default: the task's)", metavar="PATH")
+        Option(help="CLIP: a folder or a hub id (default: the task's)", metavar="PATH", read=path_text)
     )
     """Paths that are not given default to the task's."""
     sample_prompts: Path | None = option(None, "file of prompts: .txt, .toml or .json", Path)

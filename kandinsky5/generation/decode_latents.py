@@ -16,6 +16,7 @@ from kandinsky5.sampling.pipeline import decode_frames
 from kandinsky5.vae.video_vae import check_vae_file
 from modules.errors import ConfigError
 from modules.logs import get_logger
+from modules.parsing import whole_number
 
 log = get_logger(__name__)
 
@@ -34,7 +35,7 @@ def decode_saved_latents(config: GenerateConfig, path: Path, device: torch.devic
     check_vae(config.vae.vae_dtype, device)
     check_vae_file(config.models.vae)
     names = OutputNames(config.output, makes_many=False)
-    seed = int(metadata["seeds"]) if metadata.get("seeds", "").isdigit() else 0
+    seed = whole_number(metadata.get("seeds", "")) or 0
     num_frames = pixel_frame_count(latents.shape[2])
     problems = names.problems(num_frames)
     if problems:

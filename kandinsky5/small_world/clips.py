@@ -15,6 +15,7 @@ from kandinsky5.tasks import FPS
 from kandinsky5.vae.video_vae import pixels_to_uint8
 from modules.command_line import Parser, user_errors
 from modules.errors import ConfigError
+from modules.files import write_text
 from modules.logs import get_logger
 from modules.options import non_negative_int, positive_int
 
@@ -31,7 +32,7 @@ def write_clips(folder: Path, scenes: Sequence[Scene], seed: int = 0) -> list[Pa
         frames = pixels_to_uint8(clip).permute(1, 2, 3, 0).numpy()
         write_video(path, frames, fps=FPS, crf=1)
         caption = scene.caption(number % len(WORDINGS))
-        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+        write_text(path.with_suffix(".txt"), caption)
         paths.append(path)
     return paths
 

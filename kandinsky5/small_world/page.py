@@ -20,6 +20,7 @@ from kandinsky5.small_world.judge import NOTHING, read_clip
 from kandinsky5.small_world.score import Judged, Shares, judge_folder
 from kandinsky5.vae.video_vae import pixels_to_uint8
 from modules.command_line import Parser, user_errors
+from modules.files import atomic_writer, write_text
 from modules.logs import get_logger
 
 log = get_logger(__name__)
@@ -146,9 +147,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             judge_folder(options.with_lora),
         )
         options.out.mkdir(parents=True, exist_ok=True)
-        contact_sheet(comparison).save(options.out / SHEET_NAME, optimize=True)
+        with atomic_writer(options.out / SHEET_NAME) as stream:
+            contact_sheet(comparison).save(stream, format="png", optimize=True)
         page = options.out / PAGE_NAME
-        page.write_text(html_page(comparison, options.out), encoding="utf-8")
+        write_text(page, html_page(comparison, options.out))
         log.info("wrote %s and %s", page, options.out / SHEET_NAME)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.files import open_own_file
 from modules.logs import get_logger
 from modules.seeding import generator_for
 
@@ -153,8 +154,8 @@ class Stage:
             **figures,
         }
         self._losses.clear()
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with open_own_file(self.folder / "log.jsonl") as file:
+            file.write((json.dumps(record) + "\n").encode("utf-8"))
         left = (self.config.steps - self.step) / max(steps_per_second, 1e-6) / 60
         log.info("%s, about %.0f min left: %s", self.config.name, left, json.dumps(record))
 

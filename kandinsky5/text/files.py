@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from kandinsky5.weight_checks import (
 from modules.errors import ModelFileError, ResourceError
 from modules.fp8 import Fp8Linear, quantise_rows
 from modules.logs import get_logger
+from modules.parsing import parse_json
 from modules.tensor_files import TensorFile, TensorInfo, read_header
 
 log = get_logger(__name__)
@@ -114,7 +116,7 @@ def load_qwen(
 
     folder = resolve_folder(name, "qwen")
     config = _read_model_config(folder, "qwen")
-    model = _without_weights(lambda: Qwen2_5_VLTextModel(config))
+    model = _without_weights(folder, "qwen", lambda: Qwen2_5_VLTextModel(config))
     placers = {None: _plain_placer, "nf4": _nf4_placer, "fp8": _fp8_placer}
     place = placers[quantization](model, device, dtype)
     return _load(model, folder, "qwen", place, device, quantization)
@@ -126,7 +128,7 @@ def load_clip(name: str, *, device: torch.device) -> LoadedEncoder:
 
     folder = resolve_folder(name, "clip")
     config = _read_model_config(folder, "clip")
-    model = _without_weights(lambda: CLIPTextModel(config))
+    model = _without_weights(folder, "clip", lambda: CLIPTextModel(config))
     return _load(model, folder, "clip", _plain_placer(model, device, torch.float32), device, None)
 
 
@@ -220,7 +222,7 @@ def _weight_files(folder: Path, kind: EncoderKind) -> list[Path]:
 
 def _read_json(path: Path, kind: EncoderKind) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelFileError(f"{_FLAGS[kind]} {path.parent}: has no {path.name}") from error
     except (OSError, ValueError) as error:
@@ -233,18 +235,32 @@ def _read_json(path: Path, kind: EncoderKind) -> dict[str, Any]:
 def _read_model_config(folder: Path, kind: EncoderKind) -> Any:
     from transformers import AutoConfig
 
-    try:
+    with _settings_errors(folder, kind, "config.json cannot be used"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelFileError(f"{_FLAGS[kind]} {folder}: config.json cannot be used: {error}") from error
-    return config.get_text_config()
+        return config.get_text_config()
 
 
-def _without_weights(build: Callable[[], Any]) -> Any:
+@contextmanager
+def _settings_errors(folder: Path, kind: EncoderKind, what: str) -> Iterator[None]:
+    """Within the block, whatever transformers makes of the settings in a folder becomes a message.
+
+    Raises:
+        ModelFileError: instead of any Exception: tokenizers raises `Exception` itself, and transformers
+            whatever its code meets where a value has another type than expected.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelFileError(f"{_FLAGS[kind]} {folder}: {what}: {reason}") from error
+
+
+def _without_weights(folder: Path, kind: EncoderKind, build: Callable[[], Any]) -> Any:
     """A model whose parameters take no memory yet; computed tables (buffers) are real."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    unusable = _settings_errors(folder, kind, "config.json cannot be used")
+    with unusable, init_empty_weights(include_buffers=False):
         return build().requires_grad_(False).eval()
 
 
@@ -285,10 +301,8 @@ def _load_tokenizer(folder: Path, kind: EncoderKind) -> Any:
     from transformers import AutoTokenizer
 
     source = _tokenizer_folder(folder, kind)
-    try:
+    with _settings_errors(source, kind, "tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelFileError(f"{_FLAGS[kind]} {source}: tokenizer cannot be loaded: {error}") from error
 
 
 def _fingerprint(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 from modules.errors import ConfigError, ResourceError
 from modules.files import write_json
+from modules.parsing import parse_json
 
 ContentType = Literal["video", "image"]
 """Which template a caption goes through: clips of one frame take `image`, longer ones `video`."""
@@ -81,7 +81,7 @@ def save_prompt_templates(file: Path, templates: PromptTemplates) -> None:
 
 def _read_file(file: Path) -> dict[str, str]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = parse_json(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--prompt_templates {file}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):

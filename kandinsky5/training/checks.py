@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -120,7 +121,7 @@ def check_output(config: TrainConfig, *, is_resuming: bool) -> tuple[Path, ...]:
     """
     saving = config.saving
     fallback = saving.output_dir_fallback
-    if fallback is not None and fallback.resolve() == saving.output_dir.resolve():
+    if fallback is not None and os.path.realpath(fallback) == os.path.realpath(saving.output_dir):
         raise ConfigError("--output_dir_fallback is --output_dir itself; choose a folder on another disk")
     names = ResultNames(saving.output_dir, saving.output_name)
     found = find_results(names, with_average=config.network.ema_decay is not None)

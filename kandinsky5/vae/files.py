@@ -19,6 +19,7 @@ from kandinsky5.weight_checks import (
 )
 from modules.errors import ModelFileError
 from modules.logs import get_logger
+from modules.parsing import ParseError, parse_json
 from modules.tensor_files import SAFETENSORS_SUFFIXES, TensorFile, read_header
 from modules.torch_files import TORCH_SUFFIXES, read_torch_tensors
 
@@ -27,6 +28,7 @@ log = get_logger(__name__)
 _CLASS_NAME = "AutoencoderKLHunyuanVideo"
 _FILE_NAMES = ("diffusion_pytorch_model.safetensors", "pytorch_model.pt")
 _ORIGINAL_PREFIX = "vae."
+_MAX_CONFIG_NUMBER = 2**16
 _EXPECTED = (
     "expected HunyuanVideo's VAE: a diffusers folder, its diffusion_pytorch_model.safetensors, "
     "or the original pytorch_model.pt"
@@ -147,8 +149,8 @@ def _read_config(weights: Path) -> tuple[dict[str, Any], str | None]:
     if not path.is_file():
         return {}, None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = parse_json(path.read_bytes())
+    except (OSError, ParseError) as error:
         raise ModelFileError(f"{path}: not valid JSON: {error}") from error
     class_name = content.get("_class_name") if isinstance(content, dict) else None
     if class_name != _CLASS_NAME:
@@ -161,11 +163,23 @@ def _skeleton(config: Mapping[str, Any]) -> Any:
     """The model on the meta device: names and shapes, no memory."""
     from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
 
+    large = [name for name, value in config.items() if _largest(value) > _MAX_CONFIG_NUMBER]
+    if large:
+        raise ModelFileError(f"the VAE's config.json cannot be used: {large[0]} is larger than any VAE's")
     with torch.device("meta"):
         try:
             return AutoencoderKLHunyuanVideo(**config)
-        except (TypeError, ValueError) as error:
-            raise ModelFileError(f"the VAE's config.json cannot be used: {error}") from error
+        # What a constructor makes of any JSON value in the place of its arguments.
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+            raise ModelFileError(f"the VAE's config.json cannot be used: {error!r}") from error
+
+
+def _largest(value: Any) -> float:
+    """The largest number in a JSON value: a model is built layer by layer, however many are asked for."""
+    if isinstance(value, (list, dict)):
+        items = value.values() if isinstance(value, dict) else value
+        return max(map(_largest, items), default=0)
+    return value if isinstance(value, (int, float)) else 0
 
 
 def _effective_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -250,7 +250,7 @@ def test_a_device_without_memory_for_one_tensor_is_told(
         ("merged.txt", 2, "must end in .safetensors"),
         ("merged", 2, "must end in .safetensors"),
         ("file/merged.safetensors", 5, "is a file; name a folder"),
-        (f"{'x' * 250}.safetensors", 2, "bytes long"),
+        (f"{'x' * 250}.safetensors", 2, "bytes"),
     ],
 )
 def test_outputs_that_cannot_be_written_or_read_again_are_refused(

@@ -260,4 +260,4 @@ def show_timesteps(config: ShowTimestepsConfig) -> None:
         return
     with disk_errors(config.image_path, "run the command again"):
         save_bars_image(config.image_path, shares, weights)
-    print(config.image_path)
+    print_report(str(config.image_path))

@@ -14,7 +14,6 @@ replaces another needs two renames; the older one waits under `.k5old-...-<name>
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from modules.errors import DataError, ModelFileError
 from modules.files import atomic_writer, sync_folder, write_json
 from modules.leftovers import find_leftovers, machine_mark, temporary_name
 from modules.logs import get_logger
+from modules.parsing import parse_json
 from modules.tensor_files import read_tensors, write_tensors
 
 log = get_logger(__name__)
@@ -80,6 +80,18 @@ class TrainingState:
     def epoch(self) -> int:
         """Epochs completed."""
         return self.step // self.steps_per_epoch
+
+
+_NUMBER = (int, float)
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "float": _NUMBER,
+    "float | None": (*_NUMBER, type(None)),
+    "tuple": list,
+    "Mapping": dict,
+}
+"""What JSON holds for the annotation of a field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +209,10 @@ def state_problem(folder: Path) -> str | None:
     if not manifest_path.is_file():
         return "it has no manifest.json, so it was never finished"
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        manifest = parse_json(manifest_path.read_text(encoding="utf-8"))
         version, files = manifest["format_version"], dict(manifest["files"])
         files.update({name: None for name in _REQUIRED if name not in files})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its manifest.json cannot be read ({error})"
     if version != FORMAT_VERSION:
         return f"it has format version {version}, this program reads {FORMAT_VERSION}"
@@ -246,10 +258,14 @@ def read_state(folder: Path) -> SavedState:
 
 def _read_run(path: Path) -> TrainingState:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        known = {item.name for item in fields(TrainingState)}
-        return TrainingState(**{key: value for key, value in values.items() if key in known})
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        values = parse_json(path.read_text(encoding="utf-8"))
+        kinds = {item.name: _KINDS[str(item.type).partition("[")[0]] for item in fields(TrainingState)}
+        known = {name: value for name, value in values.items() if name in kinds}
+        for name, value in known.items():
+            if isinstance(value, bool) or not isinstance(value, kinds[name]):
+                raise TypeError(f"{name} is {str(value)[:40]}")
+        return TrainingState(**known)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelFileError(f"{path}: not written by this program ({error})") from error
 
 
@@ -296,9 +312,9 @@ def list_states(output_dir: Path, output_name: str) -> list[tuple[Path, StateMar
 def read_mark(folder: Path) -> StateMark | None:
     """The run and step of a state directory; None where they cannot be read."""
     try:
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        values = parse_json((folder / "state.json").read_text(encoding="utf-8"))
         return StateMark(str(values["output_name"]), int(values.get("branch", 0)), int(values["step"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 

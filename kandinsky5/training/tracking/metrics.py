@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky5.training.tracking.trackers import ShownSample, Tracker
-from modules.files import write_text
+from modules.files import open_own_file, write_text
 from modules.logs import get_logger
+from modules.parsing import ParseError, parse_json
 
 log = get_logger(__name__)
 
 FILE_NAME = "metrics.jsonl"
+_START = '{"run": '
+"""Of every line of ours, whole or cut."""
 
 
 def read_records(path: Path, run: str, kind: str) -> list[dict[str, Any]]:
@@ -32,13 +35,19 @@ def read_records(path: Path, run: str, kind: str) -> list[dict[str, Any]]:
     for line in _lines(path):
         if mark not in line:  # steps are most of the lines: only those that may be meant are parsed
             continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # another run is writing it
+        record = _record(line)
         if record.get("run") == run and record.get("kind") == kind:
             found.append(record)
     return found
+
+
+def _record(line: str) -> dict[str, Any]:
+    """The record of a line; {} for a line that none of our runs wrote, or is still writing."""
+    try:
+        record = parse_json(line)
+    except ParseError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _lines(path: Path) -> list[str]:
@@ -101,8 +110,8 @@ class Metrics:
     def _append(self, line: str) -> None:
         # Opened each time: another run may have rewritten the file meanwhile.
         encoded = line.encode("utf-8")
-        with self._path.open("ab", buffering=0) as stream:
-            size = stream.tell()
+        with open_own_file(self._path) as stream:
+            size = stream.seek(0, os.SEEK_END)
             try:
                 if stream.write(encoded) != len(encoded):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -116,22 +125,25 @@ class Metrics:
     def _drop_lines_after(self, start_step: int) -> None:
         if not self._path.is_file():
             return
-        kept = []
-        for line in _lines(self._path):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # the cut last line of a killed run
-            if record.get("run") != self._run or (start_step and record.get("step", 0) <= start_step):
-                kept.append(line + "\n")
+        open_own_file(self._path).close()  # not a link, whose content would become this file
+        kept = [line + "\n" for line in _lines(self._path) if line and self._stays(line, start_step)]
         write_text(self._path, "".join(kept))
+
+    def _stays(self, line: str, start_step: int) -> bool:
+        record = _record(line)
+        if not record:  # cut by the end of a killed run, or no line of ours at all
+            return not line.startswith(_START)
+        step = record.get("step", 0)
+        is_done = bool(start_step) and isinstance(step, (int, float)) and step <= start_step
+        return record.get("run") != self._run or is_done
 
     def _attempt(self, action: Any, *arguments: Any) -> None:
         try:
             action(*arguments)
         except OSError as error:
             if not self._has_warned:
-                log.warning("the log of the run cannot be written and has gaps: %s", error)
+                what = error.strerror or error
+                log.warning("%s: the log of the run cannot be written and has gaps: %s", self._path, what)
             self._has_warned = True
 
     def _notify(self, action: Callable[[Tracker], None]) -> None:

@@ -125,11 +125,8 @@ def test_outputs_of_another_kind_are_refused() -> None:
     assert "--output_type latent" in refusal("--prompt", "x", "--output", "o.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("name", "most"), [("n" * 233 + ".mp4", 232), ("n" * 252 + ".mp4", 255), ("猫" * 90 + "/x.mp4", 255)]
-)
-def test_an_output_name_without_room_for_what_is_added_is_refused_at_once(name: str, most: int) -> None:
-    assert f"at most {most}" in refusal("--prompt", "x", "--output", name)
+def test_an_output_name_without_room_for_what_is_added_is_refused_at_once() -> None:
+    assert "at most 232" in refusal("--prompt", "x", "--output", "n" * 233 + ".mp4")
 
 
 def test_an_output_name_may_be_as_long_as_there_is_room() -> None:
