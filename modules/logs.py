@@ -9,6 +9,9 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TextIO
+
+from tqdm import tqdm
 
 from modules.messages import visible
 
@@ -18,13 +21,21 @@ _NOISY = "bitsandbytes.backends.cpu.ops"
 """On some CPUs it warns when imported that a faster 4-bit product could be had from the network."""
 
 
+class BarAwareHandler(logging.StreamHandler[TextIO]):
+    """Writes lines above progress bars, which are drawn again below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 def setup_logging() -> None:
     """Send log lines to standard error; a console that lacks a character shows its escape, never an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if not _LOG.handlers:
-        handler = logging.StreamHandler()
+        handler = BarAwareHandler()
         handler.setFormatter(_VisibleFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         _LOG.addHandler(handler)
         _LOG.propagate = False

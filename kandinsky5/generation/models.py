@@ -198,7 +198,6 @@ class ModelLoader:
 
     def text_encoders(self) -> TextEncoders:
         device = torch.device("cpu") if self.config.text.text_encoder_cpu else self.device
-        log.info("loading the text encoders")
         encoders = encoders_for_task(
             self.config.task,
             self.config.task.dit_params,
@@ -210,7 +209,6 @@ class ModelLoader:
             return load_text_encoders(encoders, device=device, templates=self.templates)
 
     def vae(self) -> VideoVAE:
-        log.info("loading the VAE")
         dtype = vae_dtype(self.config.vae.vae_dtype, self.device)
         with memory_advice("loading the VAE", VAE_ADVICE):
             return load_vae(self.config.models.vae, dtype=dtype, device=self.device)
@@ -220,8 +218,6 @@ class ModelLoader:
             return self._dit()
 
     def _dit(self) -> SamplingModel:
-        if self.device.type != "meta":
-            log.info("loading the DiT")
         is_merged = self.config.lora.lora_mode == "merge"
         active = [lora for lora in self.loras if lora.multiplier != 0]
         dit = load_dit(

@@ -218,6 +218,8 @@ def load_dit(
     Raises:
         ModelFileError: see `check_dit_file`; or a tensor holds NaN or infinite values.
     """
+    if device.type != "meta":
+        log.info("loading the DiT")
     layer_class = _ONE_BYTE_LAYERS.get(weights.weight_format)
     placement = host_placement(
         params, device, blocks_to_swap=weights.blocks_to_swap, modulation_on_host=weights.modulation_on_host

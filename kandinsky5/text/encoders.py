@@ -144,6 +144,7 @@ def load_text_encoders(
         ModelFileError: a file is missing or wrong, or the encoders are not of `expected_dims`.
         ConfigError: `clip_max_length` does not fit the encoder.
     """
+    log.info("loading the text encoders")
     device = torch.device(device)
     templates = templates or load_prompt_templates()
     loaded_qwen = load_qwen(

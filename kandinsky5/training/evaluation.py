@@ -34,7 +34,9 @@ class Evaluation:
         self._model, self._progress, self._control, self._run_log = model, progress, control, run_log
         self._validation = _validation_checks(run, model)
         names = SampleNames(saving.output_dir / "sample", saving.output_name, run.mark.session_id)
-        self._samples = TrainingSamples(run.config, run.prompts, model.device, names)
+        self._samples = TrainingSamples(
+            run.config, run.prompts, model.device, names, has_bar=run.accelerator.is_main_process
+        )
         self.are_samples_requested = False
         """By the command `sample` in the control file, for the current step."""
 

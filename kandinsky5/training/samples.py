@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import av
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dataset.geometry import size_step
 from kandinsky5.configs.text_encoders import encoders_for_task
@@ -42,6 +43,7 @@ from modules.devices import empty_device_cache
 from modules.errors import ConfigError, DataError, ModelFileError, UserError
 from modules.interruption import Interrupted
 from modules.logs import get_logger
+from modules.messages import counted
 from networks.lora import LoRANetwork
 
 log = get_logger(__name__)
@@ -177,7 +179,7 @@ def _encode_texts(
     config: TrainConfig, requests: Sequence[VideoRequest], device: torch.device
 ) -> list[RequestText]:
     samples = config.samples
-    log.info("encoding %d sample prompts", len(requests))
+    log.info("encoding %s", counted(len(requests), "sample prompt"))
     settings = encoders_for_task(
         config.model.task,
         config.model.dit_params,
@@ -201,9 +203,16 @@ class TrainingSamples:
     """Makes the samples of one process; with several processes the prompts are shared out."""
 
     def __init__(
-        self, config: TrainConfig, prompts: Sequence[PreparedPrompt], device: torch.device, names: SampleNames
+        self,
+        config: TrainConfig,
+        prompts: Sequence[PreparedPrompt],
+        device: torch.device,
+        names: SampleNames,
+        *,
+        has_bar: bool,
     ) -> None:
         self._config, self._prompts, self._device, self._names = config, prompts, device, names
+        self._has_bar = has_bar
 
     def make(
         self,
@@ -247,16 +256,22 @@ class TrainingSamples:
         prompts: Sequence[PreparedPrompt],
         should_stop: Callable[[], bool],
     ) -> list[tuple[PreparedPrompt, Tensor]]:
-        def after_step(_step: int, _latents: Tensor) -> None:
-            if should_stop():
-                raise Interrupted
-
         model = self._config.model
         settings = SamplerSettings(
             task=model.task, nabla=model.nabla, device=self._device, noise_device=self._device
         )
         done = []
-        with _in_use(network):
+        total = sum(prompt.request.steps for prompt in prompts)
+        with (
+            _in_use(network),
+            tqdm(total=total, desc="samples", unit="step", leave=False, disable=not self._has_bar) as bar,
+        ):
+
+            def after_step(_step: int, _latents: Tensor) -> None:
+                bar.update()
+                if should_stop():
+                    raise Interrupted
+
             strength = network.multiplier
             for prompt in prompts:
                 own = prompt.request.lora_multiplier

@@ -152,7 +152,9 @@ class Trainer:
     def _run_steps(self, plans: PlanSequence, batches: Iterator[CachedBatch]) -> None:
         stop_code = self._catch_up_on_resume()
         for plan in plans.steps(self.progress.step) if not stop_code else ():
-            stop_code = self.after_step(self.train_step(plan, batches))
+            stop_code = self.train_step(plan, batches)
+            with self.run_log.paused_bar():
+                stop_code = self.after_step(stop_code)
             if stop_code:
                 break
         if self.progress.is_done:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
-from tqdm import tqdm
-
-from kandinsky5.configs.train import TrainConfig
+from kandinsky5.configs.train import SavingConfig, TrainConfig
 from kandinsky5.training.progress import Progress
 from kandinsky5.training.samples import KIND, Sample
+from kandinsky5.training.step_bar import StepBar
 from kandinsky5.training.step_values import StepReport, item_keys
 from kandinsky5.training.tracking.metrics import Metrics
 from kandinsky5.training.tracking.trackers import ShownSample, Tracker
+from modules.logs import get_logger
+from modules.messages import counted, duration_text
+
+log = get_logger(__name__)
+
+SHORTEST_ESTIMATE = 60.0
+"""Seconds; a shorter rest of the run is not worth a line."""
 
 
 class TrainingLog:
@@ -19,7 +26,7 @@ class TrainingLog:
 
     def __init__(self, config: TrainConfig, trackers: Sequence[Tracker], progress: Progress) -> None:
         self._config, self._trackers, self._progress = config, trackers, progress
-        self._bar: tqdm | None = None
+        self._bar: StepBar | None = None
         self.metrics: Metrics | None = None
 
     def open(self) -> None:
@@ -31,20 +38,18 @@ class TrainingLog:
 
     def start_bar(self) -> None:
         """Show the progress bar."""
-        self._bar = tqdm(
-            initial=self._progress.step,
-            total=self._progress.length.total_steps,
-            disable=self.metrics is None,
-            desc="steps",
-            smoothing=0.05,
-        )
+        if self.metrics is not None:
+            self._bar = StepBar(self._progress.step, self._progress.length.total_steps)
+
+    def paused_bar(self) -> AbstractContextManager[None]:
+        """Saving, samples and validation within the block are no part of the time of a step."""
+        return nullcontext() if self._bar is None else self._bar.paused()
 
     def write_step(self, report: StepReport) -> None:
         """One optimizer step, which `progress` has counted."""
         progress, values = self._progress, report.values
         if self._bar is not None:
-            self._bar.set_postfix(avr_loss=f"{progress.mean_loss:.4f}", refresh=False)
-            self._bar.update()
+            self._log_estimate(self._bar.advance(progress.mean_loss))
         if self.metrics is None:
             return
         has_prior = self._config.loss.prior_loss_weight > 0
@@ -68,6 +73,18 @@ class TrainingLog:
         self.metrics.write("step", progress.step, record)
         prior = {"loss/prior": values.prior_loss} if has_prior else {}
         self.metrics.scalars(progress.step, {**curves, **prior})
+
+    def _log_estimate(self, seconds: float | None) -> None:
+        if seconds is None or seconds < SHORTEST_ESTIMATE:
+            return
+        left = self._progress.length.total_steps - self._progress.step
+        log.info(
+            "about %s for the remaining %s (%.2f s/step), without saving, samples and validation; %s",
+            duration_text(seconds),
+            counted(left, "step"),
+            seconds / left,
+            _lora_interval(self._config.saving),
+        )
 
     def write_epoch(self, epoch: int) -> None:
         """The mean loss of the epoch that the last step ended."""
@@ -105,3 +122,12 @@ class TrainingLog:
             self._bar.close()
         if self.metrics is not None:
             self.metrics.close(is_failed=is_failed)
+
+
+def _lora_interval(saving: SavingConfig) -> str:
+    intervals = [
+        f"every {unit}" if number == 1 else f"every {number} {unit}s"
+        for number, unit in ((saving.save_every_n_steps, "step"), (saving.save_every_n_epochs, "epoch"))
+        if number
+    ]
+    return f"a LoRA {' and '.join([*intervals, 'at the end'])}"

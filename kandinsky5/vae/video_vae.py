@@ -144,6 +144,7 @@ def load_vae(path: Path, *, dtype: torch.dtype, device: torch.device | str) -> V
     Raises:
         ModelFileError: no usable file, or the tensors are not those of this VAE.
     """
+    log.info("loading the VAE")
     model = read_vae(path, dtype=dtype, device=torch.device(device))
     return VideoVAE(model, vae_fingerprint(path))
 
