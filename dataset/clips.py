@@ -176,7 +176,7 @@ class _Planner:
                     return self._plan_frame_folder(item, self.dataset)
                 return self._plan_video(item, self.dataset)
         except MediaError as error:
-            return _ItemResult(name=item.path.name, skipped=_damaged(item, error))
+            return _ItemResult(name=item.name, skipped=_damaged(item, error))
 
     def _plan_image(self, item: SourceItem) -> _ItemResult:
         size = probe_image(item.path)
@@ -194,7 +194,7 @@ class _Planner:
             source_size=size,
             **self._sizes(item, size),
         )
-        return _ItemResult(name=item.path.name, clips=(clip,), is_animated=is_animated(item.path))
+        return _ItemResult(name=item.name, clips=(clip,), is_animated=is_animated(item.path))
 
     def _plan_video(self, item: SourceItem, dataset: VideoDatasetConfig) -> _ItemResult:
         info = probe_video(item.path)
@@ -251,9 +251,9 @@ class _Planner:
         if not clips:
             smallest = min(dataset.target_frames)
             detail = f"{counted(len(numbers), 'frame')}, the smallest of target_frames is {smallest}"
-            skipped = SkippedItem(name=item.path.name, reason=TOO_SHORT, detail=detail, key=item.key)
+            skipped = SkippedItem(name=item.name, reason=TOO_SHORT, detail=detail, key=item.key)
         return _ItemResult(
-            name=item.path.name,
+            name=item.name,
             clips=clips,
             skipped=skipped,
             total_frames=len(numbers),
@@ -283,7 +283,7 @@ def _mask(item: SourceItem, size: Size, num_frames: int) -> PlannedMask | None:
 
 
 def _damaged(item: SourceItem, error: MediaError) -> SkippedItem:
-    name, reason, detail = item.path.name, error.reason, error.detail
+    name, reason, detail = item.name, error.reason, error.detail
     return SkippedItem(name=name, reason=reason, detail=detail, is_failure=True, key=item.key)
 
 

@@ -47,12 +47,29 @@ class Confinement:
         named = {**folders, f"{dataset.content}_jsonl_file": dataset.jsonl_file}
         wrong = [f"{key} {path}" for key, path in named.items() if path is not None and not self._holds(path)]
         if not wrong:  # else the folder, which someone else chose, is not even listed
-            paths = (entry for folder in folders.values() if folder is not None for entry in _entries(folder))
-            wrong = [str(path) for path in paths if not self.holds(path)]
+            wrong = [
+                str(path)
+                for folder in folders.values()
+                if folder is not None
+                for path in self._below(folder, is_deep=dataset.recursive)
+                if not self.holds(path)
+            ]
         if wrong:
             where = f"dataset {dataset.index} ({dataset.origin})"
             problems = [f"{where}: {what} leads out of {self.root} (--confine_paths)" for what in wrong]
             raise ConfigError(shortened(problems, MAX_LINES))
+
+    def _below(self, folder: Path, *, is_deep: bool) -> Iterator[Path]:
+        """The entries of a folder, and of those below it; one that leads out is not entered."""
+        seen = set()
+        waiting = [folder]
+        while waiting:
+            for path in _entries(waiting.pop()):
+                yield path
+                real = os.path.realpath(path)
+                if is_deep and real not in seen and path.is_dir() and self._holds(path):
+                    seen.add(real)
+                    waiting.append(path)
 
     def _holds(self, path: Path) -> bool:
         # realpath: unlike Path.resolve it has an answer for links that lead in a circle.

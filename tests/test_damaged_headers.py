@@ -56,8 +56,8 @@ def use_caches(dataset_file: Path) -> Callable[[], object]:
     folder = config.datasets[0].cache_directory
 
     def use() -> None:
-        unused_caches(folder, "latents", "video")
-        unused_caches(folder, "text", "video")
+        unused_caches(folder, "latents", ["video"])
+        unused_caches(folder, "text", ["video"])
         dataset = CachedDataset(config, seed=0)
         for plan in dataset.epoch_batches(1):
             dataset.load_batch(plan)

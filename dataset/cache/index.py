@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -179,11 +179,16 @@ def _damaged(path: Path, error: Exception) -> DamagedIndexError:
     )
 
 
-def update_index(cache_directory: Path, kind: CacheKind, key: str, entry: IndexEntry) -> None:
+def update_index(
+    cache_directory: Path, kind: CacheKind, key: str, entry: IndexEntry, together: Collection[str] = ()
+) -> None:
     """Put an entry under its `entry_key` into the folder's index; other entries stay.
 
     That of an older version with the same settings does not: it is this dataset's, or its files cannot be
     distinguished from this dataset's. The dataset files that use the entry no longer use the others.
+
+    Args:
+        together: keys of the other datasets of the same dataset file that share the folder.
 
     A damaged index is made again: its other entries are lost until their cache scripts run again.
 
@@ -202,7 +207,7 @@ def update_index(cache_directory: Path, kind: CacheKind, key: str, entry: IndexE
     for other, old in entries.items():
         if other == key:
             entry = replace(entry, users=tuple(sorted({*(entry.users or ()), *(old.users or ())})) or None)
-        elif old.users is not None:
+        elif old.users is not None and other not in together:
             entries[other] = replace(old, users=tuple(u for u in old.users if u not in (entry.users or ())))
     entries[key] = entry
     _write_index(cache_directory, kind, entries)

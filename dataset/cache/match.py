@@ -6,6 +6,7 @@ the run (`fit`), and raises one error that lists every problem.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from dataset.cache.files import (
     inspect_text_cache,
 )
 from dataset.cache.fit import CacheRules, MatchOptions
-from dataset.cache.index import CacheKind
+from dataset.cache.index import CacheKind, index_path
 from dataset.cache.items import CachedItem, DatasetSummary, reasons_in_short, summarise
 from dataset.cache.lookup import CacheListing, cache_commands, list_caches
 from dataset.cache.mask_cache import inspect_mask_cache
@@ -61,6 +62,9 @@ def match_caches(config: DatasetConfig, options: MatchOptions) -> MatchedCaches:
     """
     if any(dataset.is_prior for dataset in config.datasets):
         options = replace(options, use_prior=False)  # no other dataset has a prior term then
+    shared = _shared_folders(config)
+    if shared:
+        raise CacheError(shared)
     matches = [_match_dataset(dataset, config.path, options) for dataset in config.datasets]
     problems = [problem for match in matches for problem in match.problems]
     problems += _mixed_encoders(matches, config.path)
@@ -74,6 +78,24 @@ def match_caches(config: DatasetConfig, options: MatchOptions) -> MatchedCaches:
         text_dims=next(dims for match in matches for dims in match.encoders.text_dims),
         extra_text_origins=tuple(origin for match in matches for origin in match.extra_text_origins),
     )
+
+
+def _shared_folders(config: DatasetConfig) -> list[str]:
+    """Cache folders of several datasets without an index: names alone do not say whose a cache is."""
+    folders: dict[str, list[AnyDatasetConfig]] = {}
+    for dataset in config.datasets:
+        folders.setdefault(os.path.realpath(dataset.cache_directory), []).append(dataset)
+    return [
+        f"datasets {', '.join(str(member.index) for member in members)} share {members[0].cache_directory}, "
+        "which has no index of its caches, so that nothing says which belongs to which\n"
+        f"{cache_commands(config.path, _BOTH)}"
+        for members in folders.values()
+        if len(members) > 1 and not any(_has_index(members[0].cache_directory, kind) for kind in _BOTH)
+    ]
+
+
+def _has_index(cache_directory: Path, kind: CacheKind) -> bool:
+    return index_path(cache_directory, kind).is_file()
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,10 @@ class UnusedCaches:
 
 
 def unused_caches(
-    cache_directory: Path, kind: CacheKind, content: Content, skipped: Iterable[SkippedItem] = ()
+    cache_directory: Path,
+    kind: CacheKind,
+    contents: Collection[Content],
+    skipped: Iterable[SkippedItem] = (),
 ) -> UnusedCaches:
     """The caches of one kind that no dataset file uses by the folder's index; all when there is no index.
 
@@ -65,7 +68,7 @@ def unused_caches(
             continue
         if not _has_our_mark(path):
             foreign.append(path)
-        elif _base_name(path, content) in unread_names:
+        elif any(_base_name(path, content) in unread_names for content in contents):
             unread.append(path)
         else:
             files.append(path)

@@ -48,6 +48,8 @@ class _CommonConfig:
     caption_extension: str | None = None
     caption_lines: bool = False
     """Every line of a caption file is a caption of its own, and one is drawn each time."""
+    recursive: bool = False
+    """Media of subfolders count too; their names then start with the folder's."""
     batch_size: int = 1
     num_repeats: int = 1
     enable_bucket: bool = False
@@ -71,13 +73,17 @@ class _CommonConfig:
         settings: dict[str, Any] = {"template": template, "caption_extension": self.caption_extension}
         if self.caption_lines:
             settings["caption_lines"] = True
-        return settings
+        return settings | self._listing_settings()
+
+    def _listing_settings(self) -> dict[str, Any]:
+        return {"recursive": True} if self.recursive else {}
 
     def _size_settings(self) -> dict[str, Any]:
         return {
             "resolution": list(self.resolution),
             "enable_bucket": self.enable_bucket,
             "bucket_no_upscale": self.bucket_no_upscale,
+            **self._listing_settings(),
         }
 
 
@@ -371,6 +377,8 @@ class _Reader:
             self.notes.append(
                 f"dataset {index}: bucket_no_upscale has no effect without enable_bucket = true"
             )
+        if f"{content}_jsonl_file" in given and given.get("recursive"):
+            self.notes.append(f"dataset {index}: recursive has no effect with a JSONL file")
         if content == "video" and "target_fps" in given and "source_fps" not in given:
             self.notes.append(f"dataset {index}: target_fps has no effect without source_fps")
         mode = given.get("frame_extraction", "head")
@@ -408,14 +416,17 @@ class _Reader:
         return dataset
 
     def _check_cache_directories(self, datasets: Sequence[AnyDatasetConfig]) -> None:
-        first_with: dict[str, int] = {}
+        first_with: dict[tuple[str, ...], int] = {}
         for dataset in datasets:
-            real = os.path.normcase(os.path.realpath(dataset.cache_directory))
-            other = first_with.setdefault(real, dataset.index)
+            source = dataset.jsonl_file or dataset.directory
+            assert source is not None
+            places = (os.path.normcase(os.path.realpath(path)) for path in (dataset.cache_directory, source))
+            other = first_with.setdefault((dataset.content, *places), dataset.index)
             if other != dataset.index:
                 self.problems.append(
-                    f"{self.text.path}: datasets {other} and {dataset.index} have the same cache_directory "
-                    f"({dataset.cache_directory}); give each its own"
+                    f"{self.text.path}: datasets {other} and {dataset.index} have the same "
+                    f"{dataset.content}s and the same cache_directory ({dataset.cache_directory}), where "
+                    "their caches would replace each other; give each its own"
                 )
 
 

@@ -120,6 +120,7 @@ GENERAL_KEYS: dict[str, KeyCheck] = {
     "resolution": _resolution,
     "caption_extension": _extension,
     "caption_lines": _boolean,
+    "recursive": _boolean,
     "batch_size": _positive_int,
     "num_repeats": _positive_int,
     "enable_bucket": _boolean,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,23 +63,64 @@ def list_folder(
     """
     where = f"dataset {dataset.index} ({dataset.origin})"
     check_folder(directory, f"{where}: {directory}")
-    entries = sorted(directory.iterdir(), key=natural_order)
-    hidden = [path for path in entries if is_hidden(path) and _looks_meant(path, dataset)]
-    contents = _Folder(dataset, [path for path in entries if not is_hidden(path)], read_elsewhere)
-    found = [
-        replace(entry, key=place_mark(dataset.cache_directory, path)) for path, entry in contents.entries()
-    ]
+    folders = [*media_folders(dataset, directory)]
+    found: list[SourceItem | SkippedItem] = []
+    notes: list[str] = []
+    hidden: list[Path] = []
+    for folder in folders:
+        entries = sorted(folder.iterdir(), key=natural_order)
+        hidden += (path for path in entries if is_hidden(path) and _looks_meant(path, dataset))
+        contents = _Folder(dataset, [path for path in entries if not is_hidden(path)], read_elsewhere)
+        prefix = folder_prefix(directory, folder)
+        found += (
+            replace(_prefixed(entry, prefix), key=place_mark(dataset.cache_directory, path))
+            for path, entry in contents.entries()
+        )
+        notes += (f"dataset {dataset.index}: {prefix}{note}" for note in contents.notes())
     if not found:
         raise DataError(
             f"{where}: no {dataset.content}s in {directory}; known extensions: "
             f"{' '.join(media_extensions(dataset.content))}"
         )
-    notes = [f"dataset {dataset.index}: {note}" for note in (*_hidden_note(hidden), *contents.notes())]
+    notes += (f"dataset {dataset.index}: {note}" for note in _hidden_note(hidden))
     return SourceListing(
         items=tuple(entry for entry in found if isinstance(entry, SourceItem)),
         skipped=tuple(entry for entry in found if isinstance(entry, SkippedItem)),
         notes=tuple(notes),
     )
+
+
+def media_folders(dataset: AnyDatasetConfig, top: Path) -> Iterator[Path]:
+    """The folder of a dataset and, if it is recursive, all below it in a fixed order.
+
+    Hidden folders, those of caches, masks and previews, and what cannot be listed are left out; a folder that
+    links lead to again is searched once.
+    """
+    own = {os.path.realpath(path) for path in (dataset.cache_directory, dataset.mask_directory) if path}
+    seen = {os.path.realpath(top)}
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
+        yield folder
+        below = sorted(folder.iterdir(), key=natural_order, reverse=True) if dataset.recursive else ()
+        for path in below:
+            real = os.path.realpath(path)
+            if path_kind(path).kind != "folder" or is_hidden(path) or path.name == PREVIEW_FOLDER:
+                continue
+            if real not in seen | own and os.access(path, os.R_OK | os.X_OK):
+                seen.add(real)
+                waiting.append(path)
+
+
+def folder_prefix(top: Path, folder: Path) -> str:
+    """What the names of a subfolder's items start with, so that their caches differ: "day1~shots~"."""
+    return "".join(f"{part}~" for part in folder.relative_to(top).parts)
+
+
+def _prefixed(entry: SourceItem | SkippedItem, prefix: str) -> SourceItem | SkippedItem:
+    if isinstance(entry, SourceItem):
+        return replace(entry, base_name=prefix + entry.base_name)
+    return replace(entry, name=prefix + entry.name)
 
 
 def _looks_meant(path: Path, dataset: AnyDatasetConfig) -> bool:
@@ -129,10 +171,15 @@ class _Folder:
         if alone:
             count = counted(len(alone), "caption file belongs", "caption files belong")
             yield f"{count} to no {self._dataset.content} here: {names_in_short(alone)}"
+        if self._dataset.recursive:
+            return
         folders = [path.name for path in self._others if self._is_folder_of_media(path)]
         if folders:
             count = counted(len(folders), "subfolder", "subfolders")
-            yield f"{count} with {self._dataset.content}s, not searched: {names_in_short(folders)}"
+            yield (
+                f"{count} with {self._dataset.content}s, not searched without recursive = true: "
+                f"{names_in_short(folders)}"
+            )
 
     def _is_folder_of_media(self, path: Path) -> bool:
         if path_kind(path).kind != "folder" or path.name == PREVIEW_FOLDER:

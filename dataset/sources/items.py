@@ -40,13 +40,18 @@ class SourceItem:
     key: str = ""
     """Tells it from other media of the same file name: a `place_mark`."""
 
+    @property
+    def name(self) -> str:
+        """How messages and the index name it: the base name, with the extension of a file."""
+        return self.base_name if self.is_frame_folder else self.base_name + self.path.suffix
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkippedItem:
     """A skipped media item, with the reason."""
 
     name: str
-    """File name without its folder."""
+    """As `SourceItem.name`: no folder."""
     reason: str
     """The kind of reason, the same for all items it applies to, to count by."""
     detail: str = ""

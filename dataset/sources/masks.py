@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from dataset.cache.names import name_key
 from dataset.config.config import AnyDatasetConfig
 from dataset.media.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Content, is_hidden, natural_order
-from dataset.sources.folder import check_folder
+from dataset.sources.folder import check_folder, folder_prefix, media_folders
 from dataset.sources.items import SourceListing
 from modules.errors import ConfigError, DataError
 from modules.path_kinds import path_kind
@@ -50,10 +50,11 @@ class _MaskFolder:
             )
         self._paths: dict[str, Path] = {}
         problems = []
-        for path in sorted(directory.iterdir(), key=natural_order):
+        self._is_recursive = dataset.recursive
+        for path in _entries(dataset, directory):
             if is_hidden(path) or not is_mask(path, dataset.content):
                 continue
-            name = path.name if path.is_dir() else path.stem
+            name = folder_prefix(directory, path.parent) + (path.name if path.is_dir() else path.stem)
             other = self._paths.setdefault(name_key(name), path)
             if other is not path:
                 problems.append(f"{where}: {other.name} and {path.name} are masks of the same name; keep one")
@@ -67,7 +68,14 @@ class _MaskFolder:
     def unmatched(self, base_names: Iterable[str]) -> tuple[str, ...]:
         """Names of masks that belong to none of these items."""
         known = {name_key(name) for name in base_names}
-        return tuple(path.name for name, path in self._paths.items() if name not in known)
+        # With subfolders a folder without an item is one of masks, not of frames.
+        paths = (path for name, path in self._paths.items() if name not in known)
+        return tuple(path.name for path in paths if not (self._is_recursive and path.is_dir()))
+
+
+def _entries(dataset: AnyDatasetConfig, directory: Path) -> Iterator[Path]:
+    for folder in media_folders(replace(dataset, mask_directory=None), directory):
+        yield from sorted(folder.iterdir(), key=natural_order)
 
 
 def is_mask(path: Path, content: Content) -> bool:

@@ -14,7 +14,7 @@ from dataset.cache.index import CacheKind, IndexEntry, metadata_digest, text_ent
 from dataset.cache.names import empty_text_cache_name, prior_text_cache_name, text_cache_name
 from dataset.config.config import AnyDatasetConfig
 from dataset.sources.items import SourceListing
-from kandinsky5.caching.report import CONTINUE_HINT, Outcome
+from kandinsky5.caching.report import CONTINUE_HINT, CacheTarget, Outcome, refuse_shared_files
 from kandinsky5.caching.run import encoding_device, list_sources, make_caches, read_datasets
 from kandinsky5.configs.caching import CacheTextConfig
 from kandinsky5.configs.text_encoders import TextEncodersConfig
@@ -82,6 +82,7 @@ class _TextJob:
         )
         self._works = [self._work(*pair, fingerprint) for pair in zip(datasets, listings, strict=True)]
         self.outcomes = [work.outcome for work in self._works]
+        refuse_shared_files(target for work in self._works for target in _targets(work))
 
     def _work(self, dataset: AnyDatasetConfig, listing: SourceListing, fingerprint: str) -> _TextWork:
         blank = TextCacheMeta(
@@ -165,6 +166,14 @@ class _TextJob:
         for work in self._works:
             digests = {t.path.name: metadata_digest(written_metadata(t.meta)) for t in work.items}
             yield text_entry(work.listing.items, work.listing.skipped, digests)
+
+
+def _targets(work: _TextWork) -> Iterator[CacheTarget]:
+    dataset = work.outcome.dataset
+    for item, target in zip(work.listing.items, work.items, strict=True):
+        yield CacheTarget(dataset, target.path, item.name, target.meta)
+    for target in work.extra:
+        yield CacheTarget(dataset, target.path, "a caption of no item", target.meta)
 
 
 def _encode_batch(encoders: TextEncoders, batch: Sequence[_TextTarget]) -> list[list[tuple[Tensor, Tensor]]]:

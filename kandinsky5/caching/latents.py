@@ -26,7 +26,7 @@ from dataset.config.config import AnyDatasetConfig
 from dataset.sources.items import SourceListing
 from kandinsky5.caching.masks import MaskWork, mask_notes, write_masks
 from kandinsky5.caching.preview import preview_clips
-from kandinsky5.caching.report import CONTINUE_HINT, Outcome
+from kandinsky5.caching.report import CONTINUE_HINT, CacheTarget, Outcome, refuse_shared_files
 from kandinsky5.caching.run import encoding_device, list_sources, make_caches, read_datasets
 from kandinsky5.configs.caching import CacheLatentsConfig, DebugConfig
 from kandinsky5.model.precision import check_vae, vae_dtype
@@ -103,6 +103,7 @@ class _LatentJob:
         listings = [list_sources(dataset, datasets, config.run) for dataset in datasets]
         self._works = [self._work(*pair, fingerprint) for pair in zip(datasets, listings, strict=True)]
         self.outcomes = [work.outcome for work in self._works]
+        refuse_shared_files(target for work in self._works for target in _targets(work))
 
     def _work(self, dataset: AnyDatasetConfig, listing: SourceListing, fingerprint: str) -> _LatentWork:
         plan = _plan(dataset, self._config, listing)
@@ -160,6 +161,17 @@ class _LatentJob:
                     metas[mask_cache_name(clip.cache_name)] = mask_meta(clip)
             digests = {name: metadata_digest(written_metadata(meta)) for name, meta in metas.items()}
             yield latent_entry(work.plan.clips, work.outcome.skipped, digests)
+
+
+def _targets(work: _LatentWork) -> Iterator[CacheTarget]:
+    dataset = work.outcome.dataset
+    for clip in work.plan.clips:
+        path = dataset.cache_directory / clip.cache_name
+        yield CacheTarget(dataset, path, clip.item.name, work.metas[clip.cache_name])
+        if clip.mask is not None:
+            yield CacheTarget(
+                dataset, path.with_name(mask_cache_name(path.name)), clip.item.name, mask_meta(clip)
+            )
 
 
 def _encode_batch(vae: VideoVAE, work: _LatentWork, loaded: LoadedBatch, tile_px: int | None) -> None:

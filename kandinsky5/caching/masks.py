@@ -35,7 +35,7 @@ class MaskWork:
 def mask_notes(dataset: AnyDatasetConfig, listing: SourceListing) -> Iterator[str]:
     """Log lines on missing and unmatched masks."""
     folder, kind = dataset.mask_directory, dataset.content
-    without = [item.path.name for item in listing.items if item.mask_path is None]
+    without = [item.name for item in listing.items if item.mask_path is None]
     if folder is not None and without:
         yield (
             f"dataset {dataset.index}: {len(without)} of {len(listing.items)} {kind}s have no mask in "
@@ -88,6 +88,4 @@ def _load(clip: PlannedClip) -> Tensor | SkippedItem:
         return latent_mask(clip.mask, clip.frame_numbers, clip.crop)
     except MediaError as error:
         item, reason = clip.item, f"mask {error.reason}"
-        return SkippedItem(
-            name=item.path.name, reason=reason, detail=error.detail, is_failure=True, key=item.key
-        )
+        return SkippedItem(name=item.name, reason=reason, detail=error.detail, is_failure=True, key=item.key)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dataset.cache.files import CacheMeta
 from dataset.cache.index import (
     CacheKind,
     IndexEntry,
@@ -17,6 +18,7 @@ from dataset.cache.index import (
     index_path,
     update_index,
 )
+from dataset.cache.names import name_key
 from dataset.cache.unused import unused_caches
 from dataset.config.config import AnyDatasetConfig
 from dataset.places import place_mark
@@ -26,7 +28,7 @@ from modules.errors import DataError
 from modules.files import disk_errors, remove_leftover_files
 from modules.locks import folder_lock
 from modules.logs import format_table, get_logger
-from modules.messages import counted, lines_in_short, names_in_short
+from modules.messages import MAX_LINES, counted, lines_in_short, names_in_short, shortened
 from modules.processes import Processes
 
 log = get_logger(__name__)
@@ -91,6 +93,38 @@ def combine(outcomes: Sequence[Outcome], processes: Processes) -> None:
         outcome.skipped = [*known, *sorted(found, key=str)]
 
 
+@dataclass(frozen=True, slots=True)
+class CacheTarget:
+    """A cache file that a run would write."""
+
+    dataset: AnyDatasetConfig
+    path: Path
+    item_name: str
+    """Whose it is, for messages."""
+    meta: CacheMeta
+
+
+def refuse_shared_files(targets: Iterable[CacheTarget]) -> None:
+    """Refuse datasets of one cache folder that would replace each other's files; equal content may be shared.
+
+    Raises:
+        DataError: two files of one name, with other content each.
+    """
+    first: dict[tuple[str, str], CacheTarget] = {}
+    problems = []
+    for target in targets:
+        place = os.path.normcase(os.path.realpath(target.dataset.cache_directory))
+        other = first.setdefault((place, name_key(target.path.name)), target)
+        if other.dataset.index != target.dataset.index and other.meta != target.meta:
+            problems.append(
+                f"datasets {other.dataset.index} and {target.dataset.index} share "
+                f"{target.dataset.cache_directory}, where {other.item_name} and {target.item_name} would "
+                f"both be {target.path.name}; give one of the datasets another cache_directory"
+            )
+    if problems:
+        raise DataError(shortened(problems, MAX_LINES))
+
+
 def check_strict(outcomes: Sequence[Outcome], run: CacheRunConfig) -> None:
     """With --strict, refuse to start if any item is skipped.
 
@@ -102,19 +136,36 @@ def check_strict(outcomes: Sequence[Outcome], run: CacheRunConfig) -> None:
         raise DataError(f"--strict: {_listed(skipped)}")
 
 
-def write_index(outcome: Outcome, kind: CacheKind, entry: IndexEntry, run: CacheRunConfig) -> None:
+def write_index(
+    outcome: Outcome, outcomes: Sequence[Outcome], kind: CacheKind, entry: IndexEntry, run: CacheRunConfig
+) -> None:
     """Write the result for a dataset into the index of its cache folder."""
     folder = outcome.dataset.cache_directory
     entry = replace(entry, users=(place_mark(folder, run.dataset_config),))
     with disk_errors(folder, CONTINUE_HINT):
-        update_index(folder, kind, entry_key(outcome.dataset, kind), entry)
+        keys = {entry_key(other.dataset, kind) for other in outcomes if _folder(other) == _folder(outcome)}
+        update_index(folder, kind, entry_key(outcome.dataset, kind), entry, keys)
+
+
+def _folder(outcome: Outcome) -> str:
+    """The place of its caches, by which datasets that share one are found."""
+    return os.path.normcase(os.path.realpath(outcome.dataset.cache_directory))
+
+
+def _by_folder(outcomes: Sequence[Outcome]) -> Iterator[list[Outcome]]:
+    folders: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        folders.setdefault(_folder(outcome), []).append(outcome)
+    yield from folders.values()
 
 
 def handle_unused(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunConfig) -> None:
     """Log the number of unused caches; with --prune, delete them."""
-    for outcome in outcomes:
-        folder = outcome.dataset.cache_directory
-        unused = unused_caches(folder, kind, outcome.dataset.content, outcome.skipped)
+    for members in _by_folder(outcomes):
+        folder = members[0].dataset.cache_directory
+        contents = {outcome.dataset.content for outcome in members}
+        skipped = [entry for outcome in members for entry in outcome.skipped]
+        unused = unused_caches(folder, kind, contents, skipped)
         if unused.foreign:
             log.info(
                 "%s: not made by a Kandinsky 5 cache script, so left alone: %s",

@@ -75,7 +75,7 @@ def make_caches(job_for: Callable[[Processes], CachingJob], run: CacheRunConfig)
             if not processes.is_main:
                 return
             for outcome, entry in zip(job.outcomes, job.entries(), strict=True):
-                write_index(outcome, job.kind, entry, run)
+                write_index(outcome, job.outcomes, job.kind, entry, run)
             handle_unused(job.outcomes, job.kind, run)
         finish(job.outcomes, job.kind, run)
 

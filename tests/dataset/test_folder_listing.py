@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from dataset.clips import load_clip, plan_clips
 from dataset.config.config import AnyDatasetConfig, ImageDatasetConfig, VideoDatasetConfig
+from dataset.confinement import Confinement
 from dataset.media.files import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, VIDEO_EXTENSIONS, natural_order
 from dataset.media.frame_folders import frame_paths
 from dataset.media.media import MediaError, probe_image
@@ -326,3 +328,42 @@ def test_a_missing_link_is_still_a_missing_file(tmp_path: Path) -> None:
     add(tmp_path, "a.png")
     (tmp_path / "b.png").symlink_to("gone")
     assert reasons(list_items(image_set(tmp_path))) == {"b.png": MISSING_FILE}
+
+
+def test_subfolders_are_searched_where_it_is_asked_for(tmp_path: Path) -> None:
+    for folder in ("day10/b", "day2", "cache", "masks/day2", "k5_preview", ".hidden", "empty"):
+        (tmp_path / folder).mkdir(parents=True)
+        add(tmp_path / folder, "a.png")
+    add(tmp_path, "top.png")
+    add(tmp_path / "day2", "lost.png", caption=False)
+    (tmp_path / "day2" / "again").symlink_to(tmp_path)
+    (tmp_path / "empty" / "a.png").unlink()
+    config = replace(image_set(tmp_path), recursive=True, mask_directory=tmp_path / "masks")
+    listing = list_items(config)
+    assert [(item.base_name, item.path.relative_to(tmp_path).as_posix()) for item in listing.items] == [
+        ("top", "top.png"),
+        ("day2~a", "day2/a.png"),
+        ("day10~b~a", "day10/b/a.png"),
+    ]
+    assert [item.mask_path is not None for item in listing.items] == [False, True, False]
+    assert [entry.name for entry in listing.skipped] == ["day2~lost.png"]
+    assert listing.notes == ("dataset 0: empty~1 caption file belongs to no image here: a.txt",)
+    assert listing.unmatched_masks == ()
+    assert used(list_items(image_set(tmp_path))) == ["top.png"]
+    for name, other in (("settings_hash", image_set(tmp_path).settings_hash),):
+        assert getattr(config, name) != other
+
+
+def test_a_recursive_search_stays_confined(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    inside = tmp_path / "project" / "media" / "sub"
+    for folder in (outside, inside):
+        folder.mkdir(parents=True)
+    add(inside, "a.png")
+    config = replace(image_set(tmp_path / "project" / "media"), recursive=True)
+    confinement = Confinement.to_folder_of(tmp_path / "project" / "dataset.toml")
+    assert [item.base_name for item in list_items(config, confinement=confinement).items] == ["sub~a"]
+    (inside / "deep").mkdir()
+    (inside / "deep" / "b.png").symlink_to(outside / "b.png")
+    with pytest.raises(ConfigError, match="leads out"):
+        list_items(config, confinement=confinement)

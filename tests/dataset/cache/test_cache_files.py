@@ -339,6 +339,6 @@ def test_unused_caches_are_told_from_used_and_foreign_ones(tmp_path: Path) -> No
     write_text(tmp_path / text_cache_name("a"))
     entry = IndexEntry(items=(IndexItem(name="a", files=(used.name,)),), skipped=())
     update_index(tmp_path, "latents", "h", entry)
-    unused = unused_caches(tmp_path, "latents", "video")
+    unused = unused_caches(tmp_path, "latents", ["video"])
     assert (unused.files, unused.foreign) == ((old,), (foreign,))
     assert unused.total_bytes == old.stat().st_size

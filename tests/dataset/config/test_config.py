@@ -144,14 +144,18 @@ def test_source_fps_may_be_a_whole_number(tmp_path: Path, word: str) -> None:
 
 
 @pytest.mark.parametrize("other", ["c", "./c", "link", "c/../c"])
-def test_one_cache_folder_for_two_datasets_is_refused(
+def test_one_cache_folder_for_two_datasets_is_refused_where_they_hold_the_same_media(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "c")
     monkeypatch.chdir(tmp_path)
-    text = problems(tmp_path, IMAGE + 'cache_directory = "c"\n' + VIDEO + f'cache_directory = "{other}"\n')
-    assert "datasets 0 and 1" in text
+    text = problems(tmp_path, IMAGE + 'cache_directory = "c"\n' + IMAGE + f'cache_directory = "{other}"\n')
+    assert "datasets 0 and 1 have the same images and the same cache_directory" in text
+    (tmp_path / "d.toml").write_text(
+        IMAGE + 'cache_directory = "c"\n' + VIDEO + f'cache_directory = "{other}"\n', encoding="utf-8"
+    )
+    assert len(load_dataset_config(tmp_path / "d.toml").datasets) == 2
 
 
 def test_syntax_errors_tell_line_and_column(tmp_path: Path) -> None:
