@@ -14,8 +14,7 @@ from modules.errors import ConfigError
 from modules.files import disk_errors
 from modules.logs import get_logger
 from modules.tensor_files import write_tensors
-from networks.lora import LoraFactors
-from networks.lora_files import LoadedLora, kohya_suffix, read_lora, save_folded, with_hashes
+from networks.lora_files import LoadedLora, foldable, kohya_suffix, read_lora, save_folded, with_hashes
 from networks.lora_kandinsky import known_layer_names
 from networks.lora_keys import underscored
 from networks.lora_scales import FOLDED_MARK
@@ -56,11 +55,14 @@ def _write(lora: LoadedLora, output: Path, target: Target, diffusers_prefix: str
         write_tensors(output, tensors, with_hashes(tensors, metadata))
         return
     prefix, suffix = _PREFIX_AND_SUFFIX.get(target, (f"{diffusers_prefix}." if diffusers_prefix else "", ""))
-    plain = {name: layer for name, layer in lora.layers.items() if isinstance(layer, LoraFactors)}
-    if len(plain) == len(lora.layers):
-        save_folded(plain, output, save_precision=None, metadata=metadata, prefix=prefix, suffix=suffix)
+    if all(map(foldable, lora.layers.values())):
+        save_folded(lora.layers, output, save_precision=None, metadata=metadata, prefix=prefix, suffix=suffix)
         return
-    log.warning("%s holds LoHa or LoKr layers: diffusers and the official loader cannot read them", lora.path)
+    log.warning(
+        "%s holds LoHa or LoKr layers, or magnitudes per column: diffusers and the official loader cannot "
+        "read them",
+        lora.path,
+    )
     tensors = _factor_tensors(lora, {name: f"{prefix}{name}" for name in lora.layers})
     write_tensors(output, tensors, with_hashes(tensors, metadata))
 

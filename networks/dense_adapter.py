@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from networks.lora import Adapter
 
@@ -17,11 +17,11 @@ class DenseAdapter(Adapter, ABC):
     def change(self, dtype: torch.dtype) -> Tensor:
         """The change without scale: [out, in] in `dtype`, differentiable."""
 
-    def add_delta(
-        self, base_output: Tensor, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
+    def forward_with(
+        self, base: nn.Module, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
     ) -> Tensor:
-        # A skipped layer still takes part, times zero: distributed training waits for every gradient.
-        scale = 0.0 if self.is_skipped(step_seed) else multiplier * self.scale
+        base_output = base(x)
+        scale = self.multiplier_now(multiplier, step_seed) * self.scale
         summed = torch.addmm(
             base_output.reshape(-1, self.out_features),
             x.reshape(-1, self.in_features),

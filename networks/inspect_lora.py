@@ -16,7 +16,7 @@ from networks.factors import LayerFactors, factors_class
 from networks.lora_files import LoadedLora, read_adapter_tensors, read_lora
 from networks.lora_kandinsky import known_layer_names
 from networks.lora_keys import LayerNames, layout_of, parse_key
-from networks.lora_types import LORA_TYPES, LoraType
+from networks.lora_types import LORA_TYPES, MAGNITUDE, LoraType
 
 _BLOCK = re.compile(r"((?:text|visual)_transformer_blocks\.\d+)\..+")
 _MAX_VALUE_LENGTH = 100
@@ -28,6 +28,12 @@ _READERS = {
     "diffusers": {"diffusers"},
     "official pipeline": {"diffusers", "peft", "bare"},
 }
+_MAGNITUDE_KEYS = {
+    "this project": (MAGNITUDE, "lora_magnitude_vector"),
+    "ComfyUI": (MAGNITUDE,),
+    "diffusers": ("lora_magnitude_vector",),
+}
+"""Ends of the keys of a DoRA's magnitudes that a program reads."""
 _WITHOUT_ALPHA_KEYS = {"diffusers", "official pipeline"}
 """Programs that refuse `.alpha` tensors."""
 
@@ -53,7 +59,10 @@ def report(path: Path) -> str:
         lines.append(f"keys of no adapter: {len(foreign)}, first {foreign[0]}")
     if lora.trigger:
         lines.append(f"trigger words: {lora.trigger}")
-    lines += ["", format_table(("part of the model", "layers", "norm of the change"), _norm_rows(lora)), ""]
+    norm = "norm of the change"
+    if any(MAGNITUDE in layer.tensors for layer in layers):
+        norm += " of directions"
+    lines += ["", format_table(("part of the model", "layers", norm), _norm_rows(lora)), ""]
     lines.append(format_table(("program", "loads it"), _reader_rows(lora, layout, tensors)))
     if lora.metadata:
         lines += ["", format_table(("metadata", "value"), _metadata_rows(lora.metadata))]
@@ -83,12 +92,15 @@ def _type_of(layer: LayerFactors) -> LoraType:
 def _reader_rows(lora: LoadedLora, layout: str, tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     kinds = [_type_of(layer) for layer in lora.layers.values()]
     has_alpha = any(key.endswith(".alpha") for key in tensors)
+    roles = {role for layer in lora.layers.values() for role in layer.tensors}
     rows = []
     for program, layouts in _READERS.items():
         if layout not in layouts:
             answer = "no: convert it (python -m networks.convert_lora)"
         elif any(program not in kind.programs for kind in kinds):
             answer = "no: only plain LoRA"
+        elif MAGNITUDE in roles and not any(key.endswith(_MAGNITUDE_KEYS[program]) for key in tensors):
+            answer = "no: it would leave out the magnitudes, convert it"
         elif program in _WITHOUT_ALPHA_KEYS and has_alpha:
             answer = "no: it refuses .alpha keys, convert it"
         else:

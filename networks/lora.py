@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.fused_ops import JointLinear, Recomputable
+from modules.quantised_linear import QuantisedLinear, dequantise
 from modules.seeding import derive_seed, generator_for
 from networks.factors import LayerFactors
 from networks.fused_lora import LowRankLayer, can_fuse, fused_lora
@@ -69,21 +70,22 @@ class Adapter(nn.Module, ABC):
         """Factor of the product of the raw factors, without the network's multiplier."""
         return self.alpha / self.rank
 
+    def bind(self, layer: nn.Module) -> None:
+        """Take what this kind needs of the frozen layer, whose weight is in place now; once, before use."""
+
+    @abstractmethod
     def forward_with(
         self, base: nn.Module, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
     ) -> Tensor:
-        """base(x) plus the change: x [..., in] -> [..., out]."""
-        return self.add_delta(base(x), x, multiplier, step_seed)
-
-    @abstractmethod
-    def add_delta(
-        self, base_output: Tensor, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
-    ) -> Tensor:
-        """base_output [..., out] + multiplier * delta(x [..., in]), in the dtype of the activations."""
+        """base(x) plus multiplier * change(x), in the dtype of the activations: x [..., in] -> [..., out]."""
 
     @abstractmethod
     def factors(self) -> LayerFactors:
         """The saved factors: views of the parameters, the zero-initialised one last."""
+
+    def change_norm(self) -> Tensor:
+        """Frobenius norm of the whole change of the weight: float64 []."""
+        return self.factors().norm()
 
     def is_skipped(self, step_seed: tuple[int, ...]) -> bool:
         """Whether module dropout skips this layer in the current step (no device sync)."""
@@ -101,6 +103,29 @@ class Adapter(nn.Module, ABC):
         generator = generator_for(*seed, kind, self.path, device=like.device)
         drawn = torch.rand(tuple(shape), generator=generator, device=like.device)
         return (drawn >= chance).to(like.dtype).div_(1.0 - chance)
+
+    def multiplier_now(self, multiplier: float, step_seed: tuple[int, ...]) -> float:
+        """The multiplier in this step.
+
+        A skipped layer still takes part, times zero: distributed training waits for every gradient.
+        """
+        return 0.0 if self.is_skipped(step_seed) else multiplier
+
+    def drop_ranks(self, hidden: Tensor, step_seed: tuple[int, ...]) -> Tensor:
+        """The activations between two factors, [..., rank], with network dropout and rank dropout."""
+        rates = self.dropout
+        if not self.training:
+            return hidden
+        if rates.network_dropout > 0.0:
+            hidden = hidden * self.keep_mask(
+                hidden.shape, rates.network_dropout, "network_dropout", hidden, step_seed
+            )
+        if rates.rank_dropout > 0.0:
+            # The first axis counts samples if there is one beside tokens and features.
+            samples = hidden.shape[0] if hidden.ndim > 2 else 1
+            shape = (samples, *[1] * (max(hidden.ndim, 2) - 2), self.rank)
+            hidden = hidden * self.keep_mask(shape, rates.rank_dropout, "rank_dropout", hidden, step_seed)
+        return hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +167,12 @@ class LoraFactors(LayerFactors):
         return squared.sqrt() * abs(self.scale)
 
 
+def initial_down(path: str, rank: int, in_features: int, seed: int) -> Tensor:
+    """`lora_down` at the start, [rank, in] float32: Kaiming-uniform, a function of (seed, path) alone."""
+    down = torch.empty(rank, in_features, dtype=torch.float32)
+    return nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator_for(seed, "lora", path))
+
+
 class LoRAAdapter(Adapter):
     """delta(x) = alpha / rank * up(down(x)); `lora_up` starts at zero, so the first step changes nothing.
 
@@ -152,9 +183,7 @@ class LoRAAdapter(Adapter):
         self, path: str, in_features: int, out_features: int, *, rank: int, alpha: float, seed: int
     ) -> None:
         super().__init__(path, in_features, out_features, rank=rank, alpha=alpha)
-        down = torch.empty(rank, in_features, dtype=torch.float32)
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator_for(seed, "lora", path))
-        self.lora_down = nn.Parameter(down)
+        self.lora_down = nn.Parameter(initial_down(path, rank, in_features, seed))
         self.lora_up = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32))
 
     def forward_with(
@@ -175,9 +204,8 @@ class LoRAAdapter(Adapter):
     def add_delta(
         self, base_output: Tensor, x: Tensor, multiplier: float, step_seed: tuple[int, ...]
     ) -> Tensor:
-        hidden = F.linear(x, self.lora_down.to(x.dtype))  # [..., rank]
-        if self.training:
-            hidden = self._drop(hidden, step_seed)
+        """base_output [..., out] + multiplier * delta(x [..., in])."""
+        hidden = self.drop_ranks(F.linear(x, self.lora_down.to(x.dtype)), step_seed)  # [..., rank]
         summed = torch.addmm(
             base_output.reshape(-1, self.out_features),
             hidden.reshape(-1, self.rank),
@@ -187,21 +215,7 @@ class LoRAAdapter(Adapter):
         return summed.view(base_output.shape)
 
     def _scale_now(self, multiplier: float, step_seed: tuple[int, ...]) -> float:
-        # A skipped layer still takes part, times zero: distributed training waits for every gradient.
-        return 0.0 if self.is_skipped(step_seed) else multiplier * self.scale
-
-    def _drop(self, hidden: Tensor, step_seed: tuple[int, ...]) -> Tensor:
-        rates = self.dropout
-        if rates.network_dropout > 0.0:
-            hidden = hidden * self.keep_mask(
-                hidden.shape, rates.network_dropout, "network_dropout", hidden, step_seed
-            )
-        if rates.rank_dropout > 0.0:
-            # The first axis counts samples if there is one beside tokens and features.
-            samples = hidden.shape[0] if hidden.ndim > 2 else 1
-            shape = (samples, *[1] * (max(hidden.ndim, 2) - 2), self.rank)
-            hidden = hidden * self.keep_mask(shape, rates.rank_dropout, "rank_dropout", hidden, step_seed)
-        return hidden
+        return self.multiplier_now(multiplier, step_seed) * self.scale
 
     def factors(self) -> LoraFactors:
         return LoraFactors(
@@ -399,8 +413,24 @@ def inject(
             seed=seed,
         )
         adapter.dropout = dropout
+        adapter.bind(frozen_layer(layer))
         adapters.append(adapter)
     return LoRANetwork(model, adapters, loraplus_lr_ratio=loraplus_lr_ratio)
+
+
+def frozen_layer(layer: nn.Module) -> nn.Module:
+    """The layer of the model itself under any number of adapters."""
+    while isinstance(layer, LoRALinear):
+        layer = layer.base
+    return layer
+
+
+def frozen_weight(layer: nn.Module) -> Tensor:
+    """The weight [out, in] of a frozen layer, in float32 if it is stored in one byte per element."""
+    weight = layer.get_parameter("weight")
+    if isinstance(layer, QuantisedLinear):
+        return dequantise(weight, layer.scale_weight, torch.float32)
+    return weight
 
 
 def _register(root: nn.Module, adapter: Adapter) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.quantised_linear import QuantisedLinear, dequantise
-from networks.lora import LoRALinear, LoRANetwork
+from networks.lora import LoRANetwork, frozen_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,7 @@ def weight_norms(network: LoRANetwork, device: torch.device) -> dict[str, float]
 
 
 def _frozen_weight(host: nn.Module, path: str, device: torch.device) -> Tensor:
-    layer = host.get_submodule(path)
-    while isinstance(layer, LoRALinear):
-        layer = layer.base
+    layer = frozen_layer(host.get_submodule(path))
     weight = layer.get_parameter("weight").to(device)
     if isinstance(layer, QuantisedLinear):
         return dequantise(weight, layer.scale_weight.to(device), torch.float32)
@@ -78,7 +76,7 @@ def _frozen_weight(host: nn.Module, path: str, device: torch.device) -> Tensor:
 def measure_effect(network: LoRANetwork, base_norms: Mapping[str, float]) -> LoraEffect:
     """Compare the network's changes with the weights, whose norms `weight_norms` gave."""
     names = list(network.adapters)
-    norms = torch.stack([network.adapters[name].factors().norm() for name in names]).tolist()
+    norms = torch.stack([network.adapters[name].change_norm() for name in names]).tolist()
     changes, weights = defaultdict(list), defaultdict(list)
     for name, norm in zip(names, norms, strict=True):
         block = block_of(name)

@@ -59,7 +59,7 @@ from networks.lora_scales import (
     header_settings,
     lora_config_path,
 )
-from networks.lora_types import MAGNITUDE
+from networks.lora_types import MAGNITUDE, LoraType, type_of_roles
 
 log = get_logger(__name__)
 
@@ -91,16 +91,20 @@ class LoadedLora:
         """The same LoRA at another strength."""
         return replace(self, multiplier=multiplier)
 
-    def plain_layers(self) -> dict[str, LoraFactors]:
-        """The layers, if all are plain LoRA.
+    def adapter_type(self) -> LoraType:
+        """The kind of adapter that can stand beside the model's layers with these factors.
 
         Raises:
-            ConfigError: the file holds layers of other kinds.
+            ConfigError: there is none, and the file can only be merged.
         """
-        plain = {name: layer for name, layer in self.layers.items() if isinstance(layer, LoraFactors)}
-        if len(plain) != len(self.layers):
-            raise ConfigError(f"{self.path}: holds LoHa, LoKr or DoRA layers; a plain LoRA is required here")
-        return plain
+        roles = {frozenset(layer.tensors) for layer in self.layers.values()}
+        kind = type_of_roles(roles.pop()) if len(roles) == 1 else None
+        if kind is None or not all(map(foldable, self.layers.values())):
+            raise ConfigError(
+                f"{self.path}: holds LoHa or LoKr layers, layers of several kinds, or magnitudes per column, "
+                "which can only be merged; a LoRA or DoRA is required here"
+            )
+        return kind
 
 
 def read_lora(
@@ -373,18 +377,27 @@ def save_lora(
         metadata: kept as it is; two hashes of the tensors are added.
     """
     factors = {name: adapter.factors() for name, adapter in network.adapters.items()}
-    plain = {name: layer for name, layer in factors.items() if isinstance(layer, LoraFactors)}
-    if lora_format == "diffusers" and len(plain) == len(factors):
-        save_folded(plain, path, save_precision=save_precision, metadata=metadata)
+    if lora_format == "diffusers" and all(map(foldable, factors.values())):
+        save_folded(factors, path, save_precision=save_precision, metadata=metadata)
         return
     tensors = {}
     for name, layer in factors.items():
         prefix = f"lora_unet_{underscored(name)}"
         for role, tensor in layer.tensors.items():
-            tensors[f"{prefix}.{kohya_suffix(role)}"] = tensor.to(save_precision)
+            # Half precision would change the whole weight by more than a DoRA does.
+            dtype = torch.float32 if role == MAGNITUDE else save_precision
+            tensors[f"{prefix}.{kohya_suffix(role)}"] = tensor.to(dtype)
         alpha = torch.tensor(network.adapters[name].alpha)
         tensors[f"{prefix}.alpha"] = alpha.to(save_precision)
     write_tensors(path, tensors, with_hashes(tensors, metadata or {}))
+
+
+def alpha_settings(network: LoRANetwork) -> dict[str, object]:
+    """PEFT's settings that state the alpha of every layer, for a file of the raw factors."""
+    alphas = {name: float(adapter.alpha) for name, adapter in network.adapters.items()}
+    common = next(iter(alphas.values()))
+    others = {re.escape(name): alpha for name, alpha in alphas.items() if alpha != common}
+    return {"lora_alpha": common, "alpha_pattern": others}
 
 
 def kohya_suffix(role: str) -> str:
@@ -393,7 +406,7 @@ def kohya_suffix(role: str) -> str:
 
 
 def save_folded(
-    layers: Mapping[str, LoraFactors],
+    layers: Mapping[str, LayerFactors],
     path: Path,
     *,
     save_precision: torch.dtype | None,
@@ -403,7 +416,10 @@ def save_folded(
 ) -> None:
     """Write lora_A / lora_B with the whole scale inside lora_B, and the official loader's JSON beside it.
 
+    The magnitudes of a DoRA are float32, under PEFT's name or ComfyUI's, which is LyCORIS's.
+
     Args:
+        layers: those for which `foldable` holds.
         save_precision: None keeps the dtype of the factors.
         prefix, suffix: what stands before the layer's name and after lora_A / lora_B.
     Raises:
@@ -412,8 +428,9 @@ def save_folded(
     rank = max(layer.rank for layer in layers.values())
     tensors = {}
     for name, layer in layers.items():
-        dtype = save_precision or layer.up.dtype
-        down, up = layer.down, layer.up.float() * layer.scale
+        down, up = layer.tensors["lora_down"], layer.tensors["lora_up"]
+        dtype = save_precision or up.dtype
+        up = up.float() * layer.scale
         if layer.rank < rank:
             # PEFT would divide a common alpha by each layer's own rank; with zero rows added all ranks agree.
             missing = rank - layer.rank
@@ -421,6 +438,8 @@ def save_folded(
             up = torch.nn.functional.pad(up, (0, missing))
         tensors[f"{prefix}{name}.lora_A{suffix}.weight"] = down.to(dtype)
         tensors[f"{prefix}{name}.lora_B{suffix}.weight"] = up.to(dtype)
+        if MAGNITUDE in layer.tensors:
+            tensors |= _magnitude_entry(f"{prefix}{name}", suffix, layer.tensors[MAGNITUDE])
         if not bool(up.to(dtype).isfinite().all()):
             raise ModelFileError(
                 f"{path}: {name}: lora_B times its scale {layer.scale:g} is too large for {dtype_name(dtype)}"
@@ -430,8 +449,23 @@ def save_folded(
     write_json(lora_config_path(path), _peft_config(layers, rank))
 
 
-def _peft_config(layers: Collection[str], rank: int) -> dict[str, object]:
+def _magnitude_entry(base: str, suffix: str, magnitude: Tensor) -> dict[str, Tensor]:
+    if base.startswith("diffusion_model."):
+        return {f"{base}.{MAGNITUDE}": magnitude.float()}
+    ending = f"{suffix}.weight" if suffix else ""
+    return {f"{base}.lora_magnitude_vector{ending}": magnitude.flatten().float()}
+
+
+def foldable(layer: LayerFactors) -> bool:
+    """Whether the scale can be put into lora_up, so that every reader needs the factors alone."""
+    return isinstance(layer, LoraFactors) or (
+        isinstance(layer, DoraFactors) and layer.is_per_row and isinstance(layer.direction, LoraFactors)
+    )
+
+
+def _peft_config(layers: Mapping[str, LayerFactors], rank: int) -> dict[str, object]:
     """PEFT's LoraConfig for a file whose scale is 1."""
+    is_dora = any(MAGNITUDE in layer.tensors for layer in layers.values())
     inside_block = {re.sub(r"^.*\.\d+\.", "", name) for name in layers}
     return {
         "peft_type": "LORA",
@@ -440,6 +474,7 @@ def _peft_config(layers: Collection[str], rank: int) -> dict[str, object]:
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(inside_block),
+        **({"use_dora": True} if is_dora else {}),
     }
 
 

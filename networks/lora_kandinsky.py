@@ -139,8 +139,8 @@ def create_network(
             `target_module_names`.
     """
     settings = parse_network_args(network_args, network_module=network_module)
-    kind = lora_type(network_module)
-    if network_dropout and not kind.is_plain:
+    kind = lora_type(network_module, network_args)
+    if network_dropout and "network_dropout" not in kind.options:
         raise ConfigError(f"--network_dropout: not available with --network_module {network_module}")
     adapter_class: type[Adapter] = kind.load_class(kind.adapter)
     return inject(
@@ -166,21 +166,28 @@ def create_network_from_weights(
     """A network with layers, ranks, alphas and values of a LoRA file (`--dim_from_weights`).
 
     Raises:
-        ConfigError: the file is not a plain LoRA, or patterns and file have no layer in common.
+        ConfigError: the file is neither a plain LoRA nor a DoRA or not of the kind that `network_args` asks
+            for, or patterns and file have no layer in common.
     """
     settings = parse_network_args(network_args)
-    plain = lora.plain_layers()
-    names = [name for name in _chosen_layers(dit, settings) if name in plain]
+    kind, layers = lora.adapter_type(), lora.layers
+    asked = lora_type(DEFAULT_TYPE.network_module, network_args)
+    if asked.switch and asked is not kind:
+        raise ConfigError(
+            f"--network_args {asked.switch}: {lora.path} is a {kind.title}, not a {asked.title}"
+        )
+    names = [name for name in _chosen_layers(dit, settings) if name in layers]
     if not names:
         raise ConfigError(f"--dim_from_weights: {lora.path} has no weights for the layers to be trained")
     network = inject(
         dit,
         names,
-        rank={name: plain[name].rank for name in names},
-        alpha={name: plain[name].scale * plain[name].rank for name in names},
+        rank={name: layers[name].rank for name in names},
+        alpha={name: layers[name].scale * layers[name].rank for name in names},
         seed=seed,
         dropout=_dropout_rates(settings, network_dropout),
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
+        make_adapter=kind.load_class(kind.adapter),
     )
     load_weights(network, lora)
     return network

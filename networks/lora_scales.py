@@ -25,7 +25,8 @@ log = get_logger(__name__)
 
 FOLDED_MARK = ("k5_lora_scale", "folded")
 """Metadata of files whose whole factor is inside lora_B already."""
-_DIFFUSERS_KEY = "lora_adapter_metadata"
+PEFT_METADATA = "lora_adapter_metadata"
+"""Metadata that holds PEFT's settings as JSON, as diffusers writes it."""
 _ALPHA_AND_RANKS = (
     ("ss_network_alpha", ("ss_network_dim",)),
     ("lora_alpha", ("r", "lora_r", "lora_rank", "rank", "lora_dim")),
@@ -182,7 +183,7 @@ def header_settings(path: Path, metadata: Mapping[str, str]) -> Iterator[PeftSet
     flat: dict[str, Any] = {}
     for key, text in metadata.items():
         where = f"{path}: metadata {key}"
-        if key == _DIFFUSERS_KEY:
+        if key == PEFT_METADATA:
             yield _from_json(_without_component(_parse_settings(text, where)), where, f"its metadata {key}")
         elif text.lstrip().startswith("{") and "lora_alpha" in text:
             settings = _without_component(_parse_settings(text, where))

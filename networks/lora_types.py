@@ -46,8 +46,10 @@ class LoraType:
     """Class name, a subclass of `networks.factors.LayerFactors`."""
     roles: tuple[str, ...]
     """Every role name that one of its tensors can have in a file, without ".weight"."""
-    is_plain: bool = False
-    """A single product up @ down: its scale folds into `up`, and it has the options of plain LoRA."""
+    folds: bool = False
+    """Its scale folds into `lora_up`, so that it can be written without `.alpha` tensors."""
+    options: frozenset[str] = frozenset()
+    """The options of `NetworkConfig` that not every kind has, and this one has."""
     args: Mapping[str, ArgCheck] = field(default_factory=dict)
     """Settings of `--network_args` that only this kind has."""
     constructor_args: tuple[str, ...] = ()
@@ -77,6 +79,7 @@ def _is_factor(value: Any) -> bool:
 
 
 _CHANCE = ArgCheck(_is_chance, "a number from 0 to below 1")
+_IS_BOOL = ArgCheck(lambda value: isinstance(value, bool), "True or False")
 
 _DIRECTIONS = (
     LoraType(
@@ -86,7 +89,8 @@ _DIRECTIONS = (
         adapter="LoRAAdapter",
         factors="LoraFactors",
         roles=("lora_down", "lora_up"),
-        is_plain=True,
+        folds=True,
+        options=frozenset({"network_dropout", "dim_from_weights", "scale_weight_norms"}),
         args={
             "rank_dropout": _CHANCE,
             "loraplus_lr_ratio": ArgCheck(lambda value: _is_number(value) and value > 0, "a number above 0"),
@@ -123,6 +127,8 @@ LORA_TYPES = (
         adapter="DoraAdapter",
         factors="DoraFactors",
         roles=(MAGNITUDE, *(role for kind in _DIRECTIONS for role in kind.roles)),
+        folds=True,
+        options=frozenset({"network_dropout", "dim_from_weights"}),
         args=_DIRECTIONS[0].args,
         programs=("this project", "diffusers", "ComfyUI"),
     ),
@@ -132,9 +138,10 @@ NETWORK_MODULES = tuple(kind.network_module for kind in _DIRECTIONS)
 """What `--network_module` may name; nothing is imported because an option or a file says so."""
 
 
-def lora_type(network_module: str) -> LoraType:
-    """The kind that `--network_module` names, one of `NETWORK_MODULES`."""
-    return next(kind for kind in LORA_TYPES if kind.network_module == network_module)
+def lora_type(network_module: str, network_args: Mapping[str, Any]) -> LoraType:
+    """The kind that `--network_module`, one of `NETWORK_MODULES`, and the switches in its settings choose."""
+    kinds = [kind for kind in LORA_TYPES if kind.network_module == network_module]
+    return next((kind for kind in kinds if kind.switch and network_args.get(kind.switch) is True), kinds[0])
 
 
 def type_of_roles(roles: frozenset[str]) -> LoraType | None:
@@ -153,7 +160,7 @@ _SHARED_ARGS = {
     "include_patterns": ArgCheck(
         _is_pattern_list, "a list of regular expressions, such as ['.*cross_attention.*']"
     ),
-    "verbose": ArgCheck(lambda value: isinstance(value, bool), "True or False"),
+    "verbose": _IS_BOOL,
 }
 
 
@@ -179,8 +186,9 @@ def parse_network_args(
     Raises:
         ConfigError: an unknown name or a value of the wrong type or range; all problems at once.
     """
-    kind = lora_type(network_module)
-    checks = {**_SHARED_ARGS, **kind.args}
+    kind = lora_type(network_module, values)
+    switches = [kind.switch for kind in LORA_TYPES if kind.switch and kind.network_module == network_module]
+    checks = {**_SHARED_ARGS, **kind.args, **dict.fromkeys(switches, _IS_BOOL)}
     problems: list[str] = []
     settings: dict[str, Any] = {}
     for name, value in values.items():
@@ -197,5 +205,7 @@ def parse_network_args(
             problems.append(f"--network_args {name}: unknown for {network_module}; {known}")
     if problems:
         raise ConfigError(problems)
+    for switch in switches:
+        settings.pop(switch, None)
     constructor = {name: settings.pop(name) for name in kind.constructor_args if name in settings}
     return NetworkArgs(**settings, constructor=constructor)

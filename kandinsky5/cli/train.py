@@ -366,6 +366,7 @@ def _notes(config: TrainConfig, given: set[str]) -> list[str]:
 
 def _hints(config: TrainConfig, given: set[str]) -> list[str]:
     samples, optimizer = config.samples, config.optimizer
+    kind = lora_type(config.network.network_module, config.network.network_args)
     checks = [
         (
             samples.sample_prompts is not None
@@ -376,9 +377,8 @@ def _hints(config: TrainConfig, given: set[str]) -> list[str]:
             "only on request by the control file",
         ),
         (
-            not lora_type(config.network.network_module).is_plain and config.saving.lora_format != "kohya",
-            f"{lora_type(config.network.network_module).title} is saved in the kohya layout, which other "
-            "programs read",
+            not kind.folds and config.saving.lora_format != "kohya",
+            f"{kind.title} is saved in the kohya layout, which other programs read",
         ),
         (
             optimizer.lr_scheduler == "warmup_stable_decay" and optimizer.lr_decay_steps == 0,

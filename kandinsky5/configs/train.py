@@ -364,7 +364,7 @@ class NetworkConfig:
     )
     network_args: Mapping[str, Any] = keyword_option(
         "settings of the adapter: rank_dropout, module_dropout, loraplus_lr_ratio, exclude_patterns, "
-        "include_patterns, verbose; LoKr: factor"
+        "include_patterns, verbose; LoRA: use_dora=True for DoRA; LoKr: factor"
     )
     network_weights: Path | None = option(None, "start from this LoRA file, in any known layout", Path)
     dim_from_weights: bool = option(False, "take ranks and alphas from --network_weights")
@@ -378,17 +378,17 @@ class NetworkConfig:
     )
 
     def __post_init__(self) -> None:
-        if lora_type(self.network_module).is_plain:
-            return
+        kind = lora_type(self.network_module, self.network_args)
+        switch = f" with {kind.switch}" if kind.switch else ""
         given = {
             "network_dropout": self.network_dropout,
             "dim_from_weights": self.dim_from_weights,
             "scale_weight_norms": self.scale_weight_norms is not None,
         }
         problems = [
-            f"--{name}: not supported by --network_module {self.network_module}; omit it"
+            f"--{name}: not supported by --network_module {self.network_module}{switch}; omit it"
             for name, value in given.items()
-            if value
+            if value and name not in kind.options
         ]
         if problems:
             raise ConfigError(problems)

@@ -140,7 +140,8 @@ def read_loras(config: GenerateConfig) -> tuple[LoadedLora, ...]:
 
 
 def _check_runtime(lora: LoadedLora) -> None:
-    others = [name for name in lora.plain_layers() if not is_target_name(name)]
+    lora.adapter_type()
+    others = [name for name in lora.layers if not is_target_name(name)]
     if others:
         raise ConfigError(
             f"{lora.path}: {len(others)} layers can only be merged, first {others[0]}: use --lora_mode merge"

@@ -208,11 +208,11 @@ def test_dropout_acts_in_training_mode_only() -> None:
 def test_rank_dropout_draws_one_mask_per_sample() -> None:
     adapter = LoRAAdapter("layer", 16, 8, rank=8, alpha=8.0, seed=0)
     adapter.dropout = DropoutRates(rank_dropout=0.5)
-    kept = adapter._drop(torch.ones(3, 5, 8), (0, 1))
+    kept = adapter.drop_ranks(torch.ones(3, 5, 8), (0, 1))
     assert set(kept.unique().tolist()) == {0.0, 2.0}
     assert torch.equal(kept, kept[:, :1].expand_as(kept))
     assert not torch.equal(kept[0], kept[1])
-    flat = adapter._drop(torch.ones(5, 8), (0, 1))  # without a batch axis: one sample
+    flat = adapter.drop_ranks(torch.ones(5, 8), (0, 1))  # without a batch axis: one sample
     assert torch.equal(flat, flat[:1].expand_as(flat))
 
 

@@ -46,6 +46,19 @@ def test_the_lora_is_the_same_to_the_bit(
         assert lora_bytes(output / "lora.safetensors") == expected, saving
 
 
+def test_a_dora_is_the_same_to_the_bit_on_swapped_float8_weights(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    words = (*WHOLE, "--fp8_base", "--mixed_precision", "bf16", "--network_args", "use_dora=True")
+    outputs = []
+    for number, saving in enumerate(((), ("--blocks_to_swap", 2, "--gradient_checkpointing_cpu_offload"))):
+        train(*files, tmp_path / str(number), *words, *saving)
+        outputs.append(lora_bytes(tmp_path / str(number) / "lora.safetensors"))
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) % 3 == 0
+    assert any(name.endswith("lora_magnitude_vector") for name in outputs[0])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

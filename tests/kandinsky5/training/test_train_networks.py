@@ -16,13 +16,17 @@ from networks.lora_kandinsky import known_layer_names
 from tests.kandinsky5.training.training_runs import lora_bytes, metrics, train
 
 
-@pytest.mark.parametrize(("module", "key"), [("loha", "hada_w1_a"), ("lokr", "lokr_w1")])
-def test_loha_and_lokr_train_save_and_resume_to_the_same_bytes(
+@pytest.mark.parametrize(
+    ("module", "key"), [("loha", "hada_w1_a"), ("lokr", "lokr_w1"), ("lora_kandinsky", "dora_scale")]
+)
+def test_loha_lokr_and_dora_train_save_and_resume_to_the_same_bytes(
     module: str, key: str, dit: Path, dataset: Path, tmp_path: Path
 ) -> None:
     words = ("--network_module", f"musubi_tuner.networks.{module}", "--save_state")
     if module == "lokr":
         words = (*words, "--network_args", "factor=4")
+    if key == "dora_scale":
+        words = (*words, "--network_args", "use_dora=True", "--int8_base")
     train(dit, dataset, tmp_path / "whole", *words, "--max_train_steps", 4)
     train(dit, dataset, tmp_path / "parts", *words, "--max_train_steps", 2)
     train(dit, dataset, tmp_path / "parts", *words, "--max_train_steps", 4, "--resume", "auto")
@@ -51,6 +55,12 @@ def test_what_only_a_plain_lora_has_is_refused(words: tuple[str, ...]) -> None:
     base = ("--task", "k5-tiny-t2v", "--dataset_config", "d.toml", "--output_dir", "o", "--output_name", "n")
     with pytest.raises(ConfigError, match="not supported by --network_module"):
         parse_train([*base, "--network_module", "networks.loha", *words])
+    as_dora = [*base, *words, "--network_args", "use_dora=True"]
+    if "--scale_weight_norms" in words:
+        with pytest.raises(ConfigError, match=r"not supported by --network_module .* with use_dora"):
+            parse_train(as_dora)
+    else:
+        parse_train(as_dora)
 
 
 def test_a_lora_state_is_not_continued_as_lokr(
