@@ -23,7 +23,7 @@ _NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.E
 
 
 @contextmanager
-def atomic_writer(path: Path, *, makes_folder: bool = True) -> Iterator[BinaryIO]:
+def atomic_writer(path: Path, *, makes_folder: bool = True, replaces: bool = True) -> Iterator[BinaryIO]:
     """Yield a binary file that takes the name `path`, whole and on disk, when the block ends well.
 
     The file is written under a temporary name in the same folder, flushed, fsync'ed and renamed; its
@@ -31,6 +31,8 @@ def atomic_writer(path: Path, *, makes_folder: bool = True) -> Iterator[BinaryIO
 
     Args:
         makes_folder: make the folder if it is missing; else that is a FileNotFoundError.
+        replaces: an older file of that name is replaced; else that is a FileExistsError, even if another
+            process has made it in the meantime.
     """
     if makes_folder:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +43,10 @@ def atomic_writer(path: Path, *, makes_folder: bool = True) -> Iterator[BinaryIO
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(path)
+        if replaces:
+            temporary.replace(path)
+        else:
+            _rename_to_free(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -79,6 +84,27 @@ def open_own_file(path: Path) -> BinaryIO:
 def _foreign(path: Path, what: str) -> OSError:
     words = f"{what}, which this program did not make; remove it, or use another folder"
     return OSError(errno.EEXIST, words, str(path))
+
+
+def _rename_to_free(temporary: Path, path: Path) -> None:
+    """Rename a file to a name that nothing has, in one operation of the file system.
+
+    Raises:
+        FileExistsError: something has the name.
+    """
+    if os.name == "nt":  # a rename takes no name that is in use there
+        temporary.rename(path)
+        return
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: two processes could still meet here
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        temporary.replace(path)
+    else:
+        temporary.unlink()
 
 
 @contextmanager

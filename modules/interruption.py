@@ -18,6 +18,9 @@ _LAUNCHER_WORDS = ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")
 _STDERR = 2
 _ANSWER = b"\nasked to stop: the step is finished and saved first; asked again, the process ends at once\n"
 """Written without Python's streams, which may be in use when the signal comes."""
+_UNDER_LAUNCHER = (
+    b"saving; the prompt may return before this finishes, and a traceback is the launcher's own\n"
+)
 
 
 class Interrupted(Exception):
@@ -53,7 +56,7 @@ class StopRequest:
             raise SystemExit(128 + number)
         self.exit_code = 128 + number
         with suppress(OSError):  # no console, or one that has gone
-            os.write(_STDERR, _ANSWER)
+            os.write(_STDERR, _ANSWER if self._launcher is None else _ANSWER + _UNDER_LAUNCHER)
 
 
 @contextmanager

@@ -222,10 +222,17 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
     *,
     makes_folder: bool = True,
+    replaces: bool = True,
 ) -> None:
-    """Write a safetensors file as one whole file; equal content gives equal bytes."""
+    """Write a safetensors file as one whole file; equal content gives equal bytes.
+
+    Args:
+        makes_folder, replaces: see `atomic_writer`.
+    """
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_tensor_stream(path, layout, tensors.__getitem__, metadata, makes_folder=makes_folder)
+    write_tensor_stream(
+        path, layout, tensors.__getitem__, metadata, makes_folder=makes_folder, replaces=replaces
+    )
 
 
 def write_tensor_stream(
@@ -235,9 +242,10 @@ def write_tensor_stream(
     metadata: Mapping[str, str] | None = None,
     *,
     makes_folder: bool = True,
+    replaces: bool = True,
 ) -> None:
     """`write_tensors` for more than fits in memory: `read(name)` is called once per tensor, in file order."""
-    with atomic_writer(path, makes_folder=makes_folder) as stream:
+    with atomic_writer(path, makes_folder=makes_folder, replaces=replaces) as stream:
         stream.write(encode_header(layout, metadata))
         for name in file_order(layout):
             tensor = read(name)

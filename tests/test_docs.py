@@ -215,6 +215,13 @@ def test_example_commands_use_options_of_their_script(document: str, script: str
 # ------------------------------------------------------------------------------------------ links and files
 
 
+def test_training_commands_can_be_resumed() -> None:
+    training = [(document, words) for document, script, words in example_commands() if "_train_" in script]
+    named = [(document, words) for document, words in training if "--output_name" in words]
+    assert len(named) >= 4
+    assert not [document for document, words in named if "--save_state" not in words]
+
+
 def _slug(heading: str) -> str:
     """The anchor that GitHub gives a heading."""
     text = re.sub(r"[^\w\- ]", "", re.sub(r"`|\[|\]\([^)]*\)", "", heading).strip().lower())

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kandinsky5.configs.generate import GenerateConfig
-from kandinsky5.generation.outputs import OutputNames, keep_latents, write_outputs
+from kandinsky5.generation.outputs import (
+    UNFINISHED_ENDING,
+    WRITE_ERRORS,
+    Content,
+    OutputNames,
+    keep_latents,
+    write_outputs,
+    write_spare_latents,
+)
 from kandinsky5.generation.settings import latent_metadata, settings_metadata
 from kandinsky5.sampling.pipeline import decode_frames
 from kandinsky5.sampling.requests import VideoRequest
@@ -31,6 +40,8 @@ class Sampled:
     request: VideoRequest
     latents: Tensor
     """[1, 16, F, H, W] float32 on the CPU."""
+    copy: Path | None = None
+    """A file with the latents, until the clip is written."""
 
 
 class ClipWriter:
@@ -58,6 +69,17 @@ class ClipWriter:
             finished.popleft()
         return failures
 
+    def copied(self, sampled: Sampled) -> Sampled:
+        """Save the latents at once: whatever ends the process before the clip is written leaves them."""
+        paths = self._names.rescue_paths(sampled.request.seed)
+        metadata = self._latent_metadata(sampled.request)
+        try:
+            place = write_spare_latents(paths, UNFINISHED_ENDING, sampled.latents, metadata)
+        except WRITE_ERRORS as error:
+            log.warning("%s: a copy of the latents could not be saved: %s", paths.folder, error)
+            return sampled
+        return replace(sampled, copy=place)
+
     @contextmanager
     def keeping(self, finished: deque[Sampled]) -> Iterator[None]:
         """Save the latents of clips still in `finished` when the block ends, even by an error."""
@@ -69,27 +91,27 @@ class ClipWriter:
 
     def _keep(self, sampled: Sampled) -> str:
         paths = self._names.rescue_paths(sampled.request.seed)
-        return keep_latents(paths, sampled.latents, self._latent_metadata(sampled.request))
+        return keep_latents(paths, sampled.latents, self._latent_metadata(sampled.request), sampled.copy)
 
     def _write(self, vae: VideoVAE | None, sampled: Sampled) -> None:
         config, request = self._config, sampled.request
-        paths = self._names.paths(request.seed, request.num_frames)
         frames: np.ndarray | None = None
-        if vae is not None and paths.needs_pixels():
+        if vae is not None:
             try:
                 frames = decode_frames(vae, sampled.latents, tile_px=config.vae.tile_px)
             except ResourceError as error:
                 raise ResourceError([*error.problems, self._keep(sampled)]) from error
             frames = frames[: len(frames) - config.output.trim_tail_frames]
-        written = write_outputs(
-            paths,
+        content = Content(
             frames=frames,
             latents=sampled.latents,
             fps=config.output.fps,
             crf=config.output.crf,
             metadata=self._metadata(request),
             latent_metadata=self._latent_metadata(request),
+            copy=sampled.copy,
         )
+        written = write_outputs(lambda: self._names.paths(request.seed, request.num_frames), content)
         for path in written:
             log.info("wrote %s", path)
 

@@ -10,7 +10,7 @@ import torch
 from dataset.geometry import pixel_frame_count
 from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.generation.models import ModelLoader
-from kandinsky5.generation.outputs import OutputNames, read_latents, write_outputs
+from kandinsky5.generation.outputs import Content, OutputNames, read_latents, write_outputs
 from kandinsky5.model.precision import check_vae
 from kandinsky5.sampling.pipeline import decode_frames
 from kandinsky5.vae.video_vae import check_vae_file
@@ -40,13 +40,11 @@ def decode_saved_latents(config: GenerateConfig, path: Path, device: torch.devic
     problems = names.problems(num_frames)
     if problems:
         raise ConfigError(problems)
-    paths = names.paths(seed, num_frames)
-    if paths.latent is not None:
+    if config.output.output_type in {"both", "latent_images"}:
         log.info("the latent is in %s already and is not written again", path)
     vae = ModelLoader(config, (), device, None).vae()
     frames = decode_frames(vae, latents, tile_px=config.vae.tile_px)
-    written = write_outputs(
-        replace(paths, latent=None),  # it is there already
+    content = Content(
         frames=frames[: len(frames) - config.output.trim_tail_frames],
         latents=None,
         fps=config.output.fps,
@@ -54,5 +52,6 @@ def decode_saved_latents(config: GenerateConfig, path: Path, device: torch.devic
         metadata={} if config.output.no_metadata else metadata,
         latent_metadata={},
     )
+    written = write_outputs(lambda: replace(names.paths(seed, num_frames), latent=None), content)
     for result in written:
         log.info("wrote %s", result)

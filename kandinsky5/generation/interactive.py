@@ -117,7 +117,8 @@ def _make(session: GenerationSession, models: _LoadedModels, line: str) -> None:
             if request.image is None
             else encode_images(models.vae(), request, tile_px=session.config.vae.tile_px)
         )
-        finished = deque([session.sample(models.model(), ClipInputs(request, text, image))])
+        sampled = session.sample(models.model(), ClipInputs(request, text, image))
+        finished = deque([session.writer.copied(sampled)])
         with session.writer.keeping(finished):
             failures = session.writer.decode_all(models.vae, finished)
     raise_together(failures)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -33,8 +33,10 @@ log = get_logger(__name__)
 
 LATENT_KEY = "latent"
 _LATENT_ENDING = "_latent.safetensors"
+UNFINISHED_ENDING = "_unfinished.safetensors"
+"""Of the latents of a clip that is sampled and not yet written."""
 # What encoders, muxers and disks raise: after hours of sampling every one of them has to leave the frames.
-_WRITE_ERRORS = (av.FFmpegError, OSError, RuntimeError, ValueError, MemoryError)
+WRITE_ERRORS = (av.FFmpegError, OSError, RuntimeError, ValueError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,29 @@ class OutputPaths:
     frames: Path | None = None
     """A folder."""
     latent: Path | None = None
+    replaces: bool = False
+    """With --overwrite: what has one of the names is replaced."""
 
     def existing(self) -> list[Path]:
-        return [path for path in (self.video, self.image, self.frames, self.latent) if path and path.exists()]
+        return [
+            path for path in (self.video, self.image, self.frames, self.latent) if path and _is_taken(path)
+        ]
 
-    def needs_pixels(self) -> bool:
-        return self.video is not None or self.image is not None or self.frames is not None
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Content:
+    """What is written of one result."""
+
+    frames: np.ndarray | None
+    """uint8 [F, H, W, 3]; needed for everything but latents."""
+    latents: Tensor | None
+    """[1, 16, F, H, W]; needed for latent files."""
+    fps: int
+    crf: int
+    metadata: Mapping[str, str]
+    latent_metadata: Mapping[str, str]
+    copy: Path | None = None
+    """A file with the latents, which goes once they are in another one or not needed any more."""
 
 
 class OutputNames:
@@ -113,7 +132,9 @@ class OutputNames:
         stem = self._stem_for(seed)
         wanted = self._paths(stem, num_frames)
         may_replace = self._config.overwrite and self._stem is not None
-        if may_replace or not wanted.existing():
+        if may_replace:
+            return replace(wanted, replaces=True)
+        if not wanted.existing():
             return wanted
         for number in itertools.count(1):
             paths = self._paths(f"{stem}-{number}", num_frames)
@@ -152,42 +173,35 @@ class OutputNames:
         )
 
 
-def write_outputs(
-    paths: OutputPaths,
-    *,
-    frames: np.ndarray | None,
-    latents: Tensor | None,
-    fps: int,
-    crf: int,
-    metadata: Mapping[str, str],
-    latent_metadata: Mapping[str, str],
-) -> list[Path]:
-    """Write the files of `paths`; returns the paths written.
+def write_outputs(choose: Callable[[], OutputPaths], content: Content) -> list[Path]:
+    """Write the files of one result; returns the paths written.
 
     Args:
-        frames: uint8 [F, H, W, 3]; needed for everything but latents.
-        latents: [1, 16, F, H, W]; needed for latent files.
+        choose: gives names that are free. It is asked again where another process has taken one of them.
     Raises:
         ResourceError: something could not be written. The frames are then saved as PNG files (or, failing
             that, the latents), and the message says where.
     """
-    written: list[Path] = []
-    try:
-        if paths.latent is not None and latents is not None:
-            write_latents(paths.latent, latents, latent_metadata)
-            written.append(paths.latent)
-        if frames is not None:
-            written += _write_pixels(paths, frames, fps=fps, crf=crf, metadata=metadata)
-    except _WRITE_ERRORS as error:
-        target = paths.video or paths.image or paths.frames or paths.latent
-        kept = _rescue(paths, frames, latents, metadata, latent_metadata)
-        raise ResourceError(f"{target} could not be written: {error}\n{kept}") from error
-    return written
+    while True:
+        paths = choose()
+        written: list[Path] = []
+        try:
+            _write_files(paths, content, written)
+        except FileExistsError:
+            for path in written:  # of this result, and nobody has asked for them under this name
+                path.unlink()
+        except WRITE_ERRORS as error:
+            target = paths.video or paths.image or paths.frames or paths.latent
+            kept = _rescue(paths, content)
+            raise ResourceError(f"{target} could not be written: {error}\n{kept}") from error
+        else:
+            remove_copy(content.copy)
+            return written
 
 
-def write_latents(path: Path, latents: Tensor, metadata: Mapping[str, str]) -> None:
+def write_latents(path: Path, latents: Tensor, metadata: Mapping[str, str], *, replaces: bool = True) -> None:
     """Save sampled latents [1, 16, F, H, W] for decoding later, as [16, F, H, W] float32."""
-    write_tensors(path, {LATENT_KEY: latents[0].float()}, metadata)
+    write_tensors(path, {LATENT_KEY: latents[0].float()}, metadata, replaces=replaces)
 
 
 def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
@@ -208,58 +222,89 @@ def read_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
     return latents[None].float(), metadata
 
 
-def _write_pixels(
-    paths: OutputPaths, frames: np.ndarray, *, fps: int, crf: int, metadata: Mapping[str, str]
-) -> list[Path]:
-    written = []
+def _write_files(paths: OutputPaths, content: Content, written: list[Path]) -> None:
+    """Write the files in this order, each noted in `written` as soon as it is whole."""
+    frames, metadata, replaces = content.frames, content.metadata, paths.replaces
+    if paths.latent is not None and content.latents is not None:
+        write_latents(paths.latent, content.latents, content.latent_metadata, replaces=replaces)
+        written.append(paths.latent)
+    if frames is None:
+        return
     if paths.video is not None:
-        write_video(paths.video, frames, fps=fps, crf=crf, metadata=metadata)
+        fps, crf = content.fps, content.crf
+        write_video(paths.video, frames, fps=fps, crf=crf, metadata=metadata, replaces=replaces)
         written.append(paths.video)
     if paths.image is not None:
-        write_png(paths.image, frames[0], metadata)
+        write_png(paths.image, frames[0], metadata, replaces=replaces)
         written.append(paths.image)
     if paths.frames is not None:
         write_frames(paths.frames, frames, metadata)
         written.append(paths.frames)
-    return written
 
 
-def _rescue(
-    paths: OutputPaths,
-    frames: np.ndarray | None,
-    latents: Tensor | None,
-    metadata: Mapping[str, str],
-    latent_metadata: Mapping[str, str],
-) -> str:
+def _rescue(paths: OutputPaths, content: Content) -> str:
     """Save the result in another form, in another place if need be; returns what to tell the user."""
+    frames = content.frames
     if frames is not None:
         for folder in (paths.folder, Path(tempfile.gettempdir())):
             place = _free_path(folder, paths.stem, "_frames")
             try:
-                write_frames(place, frames, metadata)
-            except _WRITE_ERRORS as error:
+                write_frames(place, frames, content.metadata)
+            except WRITE_ERRORS as error:
                 log.warning("%s: keeping the frames there failed too: %s", folder, error)
             else:
+                remove_copy(content.copy)
                 return f"The {len(frames)} frames were kept as PNG files in {place}"
-    if latents is None:
+    if content.latents is None:
         return "Keeping the frames in another form failed as well"
-    return keep_latents(paths, latents, latent_metadata)
+    return keep_latents(paths, content.latents, content.latent_metadata, content.copy)
 
 
-def keep_latents(paths: OutputPaths, latents: Tensor, metadata: Mapping[str, str]) -> str:
-    """Save latents [1, 16, F, H, W] of a clip that was not written; returns a message."""
+def keep_latents(paths: OutputPaths, latents: Tensor, metadata: Mapping[str, str], copy: Path | None) -> str:
+    """Save latents [1, 16, F, H, W] of a clip that was not written, in place of `copy`; returns a message."""
     for folder in (paths.folder, Path(tempfile.gettempdir())):
-        place = _free_path(folder, paths.stem, _LATENT_ENDING)
         try:
-            write_latents(place, latents, metadata)
-        except _WRITE_ERRORS as error:
+            place = write_spare_latents(replace(paths, folder=folder), _LATENT_ENDING, latents, metadata)
+        except WRITE_ERRORS as error:
             log.warning("%s: keeping the latents there failed: %s", folder, error)
         else:
-            return f"The latents were kept in {place}; decode them with --latent_path"
-    return "Keeping the latents failed as well"
+            remove_copy(copy)
+            return _kept(place)
+    return "Keeping the latents failed as well" if copy is None else _kept(copy)
+
+
+def _kept(place: Path) -> str:
+    return f"The latents were kept in {place}; decode them with --latent_path"
+
+
+def remove_copy(copy: Path | None) -> None:
+    """Delete the copy of latents that are saved elsewhere, if there is one."""
+    if copy is not None:
+        copy.unlink(missing_ok=True)
+
+
+def write_spare_latents(
+    paths: OutputPaths, ending: str, latents: Tensor, metadata: Mapping[str, str]
+) -> Path:
+    """Save latents under the first free of <stem><ending>, <stem>-1<ending>, ...; returns that.
+
+    Raises:
+        OSError and others: they cannot be written.
+    """
+    while True:
+        place = _free_path(paths.folder, paths.stem, ending)
+        try:
+            write_latents(place, latents, metadata, replaces=False)
+        except FileExistsError:  # another process was faster
+            continue
+        return place
 
 
 def _free_path(folder: Path, stem: str, ending: str) -> Path:
     """The first of <stem><ending>, <stem>-1<ending>, ... that is not there: a rescue replaces nothing."""
     marks = ("" if number == 0 else f"-{number}" for number in itertools.count())
-    return next(path for mark in marks if not (path := folder / f"{stem}{mark}{ending}").exists())
+    return next(path for mark in marks if not _is_taken(path := folder / f"{stem}{mark}{ending}"))
+
+
+def _is_taken(path: Path) -> bool:
+    return path.exists() or path.is_symlink()  # a link that leads nowhere too

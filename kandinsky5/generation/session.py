@@ -240,7 +240,7 @@ class GenerationSession:
             if len(clips) > 1:
                 log.info("%d of %d: %s", number, len(clips), request.prompt)
             try:
-                finished.append(self.sample(model, clip))
+                finished.append(self.writer.copied(self.sample(model, clip)))
             except (DivergedError, ResourceError) as error:  # the others may well come out
                 where = f"{request.where}: " if request.where else ""
                 failures.append(type(error)([f"{where}{line}" for line in error.problems]))

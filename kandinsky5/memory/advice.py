@@ -41,7 +41,6 @@ def out_of_memory_message(
         lines.append("What helps most:")
         lines += [f"  {words}: {size_text(saved)} less" for words, saved in helpers]
     lines.append("Fewer frames or a smaller resolution in the dataset file help in any case.")
-    lines.append("Earlier states are kept; continue with --resume auto.")
     return "\n".join(lines)
 
 

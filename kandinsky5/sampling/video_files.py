@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from fractions import Fraction
@@ -47,6 +49,7 @@ def write_video(
     fps: int | Fraction,
     crf: int = DEFAULT_CRF,
     metadata: Mapping[str, str] | None = None,
+    replaces: bool = True,
 ) -> None:
     """Write an .mp4: H.264, yuv420p, BT.709 with limited range, which every player supports.
 
@@ -54,12 +57,16 @@ def write_video(
         frames: uint8 [F, H, W, 3], even sides.
         crf: constant quality, 0 (lossless) to 51.
         metadata: stored as JSON in the file's comment.
+        replaces: see `atomic_writer`.
     Raises:
         av.FFmpegError, OSError: the encoder or the disk failed; no file is left.
     """
     # bitexact keeps the library's version out of the file, faststart lets players begin before the end.
     options = {"movflags": "faststart", "fflags": "+bitexact"}
-    with atomic_writer(path) as stream, av.open(stream, "w", format="mp4", options=options) as container:
+    with (
+        atomic_writer(path, replaces=replaces) as stream,
+        av.open(stream, "w", format="mp4", options=options) as container,
+    ):
         if metadata:
             container.metadata["comment"] = json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True)
         video = container.add_stream(
@@ -84,12 +91,14 @@ def write_video(
         container.mux(video.encode(None))
 
 
-def write_png(path: Path, pixels: np.ndarray, metadata: Mapping[str, str] | None = None) -> None:
+def write_png(
+    path: Path, pixels: np.ndarray, metadata: Mapping[str, str] | None = None, *, replaces: bool = True
+) -> None:
     """Write one image; pixels uint8 [H, W, 3], metadata as text entries."""
     info = PngInfo()
     for key in sorted(metadata or {}):
         info.add_itxt(key, (metadata or {})[key])
-    with atomic_writer(path) as stream:
+    with atomic_writer(path, replaces=replaces) as stream:
         Image.fromarray(pixels).save(stream, format="png", pnginfo=info)
 
 
@@ -97,7 +106,8 @@ def write_frames(folder: Path, frames: np.ndarray, metadata: Mapping[str, str] |
     """Write frames uint8 [F, H, W, 3] as 00000.png, 00001.png, ... into a new folder, visible once complete.
 
     Raises:
-        OSError: the disk failed, or something of that name is there; nothing new is left.
+        FileExistsError: something of that name is there.
+        OSError: the disk failed; nothing new is left.
     """
     names = [f"{index:05d}.png" for index in range(len(frames))]
     building = folder.parent / temporary_name(_FRAMES_PREFIX)
@@ -105,12 +115,22 @@ def write_frames(folder: Path, frames: np.ndarray, metadata: Mapping[str, str] |
     try:
         for name, pixels in zip(names, frames, strict=True):
             write_png(building / name, pixels, metadata)
-        building.rename(folder)
+        _rename_folder(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
     sync_folder(folder.parent)
     return [folder / name for name in names]
+
+
+def _rename_folder(building: Path, folder: Path) -> None:
+    try:
+        building.rename(folder)
+    except OSError as error:
+        # A folder takes the place of an empty one alone; systems differ in what they raise.
+        if folder.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder)) from error
+        raise
 
 
 def remove_leftover_frames(folder: Path) -> None:

@@ -19,6 +19,7 @@ from kandinsky5.model.offload import max_blocks_to_swap
 from kandinsky5.tasks import TASKS, Task
 from kandinsky5.training.results.names import ResultNames
 from kandinsky5.training.results.ownership import delete_result, find_results, maker
+from kandinsky5.training.results.state import list_states
 from kandinsky5.training.samples import sample_model_problems
 from kandinsky5.training.tracking.trackers import check_trackers
 from modules.attention_backends import check_attention_backend
@@ -27,6 +28,7 @@ from modules.files import check_folder_unwritten, make_writable_folder
 from modules.locks import sole_user
 from modules.logs import get_logger
 from modules.lr_schedules import SCHEDULE_NAMES
+from modules.messages import counted
 from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
 from networks.lora_types import parse_network_args
 
@@ -116,7 +118,7 @@ def check_output(config: TrainConfig, *, is_resuming: bool) -> tuple[Path, ...]:
     """Check the output folder for results of the same name, without writing.
 
     Raises:
-        ConfigError: such results exist and neither `--overwrite` nor `--resume` is given, other files
+        ConfigError: such results exist, and there is neither a state to resume nor `--overwrite`; other files
             block the name, or both folders are the same.
     """
     saving = config.saving
@@ -136,9 +138,19 @@ def check_output(config: TrainConfig, *, is_resuming: bool) -> tuple[Path, ...]:
         )
     existing = found.own
     if existing and not is_resuming and not saving.overwrite:
+        newest = [path for path in existing if path.is_file()][-1:]
+        if list_states(saving.output_dir, saving.output_name):
+            others = "continue with --resume auto"
+        elif newest:
+            others = f"train on from the last LoRA with --network_weights {newest[0]} under another name"
+        else:
+            others = "move them away"
+        what = (
+            "none of them a state to resume" if config.run.resume is not None else f"first {existing[0].name}"
+        )
         raise ConfigError(
-            f"--output_dir {saving.output_dir} holds {len(existing)} results named {saving.output_name}, "
-            f"first {existing[0].name}. Choose another --output_name, continue with --resume auto, "
+            f"--output_dir {saving.output_dir} holds {counted(len(existing), 'result')} named "
+            f"{saving.output_name}, {what}. Choose another --output_name, {others}, "
             "or replace them with --overwrite."
         )
     return existing
@@ -165,7 +177,7 @@ def prepare_output(config: TrainConfig, held: ExitStack, *, is_resuming: bool) -
     Args:
         held: takes the lock on the output name.
     Raises:
-        ConfigError: there are results, and neither `--overwrite` nor `--resume` is given.
+        ConfigError: see `check_output`.
         ResourceError: the folder cannot be made or written, or another run of this name is active.
     """
     saving = config.saving

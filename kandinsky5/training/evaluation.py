@@ -92,4 +92,4 @@ def _validation_checks(run: PreparedRun, model: TrainedModel) -> ValidationCheck
         objective = model.objective(is_local=True)
         validation = Validation(run.validation_data, objective, model.network, model_settings=settings)
     names = ResultNames(config.saving.output_dir, config.saving.output_name)
-    return ValidationChecks(config.data, validation, names.validation_plot)
+    return ValidationChecks(config.data, validation, names)

@@ -22,10 +22,10 @@ from kandinsky5.training.dry_build import check_dry_build
 from kandinsky5.training.loss.timesteps import rarity_warning
 from kandinsky5.training.plan import TrainingLength
 from kandinsky5.training.results.hub import HubUploads
-from kandinsky5.training.results.names import RESUME_HINT, ResultNames
+from kandinsky5.training.results.names import ResultNames
 from kandinsky5.training.results.run_mark import RunMark, mark_run
 from kandinsky5.training.results.saved_config import shareable_options, write_config
-from kandinsky5.training.results.state import SavedState, remove_leftover_states
+from kandinsky5.training.results.state import SavedState, how_to_continue, remove_leftover_states
 from kandinsky5.training.resume import (
     branch_of,
     check_resumed,
@@ -86,7 +86,9 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
     device, is_main = accelerator.device, accelerator.is_main_process
     _check_device(config, device)
     if is_main:
-        _take_output(config, held)
+        _take_output(config, held, is_resuming=saved is not None)
+        if config.run.resume is not None and saved is None:
+            log.info("--resume %s: no state found, starting at step 0", config.run.resume)
         train_checks.log_notes(config, accelerator.num_processes, device)
     uploads = _open_uploads(config, stop) if is_main else None
     accelerator.wait_for_everyone()
@@ -110,7 +112,7 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
     mark = mark_run(config.tracking.log_prefix, saved.run if saved else None, branch)
     trackers: Sequence[Tracker] = ()
     if is_main:
-        _write_options(config, seed, length, device)
+        _write_options(config, seed, length, device, is_resuming=saved is not None)
         # Before a model is loaded: a key or a connection may be missing.
         trackers = open_trackers(config, mark, start_step=saved.run.step if saved else 0)
     return PreparedRun(
@@ -142,9 +144,8 @@ def _open_uploads(config: TrainConfig, stop: StopRequest) -> HubUploads | None:
     return HubUploads(config.hub, stop) if is_used else None
 
 
-def _take_output(config: TrainConfig, held: ExitStack) -> None:
+def _take_output(config: TrainConfig, held: ExitStack, *, is_resuming: bool) -> None:
     """Lock the output folder for this run; a dry run only checks that it could be written."""
-    is_resuming = config.run.resume is not None
     if config.run.dry_run:
         train_checks.check_output_unwritten(config, is_resuming=is_resuming)
         return
@@ -210,16 +211,18 @@ def _describe(
         print_report(train_memory.dry_run_report(config, data, accelerator))
 
 
-def _write_options(config: TrainConfig, seed: int, length: TrainingLength, device: torch.device) -> None:
+def _write_options(
+    config: TrainConfig, seed: int, length: TrainingLength, device: torch.device, *, is_resuming: bool
+) -> None:
     """Replace what `--overwrite` allows, and leave the options of the run in its folder."""
-    train_checks.remove_replaced(config, is_resuming=config.run.resume is not None)
+    train_checks.remove_replaced(config, is_resuming=is_resuming)
     if config.tracking.log_config:
         log.info("options: %s", shareable_options(config))
     resolved = {"seed": seed, **train_setup.resolved_precision(config.model, device)}
     if config.run.max_train_epochs is None:
         resolved["max_train_steps"] = length.total_steps
     settings = ResultNames(config.saving.output_dir, config.saving.output_name).config
-    with disk_errors(settings, RESUME_HINT):
+    with disk_errors(settings, how_to_continue(config.saving.output_dir, config.saving.output_name)):
         write_config(settings, config, resolved)
 
 

@@ -13,6 +13,7 @@ from kandinsky5.training.results.saved_config import shareable_options
 from kandinsky5.training.results.state import SavedState, TrainingState
 from kandinsky5.training.resume import library_versions, network_identity
 from modules.optimizers import describe_optimizer
+from networks.lora_files import alpha_settings
 
 
 @dataclass(slots=True)
@@ -69,6 +70,7 @@ def starting_state(run: PreparedRun, model: TrainedModel) -> TrainingState:
         num_processes=length.num_processes,
         data_order=data_order_hash(run.data),
         network=network_identity(model.network),
+        lora_settings=alpha_settings(model.network),
         optimizer=describe_optimizer(model.optimizer, config.optimizer.optimizer_args),
         learning_rate=config.optimizer.learning_rate,
         session_id=run.mark.session_id,

@@ -8,8 +8,8 @@ from pathlib import Path
 from kandinsky5.training.loading import TrainedModel
 from kandinsky5.training.preparation import PreparedRun
 from kandinsky5.training.results.metadata import LoraFacts, lora_metadata
-from kandinsky5.training.results.names import RESUME_HINT, average_path
-from kandinsky5.training.results.state import TrainingState, write_state
+from kandinsky5.training.results.names import average_path
+from kandinsky5.training.results.state import TrainingState, how_to_continue, write_state
 from kandinsky5.training.setup import has_schedule_state, schedule_settings
 from modules.dtypes import dtype_from_word, dtype_name
 from modules.errors import DivergedError
@@ -58,7 +58,7 @@ class ResultWriter:
         """
         model = self._model
         keeps_schedule = model.schedule is not None and has_schedule_state(self._config.optimizer)
-        with disk_errors(folder, RESUME_HINT):
+        with disk_errors(folder, self._hint):
             write_state(
                 folder,
                 run,
@@ -74,7 +74,7 @@ class ResultWriter:
 
     def _save_lora(self, path: Path, metadata: Mapping[str, str]) -> None:
         saving = self._config.saving
-        with disk_errors(path, RESUME_HINT):
+        with disk_errors(path, self._hint):
             save_lora(
                 self._model.network,
                 path,
@@ -86,13 +86,17 @@ class ResultWriter:
         if self._uploads is not None:
             self._uploads.add_lora(path)
 
+    @property
+    def _hint(self) -> str:
+        return how_to_continue(self._config.saving.output_dir, self._config.saving.output_name)
+
     def _check_finite(self, path: Path) -> None:
         """A weight that is not finite must not replace a good file."""
         bad = self._model.non_finite_weights()
         if bad:
             raise DivergedError(
                 f"{len(bad)} trained tensors are not finite, first {bad[0]}: {path.name} is not written. "
-                "Earlier files are as they were; continue with --resume auto and a lower --learning_rate."
+                f"Lower --learning_rate and {self._hint}."
             )
 
 

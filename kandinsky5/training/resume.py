@@ -71,13 +71,18 @@ def resumed_state(config: TrainConfig) -> SavedState | None:
 
 
 def without_replaced_weights(config: TrainConfig, saved: SavedState | None) -> TrainConfig:
-    """The options without a `--network_weights` that is gone: the weights of the state take its place.
+    """The options with the weights of the state in place of `--network_weights`, which may be gone.
 
     Raises:
-        ModelFileError: the ranks are to be taken from it.
+        ModelFileError: it is gone, ranks are to be taken from it, and the state is of an earlier version,
+            which did not record them.
     """
     weights = config.network.network_weights
-    if saved is None or weights is None or weights.exists():
+    if saved is None or weights is None:
+        return config
+    if config.network.dim_from_weights and saved.run.lora_settings:
+        return replace(config, network=replace(config.network, network_weights=saved.lora_path))
+    if weights.exists():
         return config
     if config.network.dim_from_weights:
         raise ModelFileError(
@@ -112,24 +117,29 @@ def branch_of(config: TrainConfig, saved: SavedState | None) -> int:
 
 
 def resolve_total_steps(requested: int | None, saved: SavedState | None) -> int:
-    """A resumed run ends where the first one would have; only a larger number that is given moves the end.
+    """A resumed run ends where the first one would have, unless a number is given.
 
     Args:
         requested: steps by `--max_train_steps` or `--max_train_epochs`; None without them.
+    Raises:
+        ConfigError: the run is past the end that is given.
     """
     if saved is None:
         return DEFAULT_TRAIN_STEPS if requested is None else requested
     original = saved.run.total_steps
     if requested is None:
         return original
-    if requested > original:
+    if requested < saved.run.step:
+        raise ConfigError(
+            f"--resume {saved.folder.name}: is at step {saved.run.step} already, and the run is to end at "
+            f"step {requested} by --max_train_steps or --max_train_epochs. Resume an earlier state."
+        )
+    if requested != original:
         log.info(
-            "resuming: the end moves from step %d to %d and the learning-rate schedule is stretched",
+            "resuming: the end moves from step %d to %d and the learning-rate schedule with it",
             original, requested,
         )  # fmt: skip
-    elif requested < original:
-        log.info("resuming: the run still ends at its original step %d, not %d", original, requested)
-    return max(requested, original)
+    return requested
 
 
 def check_resumed(

@@ -35,7 +35,7 @@ from kandinsky5.training.progress import Progress, starting_state
 from kandinsky5.training.result_writer import ResultWriter
 from kandinsky5.training.results.hub import HubUploads
 from kandinsky5.training.results.names import ResultNames
-from kandinsky5.training.results.state import TrainingState
+from kandinsky5.training.results.state import TrainingState, how_to_continue
 from kandinsky5.training.step_values import LocalStep, StepReport, gather_step
 from kandinsky5.training.training_log import TrainingLog
 from kandinsky5.training.validation.prediction_change import PredictionChange
@@ -134,7 +134,10 @@ class Trainer:
             step_plans = [micro.plan for micro in plans.step(self.progress.step).micro_batches]
             batch = largest_batch(self.data, step_plans, self.planner.text_tokens)
             where = f"step {self.progress.step + 1}"
-            raise ResourceError(out_of_memory_message(self.planner, batch, where, error)) from error
+            saving = self.config.saving
+            then = f"Then {how_to_continue(saving.output_dir, saving.output_name)}."
+            message = out_of_memory_message(self.planner, batch, where, error)
+            raise ResourceError(f"{message}\n{then}") from error
         finally:
             batches.close()
             self.run_log.close(is_failed=sys.exception() is not None)

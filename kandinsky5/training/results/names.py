@@ -11,8 +11,6 @@ from kandinsky5.configs.train import SavingConfig
 
 Unit = Literal["epoch", "step"]
 
-RESUME_HINT = "continue with --resume auto; earlier files are as they were"
-"""What to do once the disk takes a result again, as the end of a sentence."""
 _LORA_END, _STATE_END, _AVERAGE_END = ".safetensors", "-state", "-ema.safetensors"
 _POSITION = re.compile(r"-([0-9]{6}|[1-9][0-9]{6,}|step([0-9]{8}|[1-9][0-9]{8,}))")
 """What `ResultNames` puts behind the name of a run, and nothing like it: `-2` may end another run's name."""

@@ -14,6 +14,7 @@ replaces another needs two renames; the older one waits under `.k5old-...-<name>
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -31,13 +32,15 @@ from modules.leftovers import find_leftovers, machine_mark, temporary_name
 from modules.logs import get_logger
 from modules.parsing import parse_json
 from modules.tensor_files import read_tensors, write_tensors
+from networks.lora_scales import PEFT_METADATA
 
 log = get_logger(__name__)
 
 FORMAT_VERSION = 1
 _TEMPORARY_PREFIX = ".k5state-"
 _OLD_PREFIX = ".k5old-"
-_REQUIRED = ("lora.safetensors", "optimizer.pt", "state.json")
+_LORA = "lora.safetensors"
+_REQUIRED = (_LORA, "optimizer.pt", "state.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,8 @@ class TrainingState:
     """Rank, alpha and a hash of the trained layers and their shapes."""
     optimizer: str
     learning_rate: float
+    lora_settings: Mapping[str, Any] = field(default_factory=dict)
+    """PEFT's settings of its LoRA file, with the alphas; earlier versions had none."""
     skipped_steps: int = 0
     """Consecutive steps whose numbers were not finite."""
     recent_losses: tuple[float, ...] = ()
@@ -119,6 +124,10 @@ class SavedState:
     scheduler: dict[str, Any] | None
     average: Mapping[str, Tensor] | None = None
 
+    @property
+    def lora_path(self) -> Path:
+        return self.folder / _LORA
+
 
 def write_state(
     folder: Path,
@@ -139,7 +148,8 @@ def write_state(
     names = [*_REQUIRED]
     try:
         tensors = {name: tensor.float() for name, tensor in lora.items()}
-        write_tensors(building / "lora.safetensors", tensors, makes_folder=False)
+        header = {PEFT_METADATA: json.dumps(run.lora_settings, sort_keys=True)} if run.lora_settings else None
+        write_tensors(building / _LORA, tensors, header, makes_folder=False)
         _write_torch(building / "optimizer.pt", optimizer)
         if scheduler is not None:
             names.append("scheduler.pt")
@@ -243,13 +253,13 @@ def read_state(folder: Path) -> SavedState:
         )
     problem = state_problem(folder)
     if problem:
-        raise DataError(f"--resume {folder}: {problem}. Use another state, or --resume auto.")
+        raise DataError(f"--resume {folder}: {problem}. Use another state.")
     run = _read_run(folder / "state.json")
     scheduler, average = folder / "scheduler.pt", folder / "ema.safetensors"
     return SavedState(
         folder,
         run,
-        read_tensors(folder / "lora.safetensors")[0],
+        read_tensors(folder / _LORA)[0],
         _read_torch(folder / "optimizer.pt"),
         _read_torch(scheduler) if scheduler.is_file() else None,
         read_tensors(average)[0] if average.is_file() else None,
@@ -296,6 +306,13 @@ def find_state(output_dir: Path, output_name: str, resume: str) -> Path | None:
     if broken:
         raise DataError(f"--resume auto: no state in {output_dir} is complete: {', '.join(broken)}")
     return None
+
+
+def how_to_continue(output_dir: Path, output_name: str) -> str:
+    """What a user can do after a failure, as the end of a sentence: resume, if there is a state."""
+    if list_states(output_dir, output_name):
+        return "continue with --resume auto; earlier files are as they were"
+    return "start again; earlier files are as they were, and with --save_state the run could be continued"
 
 
 def list_states(output_dir: Path, output_name: str) -> list[tuple[Path, StateMark | None]]:

@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from kandinsky5.configs.train import DataConfig, SavingConfig, TrainConfig
+from kandinsky5.training.results.names import ResultNames
+from kandinsky5.training.results.state import how_to_continue
 from kandinsky5.training.tracking.metrics import FILE_NAME, Metrics, read_records
 from kandinsky5.training.validation.measure import Validation
 from kandinsky5.training.validation.plot import write_validation_plot
@@ -47,8 +48,8 @@ def was_measured(saving: SavingConfig, step: int) -> bool:
 class ValidationChecks:
     """The checks of one run, on its main process; none at all without a dataset to measure."""
 
-    def __init__(self, config: DataConfig, validation: Validation | None, plot: Path) -> None:
-        self._config, self._validation, self._plot = config, validation, plot
+    def __init__(self, config: DataConfig, validation: Validation | None, names: ResultNames) -> None:
+        self._config, self._validation, self._names = config, validation, names
         self._has_begun = False
 
     def is_due(self, step: int, ended_epoch: int | None, *, is_end: bool) -> bool:
@@ -92,8 +93,8 @@ class ValidationChecks:
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"out of device memory while validating after step {step}: {str(error).splitlines()[0]}\n"
-                "What was trained is saved. Validate on smaller or shorter clips, in smaller batches, or not "
-                "at all, and go on with --resume auto."
+                "Validate on smaller or shorter clips, in smaller batches, or not at all; then "
+                f"{how_to_continue(self._names.output_dir, self._names.output_name)}."
             ) from error
         metrics.write(KIND, step, values)
         metrics.scalars(step, _curves(values))
@@ -102,7 +103,7 @@ class ValidationChecks:
             "step %d: validation loss %.5f with the LoRA, %.5f without (%s); by timestep %s",
             step, values["loss"], values["base_loss"], f"{_change(values):+.2%}", ", ".join(parts),
         )  # fmt: skip
-        metrics.draw(self._plot, KIND, write_validation_plot)
+        metrics.draw(self._names.validation_plot, KIND, write_validation_plot)
 
 
 def _change(values: Mapping[str, Any]) -> float:

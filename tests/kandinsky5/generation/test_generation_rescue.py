@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ import kandinsky5.generation.outputs as outputs
 import kandinsky5.generation.session as generation
 import kandinsky5.sampling.video_files as video_files
 from modules.errors import ResourceError
+from modules.files import atomic_writer
 from modules.leftovers import temporary_name
 from modules.tensor_files import read_header, read_tensors, write_tensors
 from tests.kandinsky5.generation.generation_kit import Generate, latents_of, refused
@@ -219,6 +221,90 @@ def test_a_signal_keeps_what_is_sampled_and_ends_with_its_code(
     assert code == 128 + number, messages
     assert names_in(tmp_path / "out") == expected
     assert "Traceback" not in messages
+
+
+@on_posix
+@pytest.mark.parametrize(
+    ("place", "call", "expected"),
+    [
+        ("sample_latents", 3, ["1_unfinished.safetensors", "2_unfinished.safetensors"]),
+        ("decode_frames", 2, ["1.mp4", "2_unfinished.safetensors", "3_unfinished.safetensors"]),
+    ],
+)
+def test_a_process_that_is_killed_leaves_the_latents_of_what_it_has_sampled(
+    run: Generate, tmp_path: Path, prompts: Path, place: str, call: int, expected: list[str]
+) -> None:
+    words = ("--from_file", prompts, "--output", "out", *QUICK)
+    signalled(run, tmp_path / "log.txt", place, call, signal.SIGKILL, *words)
+    assert names_in(tmp_path / "out") == expected
+    run(
+        "--latent_path",
+        next((tmp_path / "out").glob("*_2_unfinished.safetensors")),
+        "--output",
+        "late.mp4",
+        size=(),
+    )
+    assert (tmp_path / "late.mp4").is_file()
+
+
+def test_a_copy_that_cannot_be_saved_costs_nothing(
+    run: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(clips, "write_spare_latents", raising(OSError(28, "No space left on device")))
+    run("--prompt", "x", "--output", "out/x.mp4", *QUICK)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.mp4"]
+    assert "a copy of the latents could not be saved" in said.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "output", "taken", "written"),
+    [
+        ("video", "x.mp4", "x.mp4", ["x-1.mp4"]),
+        ("video", "x.png", "x.png", ["x-1.png"]),
+        ("both", "x.mp4", "x.mp4", ["x-1.mp4", "x-1_latent.safetensors"]),
+        ("latent", "x", "x_latent.safetensors", ["x-1_latent.safetensors"]),
+        ("images", "x", "x", ["x-1"]),
+    ],
+)
+def test_of_two_generations_into_one_name_at_once_the_second_takes_the_next(
+    run: Generate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    output: str,
+    taken: str,
+    written: list[str],
+) -> None:
+    folder = tmp_path / "out"
+
+    def take() -> None:
+        """What the other process does between the choice of a name and the end of the writing."""
+        if kind == "images":
+            (folder / taken).mkdir()
+            (folder / taken / "00000.png").write_bytes(b"other")
+        else:
+            (folder / taken).write_bytes(b"other")
+
+    monkeypatch.setattr(outputs, "_write_files", at_call(1, outputs._write_files, take))
+    frames = ("--frames", 1) if output.endswith(".png") else ()
+    run("--prompt", "x", "--output", folder / output, "--output_type", kind, *frames, *QUICK)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([taken, *written])
+    other = folder / taken
+    assert (other / "00000.png" if other.is_dir() else other).read_bytes() == b"other"
+
+
+def test_a_free_name_is_taken_by_one_writer_alone(tmp_path: Path) -> None:
+    def write(number: int) -> bool:
+        try:
+            with atomic_writer(tmp_path / "x", replaces=False) as stream:
+                stream.write(str(number).encode())
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(write, range(64))) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 @on_posix

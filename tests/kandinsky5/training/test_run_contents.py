@@ -123,9 +123,7 @@ def test_epochs_that_are_counted_anew_overwrite_no_file_of_the_earlier_part(
     assert (output / "lora-000002.safetensors").is_file()
 
 
-def test_a_resumed_run_does_not_need_the_weights_it_began_with(
-    dit: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resumed_run_does_not_need_the_weights_it_began_with(dit: Path, data: Path, tmp_path: Path) -> None:
     train(dit, data, tmp_path / "first", "--max_train_steps", 1)
     weights = (tmp_path / "first/lora.safetensors").rename(tmp_path / "begin.safetensors")
     words = ("--network_weights", weights, "--save_state")
@@ -135,7 +133,5 @@ def test_a_resumed_run_does_not_need_the_weights_it_began_with(
     train(dit, data, tmp_path / "with", *words, "--max_train_steps", 2)
     weights.unlink()
     assert exit_code(dit, data, tmp_path / "new", *words) == 4
-    assert exit_code(dit, data, tmp_path / "out", *words, "--dim_from_weights") == 4
-    assert "A LoRA that this run has saved has the same" in capsys.readouterr().err
     train(dit, data, tmp_path / "out", *words, "--max_train_steps", 2)
     assert lora_bytes(tmp_path / "out/lora.safetensors") == lora_bytes(tmp_path / "with/lora.safetensors")

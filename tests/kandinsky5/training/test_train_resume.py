@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+import torch
 
 from kandinsky5.configs.train import DEFAULT_TRAIN_STEPS
 from kandinsky5.training import control
@@ -27,7 +28,11 @@ from kandinsky5.training.resume import resolve_total_steps
 from modules import files
 from modules.errors import DataError, ModelFileError
 from modules.leftovers import machine_mark
+from networks.lora import inject
+from networks.lora_files import read_lora, save_lora
+from networks.lora_kandinsky import known_layer_names
 from tests.kandinsky5.training.training_runs import SMALLER, exit_code, lora_bytes, metrics, train
+from tests.tiny import tiny_dit
 
 
 def test_resuming_a_finished_run_does_nothing_and_more_steps_continue_it(
@@ -254,3 +259,79 @@ def test_files_that_a_kill_left_beyond_their_time_go_at_the_next_start(
     assert sorted(kept) == [
         f"lora-step{step:08d}{end}" for step in (3, 4) for end in ("-state", ".safetensors")
     ]
+
+
+def test_resume_auto_without_a_state_keeps_finished_results_and_offers_what_is_possible(
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO"):
+        train(dit, dataset, tmp_path, "--max_train_steps", 1, "--resume", "auto")
+    assert "--resume auto: no state found, starting at step 0" in caplog.text
+    before = (tmp_path / "lora.safetensors").read_bytes()
+    words = ("--max_train_steps", 2, "--learning_rate", 5e-3)
+    for resume in ((), ("--resume", "auto")):
+        assert exit_code(dit, dataset, tmp_path, *words, *resume) == 2
+        said = capsys.readouterr().err
+        assert "--network_weights" in said
+        assert "--overwrite" in said
+        assert "continue with --resume auto" not in said
+    assert (tmp_path / "lora.safetensors").read_bytes() == before
+    train(dit, dataset, tmp_path, *words, "--save_state", "--resume", "auto", "--overwrite")
+    assert [record["step"] for record in metrics(tmp_path, "step")] == [1, 2]
+    assert (tmp_path / "lora.safetensors").read_bytes() != before
+    capsys.readouterr()
+    assert exit_code(dit, dataset, tmp_path, *words) == 2
+    assert "continue with --resume auto" in capsys.readouterr().err  # now there is a state
+
+
+def test_a_length_that_is_given_moves_the_end_of_a_resumed_run_both_ways(
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = ("--save_state", "--save_every_n_steps", 1, "--lr_scheduler", "linear")
+    train(dit, dataset, tmp_path, "--max_train_steps", 8, *words)
+    (tmp_path / "lora.safetensors").unlink()
+    for number in range(3, 9):
+        shutil.rmtree(tmp_path / f"lora-step{number:08d}-state")
+    shutil.rmtree(tmp_path / "lora-state")
+    with caplog.at_level("INFO"):
+        train(dit, dataset, tmp_path, "--max_train_steps", 3, *words, "--resume", "auto")
+    assert "the end moves from step 8 to 3" in caplog.text
+    assert [record["step"] for record in metrics(tmp_path, "step")][-1] == 3
+    assert (tmp_path / "lora.safetensors").is_file()
+    assert exit_code(dit, dataset, tmp_path, "--max_train_steps", 2, *words, "--resume", "auto") == 2
+    assert "is at step 3 already, and the run is to end at step 2" in capsys.readouterr().err
+    train(dit, dataset, tmp_path, *words, "--resume", "auto")  # no number: the end that was planned last
+    assert [record["step"] for record in metrics(tmp_path, "step")][-1] == 3
+
+
+def test_a_run_that_took_its_ranks_from_a_file_is_resumed_without_the_file(
+    dit: Path, dataset: Path, tmp_path: Path
+) -> None:
+    mixed = inject(
+        tiny_dit(num_text_blocks=1, num_visual_blocks=1),
+        [f"visual_transformer_blocks.0.self_attention.{name}" for name in ("to_query", "to_key")],
+        rank={
+            f"visual_transformer_blocks.0.self_attention.{n}": r for n, r in (("to_query", 2), ("to_key", 6))
+        },
+        alpha=3.0,
+        seed=0,
+    )
+    start = tmp_path / "start.safetensors"
+    save_lora(mixed, start, lora_format="kohya", save_precision=torch.float32)
+    words = ("--network_weights", start, "--dim_from_weights", "--save_state")
+    train(dit, dataset, tmp_path / "whole", "--max_train_steps", 4, *words)
+    train(dit, dataset, tmp_path / "parts", "--max_train_steps", 2, *words)
+    start.unlink()
+    train(dit, dataset, tmp_path / "parts", "--max_train_steps", 4, *words, "--resume", "auto")
+    whole, parts = (lora_bytes(tmp_path / name / "lora.safetensors") for name in ("whole", "parts"))
+    assert whole == parts
+    layers = read_lora(tmp_path / "parts" / "lora-state", known_layer_names()).layers
+    assert sorted((factors.rank, factors.scale) for factors in layers.values()) == [(2, 1.5), (6, 0.5)]
