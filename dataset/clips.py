@@ -17,16 +17,11 @@ import numpy as np
 
 from dataset.buckets import Size, bucket_sizes, choose_bucket, nabla_size
 from dataset.cache.names import LATENT_SUFFIX, image_cache_name, video_cache_name
+from dataset.clip_notes import SourceFacts, plan_notes
 from dataset.config.config import AnyDatasetConfig, ImageDatasetConfig, VideoDatasetConfig
-from dataset.geometry import FPS, PIXEL_STEP, round_frames
+from dataset.geometry import PIXEL_STEP
 from dataset.media.frame_folders import frame_paths
-from dataset.media.frames import (
-    are_even,
-    cut_frames,
-    fps_rules,
-    resample_by_time,
-    resample_even,
-)
+from dataset.media.frames import cut_frames, fps_rules
 from dataset.media.masks import PlannedMask, plan_mask
 from dataset.media.media import (
     CHANGED,
@@ -43,11 +38,15 @@ from dataset.media.media import (
 )
 from dataset.media.videos import VideoInfo, probe_video, read_frames
 from dataset.sources.items import SkippedItem, SourceItem, SourceListing
-from modules.messages import counted, names_in_short
+from modules.messages import counted
 
 TOO_SHORT = "too short"
 TOO_SMALL = "too small"
+TOO_LONG = "aspect ratio beyond the limit"
 MIXED_SIZES = "frames of several sizes"
+
+MAX_ASPECT = 8
+"""Longest side over shortest of a source; of longer ones most would be cut off."""
 
 SEGMENT_BYTES = 128 * 2**20
 """Pixels that one reading thread may hold: consecutive cuts of a video share one pass up to here."""
@@ -73,6 +72,9 @@ class PlannedClip:
     fps: str
     """How the frame rate was changed: "all" (not at all), or for example "30 -> 24"."""
     source_fingerprint: str
+    """With `treatment` at its end."""
+    treatment: str
+    """Processing of the decoded pixels that is not the same for all files; "" for nearly all."""
     cache_name: str
     video: VideoInfo | None
     """None for an image and for a folder of frames."""
@@ -130,18 +132,17 @@ def plan_clips(
         results = list(pool.map(planner.plan, listing.items))
     clips = [clip for result in results for clip in result.clips]
     skipped = tuple(result.skipped for result in results if result.skipped is not None)
+    facts = [result.facts for result in results if result.facts is not None]
     clips.sort(key=lambda clip: (clip.shape, clip.item.base_name, clip.start))
-    return ClipPlan(clips=tuple(clips), skipped=skipped, notes=tuple(_notes(dataset, results)))
+    return ClipPlan(clips=tuple(clips), skipped=skipped, notes=tuple(plan_notes(dataset, facts)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ItemResult:
-    name: str
     clips: tuple[PlannedClip, ...] = ()
     skipped: SkippedItem | None = None
-    is_animated: bool = False
-    total_frames: int | None = None
-    video: VideoInfo | None = None
+    facts: SourceFacts | None = None
+    """None if the item could not be probed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +155,9 @@ class _FrameSource:
     """Of all frames that stay at the target rate."""
     fps: str
     fingerprint: str
+    """Of the file or the frames, without `treatment`."""
+    treatment: str
+    unknown_colour: tuple[str, ...]
     video: VideoInfo | None
     mask: PlannedMask | None
 
@@ -176,10 +180,11 @@ class _Planner:
                     return self._plan_frame_folder(item, self.dataset)
                 return self._plan_video(item, self.dataset)
         except MediaError as error:
-            return _ItemResult(name=item.name, skipped=_damaged(item, error))
+            return _ItemResult(skipped=_damaged(item, error))
 
     def _plan_image(self, item: SourceItem) -> _ItemResult:
-        size = probe_image(item.path)
+        info = probe_image(item.path)
+        size = info.size
         clip = PlannedClip(
             item=item,
             start=0,
@@ -187,24 +192,32 @@ class _Planner:
             is_image=True,
             frame_numbers=(0,),
             fps="all",
-            source_fingerprint=source_fingerprint(item.path),
+            source_fingerprint=source_fingerprint(item.path) + info.treatment,
+            treatment=info.treatment,
             cache_name=image_cache_name(item.base_name, *size),
             video=None,
             mask=_mask(item, size, 1),
             source_size=size,
             **self._sizes(item, size),
         )
-        return _ItemResult(name=item.name, clips=(clip,), is_animated=is_animated(item.path))
+        facts = SourceFacts(
+            name=item.name,
+            is_animated=is_animated(item.path),
+            unknown_colour=info.colour.unknown,
+        )
+        return _ItemResult(clips=(clip,), facts=facts)
 
     def _plan_video(self, item: SourceItem, dataset: VideoDatasetConfig) -> _ItemResult:
         info = probe_video(item.path)
-        numbers, fps = _resampled(dataset, info.times)
+        numbers, fps = _kept(dataset, info.times, info.fps, info.tick)
         source = _FrameSource(
             item=item,
             size=info.size,
             frame_numbers=numbers,
             fps=fps,
-            fingerprint=source_fingerprint(item.path) + info.treatment,
+            fingerprint=source_fingerprint(item.path),
+            treatment=info.treatment,
+            unknown_colour=info.colour.unknown,
             video=info,
             mask=_mask(item, info.size, info.num_frames),
         )
@@ -212,17 +225,18 @@ class _Planner:
 
     def _plan_frame_folder(self, item: SourceItem, dataset: VideoDatasetConfig) -> _ItemResult:
         paths = frame_paths(item.path)
-        rate = dataset.rates[0] if dataset.rates else Fraction(FPS)
-        numbers, fps = _resampled(dataset, tuple(i / rate for i in range(len(paths))))
-        size = probe_image(paths[0])
+        numbers, fps = _kept(dataset, [Fraction(number) for number in range(len(paths))])
+        info = probe_image(paths[0])
         source = _FrameSource(
             item=item,
-            size=size,
+            size=info.size,
             frame_numbers=numbers,
             fps=fps,
             fingerprint=frames_fingerprint(paths),
+            treatment=info.treatment,
+            unknown_colour=info.colour.unknown,
             video=None,
-            mask=_mask(item, size, len(paths)),
+            mask=_mask(item, info.size, len(paths)),
         )
         return self._cut(source, dataset)
 
@@ -238,7 +252,8 @@ class _Planner:
                 is_image=False,
                 frame_numbers=tuple(numbers[cut.start : cut.start + cut.num_frames]),
                 fps=source.fps,
-                source_fingerprint=source.fingerprint,
+                source_fingerprint=source.fingerprint + source.treatment,
+                treatment=source.treatment,
                 cache_name=video_cache_name(item.base_name, cut.start, cut.num_frames, *bucket),
                 video=source.video,
                 mask=source.mask,
@@ -252,25 +267,39 @@ class _Planner:
             smallest = min(dataset.target_frames)
             detail = f"{counted(len(numbers), 'frame')}, the smallest of target_frames is {smallest}"
             skipped = SkippedItem(name=item.name, reason=TOO_SHORT, detail=detail, key=item.key)
-        return _ItemResult(
+        facts = SourceFacts(
             name=item.name,
-            clips=clips,
-            skipped=skipped,
-            total_frames=len(numbers),
+            num_frames=len(numbers) if clips else None,
             video=source.video,
+            unknown_colour=source.unknown_colour,
         )
+        return _ItemResult(clips=clips, skipped=skipped, facts=facts)
 
     def _sizes(self, item: SourceItem, size: Size) -> dict[str, Size]:
-        """`bucket` and `crop` for a source of this size."""
+        """`bucket` and `crop` for a source of this size.
+
+        Raises:
+            MediaError: the source is too small or too long to be trained on.
+        """
+        _check_shape(item, size)
         bucket = choose_bucket(
             size, self.dataset.resolution, self.buckets, bucket_no_upscale=self.dataset.bucket_no_upscale
         )
-        if min(bucket) < PIXEL_STEP:
-            detail = f"{size[0]}x{size[1]}, with bucket_no_upscale both sides must be {PIXEL_STEP} or more"
-            raise MediaError(item.path, TOO_SMALL, detail)
         crop = nabla_size(bucket) if self.nabla_resize else bucket
         check_resized_pixel_count(item.path, size, crop)
         return {"bucket": bucket, "crop": crop}
+
+
+def _check_shape(item: SourceItem, size: Size) -> None:
+    short, long = sorted(size)
+    problems = [f"{size[0]}x{size[1]}"]
+    if short < PIXEL_STEP:
+        problems.append(f"both sides must be {PIXEL_STEP} pixels or more")
+    if long > MAX_ASPECT * short:
+        problems.append(f"an aspect ratio of {long / short:.4g}:1 is beyond {MAX_ASPECT}:1")
+    if len(problems) > 1:
+        reason = TOO_SMALL if short < PIXEL_STEP else TOO_LONG
+        raise MediaError(item.path, reason, ", ".join(problems))
 
 
 def _mask(item: SourceItem, size: Size, num_frames: int) -> PlannedMask | None:
@@ -287,55 +316,19 @@ def _damaged(item: SourceItem, error: MediaError) -> SkippedItem:
     return SkippedItem(name=name, reason=reason, detail=detail, is_failure=True, key=item.key)
 
 
-def _resampled(dataset: VideoDatasetConfig, times: Sequence[Fraction]) -> tuple[Sequence[int], str]:
-    """The frame numbers that stay at the target rate, and how they were chosen."""
-    even, *uneven = fps_rules(dataset.rates)
-    if dataset.rates is None:
-        return range(len(times)), even
-    source, target = dataset.rates
-    if are_even(times):
-        return resample_even(len(times), source, target), even
-    return resample_by_time(times, target), uneven[0]
+def _kept(
+    dataset: VideoDatasetConfig,
+    times: Sequence[Fraction],
+    own_fps: Fraction | None = None,
+    tick: Fraction = Fraction(0),
+) -> tuple[Sequence[int], str]:
+    """The frame numbers that stay at the target rate, and the rule that caches record.
 
-
-def _notes(dataset: AnyDatasetConfig, results: Sequence[_ItemResult]) -> Iterator[str]:
-    animated = [result.name for result in results if result.is_animated]
-    if animated:
-        yield (
-            f"dataset {dataset.index}: {counted(len(animated), 'image holds', 'images hold')} several "
-            f"pictures, of which the first is used: {names_in_short(animated)}"
-        )
-    if isinstance(dataset, ImageDatasetConfig):
-        return
-    longest = round_frames(1) if dataset.frame_extraction == "full" else max(dataset.target_frames)
-    short = [r for r in results if r.clips and r.total_frames is not None and r.total_frames < longest]
-    if short:
-        yield (
-            f"dataset {dataset.index}: {counted(len(short), 'video is', 'videos are')} too short for some of "
-            f"target_frames {list(dataset.target_frames)}, so that only shorter clips are cut, "
-            f"for example {short[0].name} ({short[0].total_frames} frames)"
-        )
-    known = [(r.name, r.video) for r in results if r.video is not None]
-    flat = [(name, video) for name, video in known if video.square != video.stored]
-    if flat:
-        name, video = flat[0]
-        stored, square = ("{}x{}".format(*size) for size in (video.stored, video.square))
-        yield (
-            f"dataset {dataset.index}: {counted(len(flat), 'video has', 'videos have')} pixels that are not "
-            f"square and will be scaled to the shape that players show, for example {name} "
-            f"({stored} to {square})"
-        )
-    if dataset.source_fps is None:
-        rates = [(name, video.fps) for name, video in known if video.fps is not None]
-        other = [(name, fps) for name, fps in rates if abs(fps - FPS) > Fraction(1, 2)]
-        if other:
-            name, fps = other[0]
-            count = counted(len(other), "video is", "videos are")
-            yield (
-                f"dataset {dataset.index}: {count} not at about {FPS} "
-                f"frames a second, for example {name} ({float(fps):g}); every frame is used as it is, so "
-                f"motion changes its speed. Set source_fps to have frames dropped down to {FPS} a second"
-            )
+    A folder of frames has no times: its frames follow each other evenly, at `source_fps` or the target rate.
+    """
+    if dataset.resampling is None:
+        return range(len(times)), fps_rules(None)[0]
+    return dataset.resampling.keep(times, own_fps, tick)
 
 
 def cut_batches(clips: Sequence[PlannedClip], batch_size: int) -> tuple[tuple[PlannedClip, ...], ...]:
@@ -467,16 +460,14 @@ def _load_frames(clips: _Segment) -> dict[int, Frame]:
         frames = {n: resize_and_crop(frame, first.crop) for n, frame in _source_frames(first, numbers)}
     is_folder = first.item.is_frame_folder
     fingerprint = frames_fingerprint(frame_paths(path)) if is_folder else source_fingerprint(path)
-    if first.video is not None:
-        fingerprint += first.video.treatment
-    if fingerprint != first.source_fingerprint:
+    if fingerprint + first.treatment != first.source_fingerprint:
         raise MediaError(first.item.path, CHANGED, "start again when it is complete")
     return frames
 
 
 def _source_frames(clip: PlannedClip, numbers: Sequence[int]) -> Iterator[tuple[int, Frame]]:
     if clip.video is not None:
-        yield from read_frames(clip.item.path, clip.video, numbers)
+        yield from read_frames(clip.item.path, clip.video, numbers, clip.crop)
         return
     paths = frame_paths(clip.item.path) if clip.item.is_frame_folder else [clip.item.path]
     if len(paths) <= numbers[-1]:
@@ -485,7 +476,7 @@ def _source_frames(clip: PlannedClip, numbers: Sequence[int]) -> Iterator[tuple[
         frame = read_image(paths[number])
         if (frame.shape[1], frame.shape[0]) != clip.source_size:
             found, expected = f"{frame.shape[1]}x{frame.shape[0]}", "{}x{}".format(*clip.source_size)
-            is_mixed = clip.item.is_frame_folder and probe_image(paths[0]) == clip.source_size
+            is_mixed = clip.item.is_frame_folder and probe_image(paths[0]).size == clip.source_size
             reason = MIXED_SIZES if is_mixed else CHANGED
             detail = f"{paths[number].name} is {found}, {paths[0].name if is_mixed else 'it was'} {expected}"
             raise MediaError(clip.item.path, reason, detail)

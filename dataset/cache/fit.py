@@ -115,7 +115,7 @@ class CacheRules:
                 return f"frame_count was {name.num_frames}, is at most {dataset.max_frames} (max_frames)"
         elif name.num_frames not in dataset.target_frames:
             return f"frame_count was {name.num_frames}, is one of {list(dataset.target_frames)}"
-        rules = fps_rules(dataset.rates)
+        rules = fps_rules(dataset.resampling)
         if info.is_ours and info.metadata.get("fps") not in rules:
             return f"fps was {info.metadata.get('fps')!r}, is {rules[0]!r} by source_fps and target_fps"
         return None

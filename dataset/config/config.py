@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dataset.buckets import Size
 from dataset.config.keys import (
@@ -30,7 +30,7 @@ from dataset.config.keys import (
 from dataset.config.text import ConfigText, read_config_text
 from dataset.geometry import FPS, round_frames
 from dataset.media.files import Content
-from dataset.media.frames import CutRule, FrameExtraction
+from dataset.media.frames import CutRule, FrameExtraction, Resampling
 from modules.errors import ConfigError
 
 
@@ -137,8 +137,8 @@ class VideoDatasetConfig(_CommonConfig):
     frame_stride: int = 1
     frame_sample: int = 1
     max_frames: int = 129
-    source_fps: float | None = None
-    """Frames a second of the clips; None uses every frame at whatever rate the files have."""
+    source_fps: float | Literal["auto"] | None = None
+    """Frames a second of the clips, or "auto" for each file's own rate; None uses every frame as it is."""
     target_fps: float = float(FPS)
     """Frames are dropped down to this rate when `source_fps` is given."""
 
@@ -178,11 +178,12 @@ class VideoDatasetConfig(_CommonConfig):
         )
 
     @property
-    def rates(self) -> tuple[Fraction, Fraction] | None:
-        """(source, target) frame rate as exact fractions; None when every frame is used."""
+    def resampling(self) -> Resampling | None:
+        """The change of frame rate, in exact fractions; None when every frame is used."""
         if self.source_fps is None:
             return None
-        return exact_rate(self.source_fps), exact_rate(self.target_fps)
+        source = None if self.source_fps == "auto" else exact_rate(self.source_fps)
+        return Resampling(source, exact_rate(self.target_fps))
 
     @property
     def settings_hash(self) -> str:
@@ -197,7 +198,8 @@ class VideoDatasetConfig(_CommonConfig):
             settings["frame_stride"] = self.frame_stride
         if self.frame_extraction == "uniform":
             settings["frame_sample"] = self.frame_sample
-        settings["rates"] = None if self.rates is None else [str(rate) for rate in self.rates]
+        change = self.resampling
+        settings["rates"] = None if change is None else [change.source_name, str(change.target_fps)]
         return _hash(settings)
 
     @property
@@ -368,7 +370,7 @@ class _Reader:
         # In [general] it holds for those video datasets that it can hold for.
         if "target_fps" in own and "source_fps" not in given and content == "video":
             self.problems.append(
-                f"{where}: target_fps has an effect only with source_fps, the frame rate of the clips"
+                f'{where}: target_fps has an effect only with source_fps: the rate of the clips or "auto"'
             )
 
     def _note_idle(self, index: int, given: dict[str, Any], content: Content) -> None:

@@ -52,6 +52,15 @@ def _rate(raw: Any) -> float:
     return float(raw)
 
 
+def _source_rate(raw: Any) -> float | str:
+    if raw == "auto":
+        return raw
+    try:
+        return _rate(raw)
+    except ValueError as error:
+        raise ValueError(f'{error}, or "auto" for each file\'s own rate') from error
+
+
 def _share(raw: Any) -> float:
     if isinstance(raw, bool) or not isinstance(raw, (int, float)) or not 0 <= raw <= 1:
         raise ValueError("must be a number within 0 .. 1")
@@ -150,7 +159,7 @@ VIDEO_KEYS: dict[str, KeyCheck] = {
     "frame_stride": _positive_int,
     "frame_sample": _positive_int,
     "max_frames": _positive_int,
-    "source_fps": _rate,
+    "source_fps": _source_rate,
 }
 
 EXTRACTION_KEYS: dict[str, tuple[str, ...]] = {

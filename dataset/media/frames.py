@@ -1,4 +1,4 @@
-"""Selects frames of a video: the five extraction modes, and resampling to 24 fps.
+"""Selects frames of a video: the five extraction modes, its own rate, and resampling to 24 fps.
 
 Pure arithmetic. Source of the rules: kohya-ss/musubi-tuner, with its drifting float sums replaced by exact
 fractions.
@@ -85,27 +85,85 @@ def resample_even(total: int, source_fps: Fraction, target_fps: Fraction = _MODE
     return kept
 
 
-def resample_by_time(times: Sequence[Fraction], target_fps: Fraction = _MODEL_FPS) -> list[int]:
+def resample_by_time(
+    times: Sequence[Fraction], target_fps: Fraction = _MODEL_FPS, *, tick: Fraction = Fraction(0)
+) -> list[int]:
     """The numbers of the frames kept from an unevenly spaced video, by their times in seconds.
 
     The first frame of each slot of 1/target_fps since the first frame is kept; slots without one are skipped.
+
+    Args:
+        tick: the unit that times were rounded to; one that lies half a tick before a slot counts as in it.
     """
     kept: list[int] = []
     last_slot = -1
     for number, time in enumerate(times):
-        slot = int((time - times[0]) * target_fps)
+        slot = int((time - times[0] + tick / 2) * target_fps)
         if slot > last_slot:
             kept.append(number)
             last_slot = slot
     return kept
 
 
-def fps_rules(rates: tuple[Fraction, Fraction] | None) -> tuple[str, ...]:
-    """What caches record for (source, target) rates: of evenly spaced clips, then of those cut by time."""
-    if rates is None:
+@dataclass(frozen=True, slots=True)
+class Resampling:
+    """A change of frame rate."""
+
+    source_fps: Fraction | None
+    """None: each file's own rate ("auto")."""
+    target_fps: Fraction
+
+    @property
+    def source_name(self) -> str:
+        """The source rate as the dataset file gives it."""
+        return "auto" if self.source_fps is None else str(self.source_fps)
+
+    def keep(
+        self, times: Sequence[Fraction], own_fps: Fraction | None, tick: Fraction
+    ) -> tuple[list[int], str]:
+        """The numbers of the frames that stay, and the rule that caches record.
+
+        Args:
+            times: of all frames in seconds.
+            own_fps: the file's own rate, see `own_rate`.
+            tick: unit of the file's clock in seconds.
+        """
+        evenly, by_time = fps_rules(self)
+        fps = self.source_fps or own_fps
+        if not are_even(times):
+            return resample_by_time(times, self.target_fps, tick=tick), by_time
+        return resample_even(len(times), fps or self.target_fps, self.target_fps), evenly
+
+
+def fps_rules(resampling: Resampling | None) -> tuple[str, ...]:
+    """What caches record of a change of rate: for evenly spaced clips, then for those cut by time."""
+    if resampling is None:
         return ("all",)
-    source, target = rates
-    return f"{source} -> {target}", f"time stamps -> {target}"
+    target = resampling.target_fps
+    return f"{resampling.source_name} -> {target}", f"time stamps -> {target}"
+
+
+_COMMON_RATES = (
+    *(Fraction(rate) for rate in (24, 25, 30, 50, 60, 120, 48, 100, 240, 15, 12, 20, 10)),
+    *(Fraction(rate * 1000, 1001) for rate in (24, 30, 60, 120, 48, 240)),
+)
+
+
+def own_rate(times: Sequence[Fraction], tick: Fraction, declared: Fraction | None) -> Fraction | None:
+    """A file's frame rate by its time stamps: their average, or the rate that they were rounded from.
+
+    Args:
+        times: of all frames in seconds, ascending.
+        tick: the unit that they were rounded to.
+        declared: the rate in the file's header, which is taken where it fits the stamps, and for one frame.
+    """
+    if len(times) < 2 or times[-1] <= times[0]:
+        return declared
+    steps, duration = len(times) - 1, times[-1] - times[0]
+    fitting = [rate for rate in _COMMON_RATES if abs(steps / rate - duration) <= tick]
+    if declared and abs(steps / declared - duration) <= tick:
+        return declared
+    return min(fitting, key=lambda rate: abs(steps / rate - duration), default=steps / duration)
 
 
 def are_even(times: Sequence[Fraction]) -> bool:

@@ -39,6 +39,10 @@ class PlannedMask:
     """Of a video; None for a still, which counts for all frames, and for a folder of frames."""
     frames: tuple[Path, ...]
     """Of a folder of frames, else empty."""
+    treatment: str
+    """Conversion of its colours; "" for nearly all."""
+    treatment: str
+    """Names the conversion of its colours; "" for nearly all files."""
     fingerprint: str
 
     @property
@@ -48,7 +52,7 @@ class PlannedMask:
 
     def current_fingerprint(self) -> str:
         """The fingerprint of the mask file as it is now."""
-        return _fingerprint(self.path, frame_paths(self.path) if self.is_folder else ())
+        return _fingerprint(self.path, frame_paths(self.path) if self.is_folder else ()) + self.treatment
 
 
 def plan_mask(path: Path, size: Size, num_frames: int) -> PlannedMask:
@@ -62,21 +66,21 @@ def plan_mask(path: Path, size: Size, num_frames: int) -> PlannedMask:
     """
     video: VideoInfo | None = None
     frames = tuple(frame_paths(path)) if path.is_dir() else ()
-    count: int | None = None
-    if frames:
-        found, count = probe_image(frames[0]), len(frames)
-    elif path.suffix.lower() in VIDEO_EXTENSIONS and not _is_still(path):
+    if not frames and path.suffix.lower() in VIDEO_EXTENSIONS and not _is_still(path):
         video = probe_video(path)
-        found, count = video.size, video.num_frames
+        found, count, treatment = video.size, video.num_frames, video.treatment
     else:
-        found = probe_image(path)
+        info = probe_image(frames[0] if frames else path)
+        found, treatment = info.size, info.treatment
+        count = len(frames) or None
     if found != size:
         detail = f"{path.name} is {found[0]}x{found[1]}, what it masks {size[0]}x{size[1]}"
         raise MediaError(path, MISFIT, detail)
     if count is not None and count != num_frames:
         detail = f"{path.name} has {count} frames, what it masks {num_frames}"
         raise MediaError(path, MISFIT, detail)
-    return PlannedMask(path=path, video=video, frames=frames, fingerprint=_fingerprint(path, frames))
+    fingerprint = _fingerprint(path, frames) + treatment
+    return PlannedMask(path=path, video=video, frames=frames, treatment=treatment, fingerprint=fingerprint)
 
 
 def latent_mask(mask: PlannedMask, frame_numbers: Sequence[int], crop: Size) -> Tensor:
@@ -106,7 +110,7 @@ def latent_mask(mask: PlannedMask, frame_numbers: Sequence[int], crop: Size) -> 
 
 def _shrunk_frames(mask: PlannedMask, numbers: Sequence[int], crop: Size) -> dict[int, Tensor]:
     if mask.video is not None:
-        return {n: _shrunk(frame, crop) for n, frame in read_frames(mask.path, mask.video, numbers)}
+        return {n: _shrunk(frame, crop) for n, frame in read_frames(mask.path, mask.video, numbers, crop)}
     if mask.is_folder:
         return {number: _shrunk(read_image(mask.frames[number]), crop) for number in numbers}
     return dict.fromkeys(numbers, _shrunk(read_image(mask.path), crop))

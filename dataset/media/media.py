@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dataset.buckets import Size, plan_crop
+from dataset.media.profiles import PictureColour, converted, picture_colour
 from modules.errors import DataError
 from modules.files import file_fingerprint
 from modules.path_kinds import file_problem
@@ -137,8 +139,22 @@ def decoder_message(path: Path, error: Exception) -> str:
     return (lines[0] if lines else "") or type(error).__name__
 
 
-def probe_image(path: Path) -> Size:
-    """Width and height of an image after EXIF rotation, from its header.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageInfo:
+    """Properties of an image, from its header."""
+
+    size: Size
+    """(width, height) after EXIF rotation."""
+    colour: PictureColour
+
+    @property
+    def treatment(self) -> str:
+        """Names the conversion of its colours in a cache's fingerprint; "" for sRGB."""
+        return "" if self.colour.is_target else "-to-srgb"
+
+
+def probe_image(path: Path) -> ImageInfo:
+    """Read the header of an image.
 
     Raises:
         MediaError: the file cannot be opened, or is too large to be decoded safely.
@@ -146,8 +162,9 @@ def probe_image(path: Path) -> Size:
     with _open_image(path) as image:
         with decoder_errors(path, DAMAGED):
             orientation = _orientation(path, image)
+            colour = picture_colour(path, image)
         width, height = image.size
-    return (height, width) if orientation in {5, 6, 7, 8} else (width, height)
+    return ImageInfo(size=(height, width) if orientation in {5, 6, 7, 8} else (width, height), colour=colour)
 
 
 def is_animated(path: Path) -> bool:
@@ -161,14 +178,15 @@ def is_animated(path: Path) -> bool:
 
 
 def read_image(path: Path) -> Frame:
-    """Decode an image: upright by its EXIF orientation, alpha composited over white, 16 bits scaled to 8.
+    """Decode an image to sRGB: upright by its EXIF orientation, alpha over white, 16 bits scaled to 8.
 
     Raises:
         MediaError: the file cannot be opened or decoded in full.
     """
     with _open_image(path) as image, decoder_errors(path, DAMAGED):
+        colour = picture_colour(path, image)
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(ImageOps.exif_transpose(image), colour)
 
 
 def _open_image(path: Path) -> Image.Image:
@@ -211,14 +229,16 @@ def _orientation(path: Path, image: Image.Image) -> int:
     return image.getexif().get(_ORIENTATION, 1)
 
 
-def _to_rgb(image: Image.Image) -> Frame:
+def _to_rgb(image: Image.Image, colour: PictureColour) -> Frame:
     if image.mode.startswith("I"):
-        return _grey_to_rgb(np.asarray(image).astype(np.int64))
+        image = Image.fromarray(_grey_of_8_bits(np.asarray(image).astype(np.int64)))
     if image.mode == "F":
         raise ValueError("floating point images have no agreed range")
     if image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info:
-        image = over_white(image.convert("RGBA"))
-    return np.asarray(image.convert("RGB")).copy()
+        return np.asarray(over_white(converted(image.convert("RGBA"), colour)).convert("RGB")).copy()
+    if image.mode not in {"L", "CMYK"}:
+        image = image.convert("RGB")
+    return np.asarray(converted(image, colour)).copy()
 
 
 def over_white(rgba: Image.Image) -> Image.Image:
@@ -226,11 +246,10 @@ def over_white(rgba: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
 
 
-def _grey_to_rgb(values: NDArray[np.int64]) -> Frame:
+def _grey_of_8_bits(values: NDArray[np.int64]) -> NDArray[np.uint8]:
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("more than 16 bits per channel")
-    grey = ((values + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
-    return np.repeat(grey[:, :, None], 3, axis=2)
+    return ((values + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
 
 
 def resize_and_crop(frame: Frame, target: Size) -> Frame:

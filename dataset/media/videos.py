@@ -11,23 +11,27 @@ from __future__ import annotations
 import itertools
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
+from av.codec import CodecContext
 from av.container import InputContainer
+from av.filter import Graph
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
-from PIL import Image
 
 from dataset.buckets import Size
 from dataset.geometry import FPS
 from dataset.media.container_ends import ends_early
+from dataset.media.conversion import FrameConverter, Turn, VideoColour, has_alpha, video_colour
+from dataset.media.frames import own_rate
 from dataset.media.media import (
     DAMAGED,
     UNREADABLE,
@@ -35,13 +39,8 @@ from dataset.media.media import (
     MediaError,
     check_pixel_count,
     decoder_errors,
-    over_white,
     refuse_irregular,
-    resize,
 )
-
-Turn = tuple[int, int, int, int]
-"""The display matrix (a, b, c, d), each -1, 0 or 1: a pixel at (x, y) is shown at (a*x + c*y, b*x + d*y)."""
 
 _UPRIGHT: Turn = (1, 0, 0, 1)
 _CLOCK = re.compile(r"([0-9]{1,4}):([0-9]{2}):([0-9]{2}(?:\.[0-9]{1,12})?)")
@@ -73,14 +72,19 @@ class VideoInfo:
     square: Size
     """The same once its pixels are square; larger than `stored` if they are stored narrow or flat."""
     turn: Turn
+    colour: VideoColour
     has_alpha: bool
     """Parts of it may be transparent, and are shown over white."""
+    is_interlaced: bool
+    """Its first frame consists of two fields: the frames are deinterlaced."""
     times: tuple[Fraction, ...]
     """Presentation time of every frame in seconds, ascending: its length is the number of frames."""
     pts: tuple[int, ...] | None
     """The same in the file's clock; None when the packets give no times, and frames have to be counted."""
+    tick: Fraction
+    """Unit of the file's clock in seconds."""
     fps: Fraction | None
-    """Average frame rate."""
+    """Frame rate by the time stamps; None of a single frame without a declared rate."""
 
     @property
     def size(self) -> Size:
@@ -91,7 +95,8 @@ class VideoInfo:
     def treatment(self) -> str:
         """Processing of the decoded pixels besides rotation; "" for nearly all files."""
         scaled = "" if self.square == self.stored else "-square{}x{}".format(*self.square)
-        return scaled + ("-over-white" if self.has_alpha else "")
+        woven = "-bwdif" if self.is_interlaced else ""
+        return scaled + woven + ("-over-white" if self.has_alpha else "") + self.colour.treatment
 
     @property
     def num_frames(self) -> int:
@@ -121,6 +126,8 @@ def probe_video(path: Path) -> VideoInfo:
             else:
                 first, times = _count_frames(container.decode(stream), packets)
             aspect = stream.sample_aspect_ratio
+            alpha_decoder = _alpha_decoder(stream)
+            codec_name = stream.codec_context.name
     if first is None:
         raise MediaError(path, DAMAGED, "no frame can be decoded")
     if first.is_corrupt:
@@ -128,22 +135,25 @@ def probe_video(path: Path) -> VideoInfo:
     stored = (first.width, first.height)
     square = _square_size(stored, aspect)
     check_pixel_count(path, square)
-    pts, times, fps = _timing(path, packets, first, times)
+    pts, times = _timing(path, packets, first, times)
     return VideoInfo(
         stored=stored,
         square=square,
         turn=_turn(first),
-        has_alpha=_has_alpha(first),
+        colour=video_colour(first, codec_name),
+        has_alpha=alpha_decoder is not None or has_alpha(first),
+        is_interlaced=first.interlaced_frame,
         times=times,
         pts=pts,
-        fps=fps,
+        tick=packets.time_base,
+        fps=own_rate(times, packets.time_base, packets.average_rate),
     )
 
 
 def _timing(
     path: Path, packets: _Packets, first: VideoFrame, times: tuple[Fraction, ...] | None
-) -> tuple[tuple[int, ...] | None, tuple[Fraction, ...], Fraction | None]:
-    """`pts`, `times` and `fps` of the VideoInfo."""
+) -> tuple[tuple[int, ...] | None, tuple[Fraction, ...]]:
+    """`pts` and `times` of the VideoInfo."""
     pts = None
     if times is None:
         # Frames before the first that can be decoded (leading frames of an open group) are never shown.
@@ -153,11 +163,7 @@ def _timing(
         raise MediaError(
             path, DAMAGED, f"{len(times)} of {packets.declared_frames} declared frames can be decoded"
         )
-    if len(times) > 1 and times[-1] > times[0]:
-        fps = (len(times) - 1) / (times[-1] - times[0])
-    else:
-        fps = packets.average_rate
-    return pts, times, fps
+    return pts, times
 
 
 def _square_size(stored: Size, aspect: Fraction | None) -> Size:
@@ -185,7 +191,7 @@ def _open(path: Path) -> InputContainer:
         raise MediaError(path, UNREADABLE, "a playlist of other files, not a video")
     try:
         return av.open(str(path), options=_OPEN_OPTIONS)
-    except av.error.ArgumentError as error:  # also for a format outside the list
+    except av.ArgumentError as error:  # also for a format outside the list
         detail = "not a video container that is read, or damaged"
         raise MediaError(path, UNREADABLE, detail) from error
 
@@ -316,48 +322,110 @@ def _count_frames(
     return first, tuple(Fraction(number) / rate for number in range(len(stamps)))
 
 
-def read_frames(path: Path, info: VideoInfo, numbers: Sequence[int]) -> Iterator[tuple[int, Frame]]:
-    """Decode chosen frames in one pass and yield them as (number, upright RGB).
+def read_frames(
+    path: Path, info: VideoInfo, numbers: Sequence[int], crop: Size | None = None
+) -> Iterator[tuple[int, Frame]]:
+    """Decode chosen frames in one pass and yield them as (number, upright 8-bit sRGB).
 
     Args:
-        numbers: ascending frame numbers in presentation order; nothing after the last one is decoded.
+        numbers: ascending frame numbers in presentation order; hardly anything after the last is decoded.
+        crop: cover this (width, height) with the frame and cut out its centre, as `resize_and_crop` does;
+            None keeps the size.
     Raises:
         MediaError: a requested frame, or one decoded on the way to it, is missing or corrupt.
     """
     requested = set(numbers)
     missing = len(requested)
+    converter = FrameConverter(
+        stored=info.stored, square=info.square, turn=info.turn, colour=info.colour, crop=crop
+    )
     # The consumer's errors never reach a generator, so all that is raised in here comes from the decoder.
     with decoder_errors(path, DAMAGED), _open(path) as container:
         for number, frame in _numbered(container, _video_stream(path, container), info, numbers[0]):
-            if frame.is_corrupt:
-                raise MediaError(path, DAMAGED, f"frame {number} is corrupt")
             if number not in requested:
                 continue
             missing -= 1
-            yield number, _upright(path, frame, info)
+            yield number, converter.convert(frame)
             if number == numbers[-1]:
                 break
     if missing:
         raise MediaError(path, DAMAGED, f"{missing} of {len(requested)} frames cannot be decoded")
 
 
+def _decoded(container: InputContainer, stream: VideoStream, info: VideoInfo) -> Iterator[VideoFrame]:
+    """Frames from where the container stands, whole and progressive.
+
+    Raises:
+        ValueError: a frame is corrupt.
+    """
+    name = _alpha_decoder(stream)
+    frames = container.decode(stream) if name is None else _decoded_with_alpha(container, stream, name)
+    frames = _intact(frames)
+    return _deinterlaced(frames, stream) if info.is_interlaced else frames
+
+
+def _intact(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
+    for frame in frames:
+        if frame.is_corrupt:
+            raise ValueError(f"the frame at {frame.time} s is corrupt")
+        yield frame
+
+
+def _alpha_decoder(stream: VideoStream) -> str | None:
+    """The decoder that reads the transparency of WebM; FFmpeg's own decoders show hidden colours."""
+    if stream.metadata.get("alpha_mode") != "1":
+        return None
+    return {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+
+
+def _decoded_with_alpha(
+    container: InputContainer, stream: VideoStream, decoder_name: str
+) -> Iterator[VideoFrame]:
+    decoder = cast(VideoCodecContext, CodecContext.create(decoder_name, "r"))
+    decoder.thread_count = 1
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet if packet.size else None)
+
+
+def _deinterlaced(frames: Iterable[VideoFrame], stream: VideoStream) -> Iterator[VideoFrame]:
+    """One progressive frame for each interlaced one, by FFmpeg's bwdif, which looks one frame ahead."""
+    graph = Graph()
+    source = graph.add_buffer(template=stream)
+    bwdif = graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
+    source.link_to(bwdif)
+    bwdif.link_to(graph.add("buffersink"))
+    graph.configure()
+    for frame in itertools.chain(frames, (None,)):
+        graph.vpush(frame)
+        while True:
+            try:
+                progressive = graph.vpull()
+            except (av.BlockingIOError, av.EOFError):
+                break
+            if progressive.pts is not None and progressive.time_base and stream.time_base:
+                # bwdif counts in half ticks.
+                progressive.pts = round(progressive.pts * progressive.time_base / stream.time_base)
+            yield progressive
+
+
 def _numbered(
     container: InputContainer, stream: VideoStream, info: VideoInfo, first: int
 ) -> Iterator[tuple[int, VideoFrame]]:
     if info.pts is None:
-        yield from enumerate(container.decode(stream))
+        yield from enumerate(_decoded(container, stream, info))
         return
     number_by_pts = {pts: number for number, pts in enumerate(info.pts)}
     if first >= _SEEK_WORTHWHILE:
-        target = info.pts[first]
+        # A deinterlaced frame depends on the one before, wherever decoding begins.
+        target = info.pts[first - 1 if info.is_interlaced else first]
         container.seek(target, stream=stream, backward=True)
-        frames = container.decode(stream)
+        frames = _decoded(container, stream, info)
         start = next(frames, None)
         if start is not None and start.pts is not None and start.pts <= target:
             yield from _by_pts(start, frames, number_by_pts)
             return
         container.seek(min(info.pts[0], 0), stream=stream, backward=True)  # the seek went too far
-    frames = container.decode(stream)
+    frames = _decoded(container, stream, info)
     start = next(frames, None)
     if start is not None:
         yield from _by_pts(start, frames, number_by_pts)
@@ -372,32 +440,6 @@ def _by_pts(
         if number is not None:
             yield number, frame
         frame = next(rest, None)
-
-
-def _upright(path: Path, frame: VideoFrame, info: VideoInfo) -> Frame:
-    pixels = _rgb(frame)
-    found = (pixels.shape[1], pixels.shape[0])
-    if found != info.stored:
-        raise MediaError(path, DAMAGED, "the frame size changes to {}x{}".format(*found))
-    if info.square != info.stored:
-        pixels = resize(pixels, info.square, enlarges=True)
-    a, b, c, d = info.turn
-    if a:
-        pixels = pixels[:: d or 1, ::a]
-    else:
-        pixels = pixels.transpose(1, 0, 2)[::b, ::c]
-    return np.ascontiguousarray(pixels)
-
-
-def _has_alpha(frame: VideoFrame) -> bool:
-    return any(component.is_alpha for component in frame.format.components)
-
-
-def _rgb(frame: VideoFrame) -> Frame:
-    if _has_alpha(frame):
-        rgba = Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA")
-        return np.asarray(over_white(rgba).convert("RGB"))
-    return frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
 
 
 def _turn(frame: VideoFrame) -> Turn:

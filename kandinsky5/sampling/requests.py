@@ -180,7 +180,15 @@ def _check_images(spec: PromptSpec, prefix: str) -> None:
     for path in (spec.image, spec.image_last):
         try:
             if path is not None:
+                unknown = probe_image(path).colour.unknown
                 read_image(path)
+                if unknown:
+                    log.warning(
+                        "%s%s: %s cannot be converted, so colours may be off",
+                        prefix,
+                        path,
+                        " and ".join(unknown),
+                    )
         except DataError as error:
             problems += [prefix + line for line in error.problems]
     if problems:
@@ -193,7 +201,7 @@ def _size(spec: PromptSpec, task: Task, divisor: int, prefix: str, problems: lis
     if spec.image is None:
         return width or task.resolution, height or task.resolution
     if width is None and height is None:
-        image_width, image_height = probe_image(spec.image)
+        image_width, image_height = probe_image(spec.image).size
         divisor = max(divisor, task.image_size_divisor)
         height, width = image_clip_size(
             image_height, image_width, max_area=task.image_max_area, divisor=divisor

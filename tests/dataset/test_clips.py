@@ -18,7 +18,7 @@ from PIL import Image
 from dataset.cache.index import latent_entry
 from dataset.clips import MIXED_SIZES, ClipPlan, PlannedClip, cut_batches, load_batches, load_clip, plan_clips
 from dataset.config.config import ImageDatasetConfig, VideoDatasetConfig
-from dataset.media.media import TOO_LARGE, read_image
+from dataset.media.media import read_image
 from dataset.sources.listing import list_items
 from tests.dataset.media_tools import cut_file, flip_bytes, numbered_frames, numbers_of, remux, write_video
 
@@ -139,7 +139,8 @@ def test_a_clip_too_short_for_some_lengths_is_told(tmp_path: Path) -> None:
     notes = " ".join(plan(videos(tmp_path, target_frames=(5, 25))).notes)
     assert "1 video is too short for some of target_frames [5, 25]" in notes
     assert "a.mp4 (10 frames)" in notes
-    assert "not at about 24 frames" in notes
+    assert "1 video is not at 24 frames a second (1 at 30)" in notes
+    assert 'source_fps = "auto"' in notes
 
 
 def test_damaged_files_are_skipped_and_the_others_planned(tmp_path: Path, media: Path) -> None:
@@ -235,9 +236,9 @@ def test_neighbouring_cuts_share_one_pass(tmp_path: Path, monkeypatch: pytest.Mo
     passes: list[int] = []
     decode = dataset.clips.read_frames
 
-    def counted(path: Path, info: Any, numbers: Any) -> Any:
+    def counted(path: Path, info: Any, numbers: Any, crop: Any) -> Any:
         passes.append(len(numbers))
-        return decode(path, info, numbers)
+        return decode(path, info, numbers, crop)
 
     monkeypatch.setattr(dataset.clips, "read_frames", counted)
     assert sum(len(b.clips) for b in load_batches(cut_batches(clips, 4))) == 56
@@ -313,15 +314,38 @@ def test_odd_and_long_names_give_cache_names_that_fit(tmp_path: Path) -> None:
     assert all(len(name.encode()) <= 255 for name in cache_names)
 
 
-def test_a_strip_that_would_fill_the_memory_once_enlarged_is_listed_from_its_header(tmp_path: Path) -> None:
-    Image.new("RGB", (1, 30_000)).save(tmp_path / "strip.png")
-    Image.new("RGB", (64, 48)).save(tmp_path / "whole.png")
-    dataset = images(tmp_path, resolution=(512, 512), enable_bucket=True)
-    made = plan(dataset)
-    assert [clip.item.path.name for clip in made.clips] == ["whole.png"]
+@pytest.mark.parametrize(
+    ("size", "reason", "words"),
+    [
+        ((1, 1), "too small", "1x1, both sides must be 16 pixels or more"),
+        ((15, 64), "too small", "15x64"),
+        ((1, 2000), "too small", "an aspect ratio of 2000:1 is beyond 8:1"),
+        ((1, 30_000), "too small", "1x30000"),
+        ((20, 161), "aspect ratio beyond the limit", "20x161, an aspect ratio of 8.05:1 is beyond 8:1"),
+        ((161, 20), "aspect ratio beyond the limit", "161x20"),
+    ],
+)
+def test_pictures_of_a_size_that_shows_nothing_are_listed_with_it(
+    tmp_path: Path, size: tuple[int, int], reason: str, words: str
+) -> None:
+    Image.new("RGB", size).save(tmp_path / "odd.png")
+    for name, right in (("small.png", (16, 16)), ("long.png", (160, 20))):
+        Image.new("RGB", right).save(tmp_path / name)
+    made = plan(images(tmp_path, resolution=(64, 64), enable_bucket=True))
+    assert sorted(clip.item.path.name for clip in made.clips) == ["long.png", "small.png"]
     (skipped,) = made.skipped
-    assert (skipped.name, skipped.reason, skipped.is_failure) == ("strip.png", TOO_LARGE, True)
-    assert "1x30000 would be scaled to 256x7680000" in skipped.detail
+    assert (skipped.name, skipped.reason, skipped.is_failure) == ("odd.png", reason, True)
+    assert words in skipped.detail
+
+
+def test_videos_of_a_size_that_shows_nothing_are_listed_with_it(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", numbered_frames(5, 8, 8))
+    write_video(tmp_path / "b.mp4", numbered_frames(5, 16, 256))
+    write_video(tmp_path / "c.mp4", numbered_frames(5, 16, 16))
+    made = plan(videos(tmp_path, target_frames=(5,), enable_bucket=True))
+    assert [clip.item.path.name for clip in made.clips] == ["c.mp4"]
+    found = {skipped.name: skipped.reason for skipped in made.skipped}
+    assert found == {"a.mp4": "too small", "b.mp4": "aspect ratio beyond the limit"}
 
 
 @pytest.mark.parametrize("error", [MemoryError(), cv2.error("boom")])

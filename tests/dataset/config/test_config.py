@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from dataset.config.config import ImageDatasetConfig, VideoDatasetConfig, load_dataset_config
+from dataset.media.frames import Resampling
 from modules.errors import ConfigError
 
 VIDEO = '[[datasets]]\nvideo_directory = "clips"\ncaption_extension = ".txt"\n'
@@ -44,7 +46,7 @@ def test_defaults_are_the_ones_users_know(tmp_path: Path) -> None:
     assert (dataset.batch_size, dataset.num_repeats, dataset.max_frames) == (1, 1, 129)
     assert (dataset.target_frames, dataset.frame_extraction) == ((1,), "head")
     assert dataset.cache_directory == Path("clips")
-    assert dataset.rates is None
+    assert dataset.resampling is None
 
 
 def test_a_value_comes_from_the_table_then_general_then_the_command_line(tmp_path: Path) -> None:
@@ -260,6 +262,6 @@ def test_a_general_target_fps_holds_for_the_datasets_that_have_a_source_fps(tmp_
     first, second = config.datasets
     assert isinstance(first, VideoDatasetConfig)
     assert isinstance(second, VideoDatasetConfig)
-    assert first.rates == (24, 12)
-    assert second.rates is None
+    assert first.resampling == Resampling(Fraction(24), Fraction(12))
+    assert second.resampling is None
     assert config.notes == ("dataset 1: target_fps has no effect without source_fps",)
