@@ -13,7 +13,7 @@ from modules.command_line import Parser, user_errors
 from modules.dtypes import dtype_name
 from modules.logs import format_table, print_report
 from networks.factors import LayerFactors, factors_class
-from networks.lora_files import LoadedLora, read_adapter_tensors, read_lora
+from networks.lora_files import LoadedLora, lora_file, read_adapter_tensors, read_lora
 from networks.lora_kandinsky import known_layer_names
 from networks.lora_keys import LayerNames, layout_of, parse_key
 from networks.lora_types import LORA_TYPES, MAGNITUDE, LoraType
@@ -24,7 +24,7 @@ _MAX_VALUE_LENGTH = 100
 _READERS = {
     "this project": {"kohya", "lycoris", "diffusers", "comfy", "peft", "bare", "other"},
     "musubi-tuner": {"kohya"},
-    "ComfyUI": {"kohya", "lycoris", "diffusers", "comfy", "bare"},
+    "ComfyUI": {"kohya", "diffusers", "comfy", "bare"},
     "diffusers": {"diffusers"},
     "official pipeline": {"diffusers", "peft", "bare"},
 }
@@ -44,6 +44,7 @@ def report(path: Path) -> str:
     Raises:
         ModelFileError: the file cannot be read or is no LoRA.
     """
+    path = lora_file(path)
     tensors, _ = read_adapter_tensors(path)
     lora = read_lora(path, known_layer_names(), allow_partial=True)
     layers, layout = list(lora.layers.values()), layout_of(tensors, LayerNames(known_layer_names()))

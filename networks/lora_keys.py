@@ -34,11 +34,11 @@ _OTHER_ROLES = sorted(
     {role for kind in LORA_TYPES for role in kind.roles if not role.startswith("lora_")} - {MAGNITUDE}
 )
 _KEY = re.compile(
-    r"(?P<name>.+?)\.(?i:"
+    r"(?P<name>.+?)(?:_lora\.(?P<processor>down|up)\.weight|\.(?i:"
     r"lora_(?P<half>down|up|a|b)(?:\.(?!bias$)[^.]+?)?(?:\.weight)?"
     r"|lora(?:_linear_layer|_layer)?\.(?P<nested>down|up)(?:\.weight)?"
     r"|(?P<magnitude>dora_scale|lora_magnitude_vector)(?:\.[^.]+?)?(?:\.weight)?"
-    rf"|(?P<role>alpha|{'|'.join(_OTHER_ROLES)})(?:\.weight)?)"
+    rf"|(?P<role>alpha|{'|'.join(_OTHER_ROLES)})(?:\.weight)?))"
 )
 _USUAL_KEY = re.compile(
     r".+\.(lora_(down|up|A|B)(\.default)?\.weight|lora_magnitude_vector"
@@ -94,7 +94,7 @@ def parse_key(key: str) -> tuple[str, str] | None:
     match = _KEY.fullmatch(key)
     if match is None:
         return None
-    half = match["half"] or match["nested"]
+    half = match["half"] or match["nested"] or match["processor"]
     if half:
         return match["name"], _ROLE_BY_HALF[half.lower()]
     return match["name"], MAGNITUDE if match["magnitude"] else match["role"].lower()

@@ -8,6 +8,7 @@ Settings that give other ranks than the file has belong to another file and are 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ _ALPHA_AND_RANKS = (
 """Names of an alpha in a header, each with the names that the rank beside it may have."""
 _OWN_FILES = {"adapter_config.json": "adapter_model", "config_lora.json": "lora"}
 """Settings that bear no file's name, and the stem of the file that their writers put beside them."""
+_BESIDE = " beside it"
 _MAX_CONFIG_BYTES = 2**20
 _MAX_NUMBER = 1e9
 _MAX_PATTERN_LENGTH, _MAX_OPEN_REPEATS = 1000, 8
@@ -60,6 +62,23 @@ class PeftSettings:
     """None: not stated."""
     scales_whole_matrices: bool = False
     """PEFT's LoKr: alpha / r acts on layers without a factorisation too."""
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether they are in a file of their own."""
+        return self.where.endswith(_BESIDE)
+
+    def as_json(self) -> str:
+        """The same settings as PEFT writes them."""
+        values = {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "alpha_pattern": dict(self.alpha_pattern),
+            "rank_pattern": dict(self.rank_pattern),
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+        }
+        return json.dumps({name: value for name, value in values.items() if value is not None})
 
     def factor(self, layer: str, rank: int) -> float:
         """What the product of the factors is multiplied by in this layer."""
@@ -168,7 +187,7 @@ def _log_source(path: Path, settings: PeftSettings, ranks: Mapping[str, int]) ->
         "%s: no .alpha tensors, so its scale is that of %s: %s",
         path.name, settings.where, names_in_short(scales),
     )  # fmt: skip
-    own = _OWN_FILES.get(settings.where.removesuffix(" beside it"))
+    own = _OWN_FILES.get(settings.where.removesuffix(_BESIDE))
     owner = None if own is None or path.stem == own else path.with_name(f"{own}.safetensors")
     if owner is not None and owner.is_file():
         log.warning("%s: %s may be that of %s", path.name, settings.where, owner.name)
@@ -235,7 +254,7 @@ def _settings_beside(path: Path) -> Iterator[PeftSettings]:
         if not config.is_file():
             continue
         settings = _parse_settings(_read_config(config), str(config))
-        parsed = _from_json(settings, str(config), f"{config.name} beside it")
+        parsed = _from_json(settings, str(config), f"{config.name}{_BESIDE}")
         if parsed.alpha is not None or parsed.alpha_pattern or parsed.use_dora:
             yield parsed
 

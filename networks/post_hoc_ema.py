@@ -6,7 +6,8 @@ Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Di
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from modules.options import float_between
 from modules.tensor_files import write_tensors
 from networks.lora_files import read_adapter_tensors, with_hashes
 from networks.lora_keys import parse_key
+from networks.lora_scales import PEFT_METADATA, UNSCALED, PeftSettings, find_settings
+from networks.lora_types import MAGNITUDE
 
 log = get_logger(__name__)
 
@@ -57,20 +60,39 @@ def decay_rates(count: int, *, beta: float, beta2: float | None, sigma_rel: floa
 def average_files(paths: Sequence[Path], rates: Sequence[float]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata of the last file): average <- rate * average + (1 - rate) * next, in float32.
 
-    Tensors keep the dtype of the first file; alphas must agree.
+    Tensors keep the dtype of the first file; alphas must agree. Settings beside the files, which do not lie
+    beside the average, go into its metadata.
 
     Raises:
         ModelFileError: a file cannot be read, or its keys, shapes or alphas differ from those of the first.
     """
     first, metadata = read_adapter_tensors(paths[0])
+    settings = _settings(paths[0], first, metadata)
     average = {key: tensor.float() for key, tensor in first.items() if tensor.is_floating_point()}
     for path, rate in zip(paths[1:], rates, strict=True):
         tensors, metadata = read_adapter_tensors(path)
         _check_alike(paths[0], first, path, tensors)
+        if replace(_settings(path, tensors, metadata), where=settings.where) != settings:
+            raise ModelFileError(f"{path}: its scale is stated otherwise than that of {paths[0]}")
         for key, mean in average.items():
             if not _is_alpha(key):
                 mean.lerp_(tensors[key].float(), 1 - rate)
+    if settings.is_beside:
+        metadata = {**metadata, PEFT_METADATA: settings.as_json()}
     return {key: average[key].to(t.dtype) if key in average else t for key, t in first.items()}, metadata
+
+
+def _settings(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> PeftSettings:
+    """What states the scale of the layers without `.alpha` tensors."""
+    parsed = {key: found for key in tensors if (found := parse_key(key)) is not None}
+    with_alpha = {name for name, role in parsed.values() if role == "alpha"}
+    ranks = {
+        name: tensors[key].shape[0]
+        for key, (name, role) in parsed.items()
+        if role == "lora_down" and name not in with_alpha
+    }
+    has_magnitudes = any(role == MAGNITUDE for _, role in parsed.values())
+    return find_settings(path, metadata, ranks, has_magnitudes=has_magnitudes) if ranks else UNSCALED
 
 
 def _is_alpha(key: str) -> bool:

@@ -99,9 +99,17 @@ def test_diffusers_applies_a_dora_of_the_default_layout(tmp_path: Path) -> None:
         torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("target", "expected"), [("official", 52), ("diffusers", 0), ("comfy", 0)])
+@pytest.mark.parametrize(
+    ("target", "stripped", "expected"),
+    [
+        ("official", "base_model.model.", 52),
+        ("diffusers", "base_model.model.", 0),
+        ("diffusers", "transformer.", 52),
+        ("comfy", "base_model.model.", 0),
+    ],
+)
 def test_peft_itself_loads_the_official_layout_and_silently_nothing_of_others(
-    tmp_path: Path, target: str, expected: int
+    tmp_path: Path, target: str, stripped: str, expected: int
 ) -> None:
     source, converted = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     sizes = {"num_text_blocks": 2, "num_visual_blocks": 4}
@@ -114,11 +122,13 @@ def test_peft_itself_loads_the_official_layout_and_silently_nothing_of_others(
     convert(["--input", str(source), "--output", str(converted), "--target", target])
     settings = json.loads((tmp_path / "b_config_lora.json").read_text(encoding="utf-8"))
     config = {name: settings[name] for name in ("r", "lora_alpha", "target_modules")}
-    model = peft.get_peft_model(tiny_dit(**sizes), peft.LoraConfig(**config))  # type: ignore[arg-type]
-    tensors = load_file(converted)
-    # As the official loader does; PEFT's own files are without it.
-    peft.set_peft_model_state_dict(model, {key.replace(".default", ""): t for key, t in tensors.items()})
-    layers = {name: model.get_submodule(f"base_model.model.{name}") for name in network.adapters}
+    model = peft.inject_adapter_in_model(peft.LoraConfig(**config), tiny_dit(**sizes))
+    # The steps of the official pipeline's load_adapter. Its versions differ in the prefix that they strip.
+    tensors = {
+        key.removeprefix(stripped).replace(".default", ""): t for key, t in load_file(converted).items()
+    }
+    peft.set_peft_model_state_dict(model, tensors)
+    layers = {name: model.get_submodule(name) for name in network.adapters}
     equal = [
         name
         for name, layer in layers.items()

@@ -16,6 +16,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from modules.errors import ModelFileError
+from networks import post_hoc_ema
 from networks.lora_files import read_lora
 from networks.lora_scales import first_match
 from tests.lora_strengths import (
@@ -197,6 +198,19 @@ def test_patterns_choose_layers_as_in_peft() -> None:
 def test_a_pattern_that_begins_with_the_component_counts() -> None:
     name = "visual_transformer_blocks.0.self_attention.to_query"
     assert first_match({f"transformer.{name}": 1.0}, name, None) == 1.0
+
+
+def test_an_average_keeps_the_scale_that_lay_beside_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [write(tmp_path / name, adapter_config=TWELVE) for name in ("a", "b")]
+    output = tmp_path / "average.safetensors"
+    post_hoc_ema.main([*map(str, paths), "--output_file", str(output)])
+    assert scale(output) == 3.0
+    other = write(tmp_path / "c", adapter_config=EIGHT)
+    with pytest.raises(SystemExit):
+        post_hoc_ema.main([str(paths[0]), str(other), "--output_file", str(output), "--overwrite"])
+    assert "its scale is stated otherwise" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "is_whole"), [("LOHA", False), ("LOKR", False), ("LOKR", True)])
