@@ -18,6 +18,7 @@ from modules.quantised_linear import (
     round_up_to_bfloat16,
     row_scales,
 )
+from modules.rotation import rotate
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
@@ -69,9 +70,12 @@ class _FastProduct(WeightOnlyProduct):
     """Multiplies in float8; the backward pass is the weight-only one, where precision matters more."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, rotation: int
+    ) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        tokens, token_scale = _quantise_tokens(x)
+        ctx.rotation = rotation
+        tokens, token_scale = _quantise_tokens(rotate(x, rotation))
         # Row-wise scales give bfloat16 on CUDA; only the CPU knows other types.
         out_dtype = x.dtype if x.device.type == "cpu" else torch.bfloat16
         output = torch._scaled_mm(

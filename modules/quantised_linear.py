@@ -4,7 +4,8 @@
 
 The product runs in the activations' dtype on exactly the stored numbers (every float8 value and every int8
 value is a bfloat16 and a float16 value too), and the row scale multiplies the output instead of every element
-of the weight.
+of the weight. Weights may be stored rotated (`modules.rotation`): their inputs are then rotated before the
+product, and the gradient of the inputs after it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.errors import ResourceError
+from modules.rotation import NO_ROTATION, rotate, rotate_exactly, rotate_in_place
 
 CHUNK_ELEMENTS = 2**19  # bounds the float32 scratch space of quantisation to a few MiB
 
@@ -57,18 +59,20 @@ def round_up_to_bfloat16(values: Tensor) -> Tensor:
     return torch.where(values.isfinite(), rounded, values)
 
 
-def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight [out, in] of any one-byte type times its scale, rounded to `dtype` once.
+def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype, rotation: int = NO_ROTATION) -> Tensor:
+    """weight [out, in] of any one-byte type times its scale, rotated back and rounded to `dtype` once.
 
     Args:
         scale: [] or [1] for the tensor, [out] or [out, 1] per row, [out, blocks] or [out, blocks, 1] for
             blocks of neighbours in a row.
+        rotation: the block of the rotation that the weight is stored in.
     """
     out_features, in_features = weight.shape
     scale = normalise_scale(scale, out_features)
     blocks = 1 if scale.ndim == 1 else scale.shape[1]
     values = weight.float().view(out_features, blocks, in_features // blocks)
-    return values.mul_(scale.view(out_features, blocks, 1)).view(out_features, in_features).to(dtype)
+    values = values.mul_(scale.view(out_features, blocks, 1)).view(out_features, in_features)
+    return (values if rotation == NO_ROTATION else rotate_exactly(values, rotation)).to(dtype)
 
 
 def scale_fits(scale: Sequence[int], weight: Sequence[int]) -> bool:
@@ -105,16 +109,21 @@ class WeightOnlyProduct(torch.autograd.Function):
     """Keeps the one-byte weight for the backward pass instead of its widened copy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, rotation: int
+    ) -> Tensor:
+        """x [N, in], not rotated, and weight [out, in], stored in a rotation of this block -> [N, out]."""
         ctx.save_for_backward(weight, scale)
-        output = x @ _widened(weight, scale, x.dtype).t()
+        ctx.rotation = rotation
+        output = rotate(x, rotation) @ _widened(weight, scale, x.dtype).t()
         return finish(output, scale if scales_output(x.dtype, scale) else None, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         weight, scale = ctx.saved_tensors
         needed = ctx.needs_input_grad[0]
-        return _input_gradient(grads[0], weight, scale) if needed else None, None, None, None
+        grad = _input_gradient(grads[0], weight, scale, ctx.rotation) if needed else None
+        return grad, None, None, None, None
 
 
 class QuantisedLinear(nn.Module, ABC):
@@ -126,6 +135,7 @@ class QuantisedLinear(nn.Module, ABC):
         bias: [out] or None.
         compute_dtype: dtype of the activations it will see.
         use_fast: multiply in the one-byte type with inputs quantised per token, where the sizes allow it.
+        rotation: the block of the rotation that the weight is stored in; None for what `quantise` gives.
     """
 
     weight_dtype: ClassVar[torch.dtype]
@@ -133,6 +143,8 @@ class QuantisedLinear(nn.Module, ABC):
     fast_product: ClassVar[type[WeightOnlyProduct]]
     fast_multiple: ClassVar[int]
     """What both sides of the weight must be a multiple of for `fast_product`."""
+    rounds_scales: ClassVar[bool] = True
+    """Whether the scales of `quantise` are bfloat16 numbers."""
     bias: nn.Parameter | None
 
     def __init__(
@@ -143,11 +155,14 @@ class QuantisedLinear(nn.Module, ABC):
         *,
         compute_dtype: torch.dtype,
         use_fast: bool = False,
+        rotation: int | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.rotation = self.rotation_of(self.in_features) if rotation is None else rotation
         # Kept in the compute dtype where that is exact, so that no step mixes dtypes.
-        is_exact = compute_dtype == torch.bfloat16 and torch.equal(scale.bfloat16().float(), scale)
+        is_exact = self.rounds_scales and compute_dtype == torch.bfloat16
+        is_exact = is_exact and torch.equal(scale.bfloat16().float(), scale)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale_weight = nn.Parameter(scale.bfloat16() if is_exact else scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.to(compute_dtype), requires_grad=False)
@@ -159,18 +174,27 @@ class QuantisedLinear(nn.Module, ABC):
     def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight [out, in] -> (one-byte weight [out, in], scale [out] float32)."""
 
+    @staticmethod
+    def rotation_of(width: int) -> int:
+        """The block of the rotation that `quantise` stores a weight of this width in."""
+        return NO_ROTATION
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], both in the compute dtype."""
         product = self.fast_product if self.use_fast else WeightOnlyProduct
-        flat = product.apply(x.reshape(-1, self.in_features), self.weight, self.scale_weight, self.bias)
+        inputs = x.reshape(-1, self.in_features)
+        flat = product.apply(inputs, self.weight, self.scale_weight, self.bias, self.rotation)
         return flat.view(*x.shape[:-1], self.out_features)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """grad [N, out] -> [N, in], a fresh tensor: what the backward pass returns, without autograd."""
-        return _input_gradient(grad, self.weight, self.scale_weight)
+        return _input_gradient(grad, self.weight, self.scale_weight, self.rotation)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, fast={self.use_fast}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, fast={self.use_fast}, "
+            f"rotation={self.rotation}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,8 +305,8 @@ def _widened(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return blocks.view(out_features, in_features)
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _input_gradient(grad: Tensor, weight: Tensor, scale: Tensor, rotation: int) -> Tensor:
     """grad [N, out] -> [N, in] through the weight that the forward pass used."""
     if scales_output(grad.dtype, scale):
         grad = torch.mul(grad, scale, out=torch.empty_like(grad))
-    return grad @ _widened(weight, scale, grad.dtype)
+    return rotate_in_place(grad @ _widened(weight, scale, grad.dtype), rotation)

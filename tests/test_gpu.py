@@ -21,7 +21,7 @@ from modules.block_swap import BlockSwap, StreamCopies
 from modules.errors import ResourceError
 from modules.fp8 import Fp8Linear, check_fp8_matmul, quantise_rows
 from modules.fused_ops import ModulatedLayerNorm, modulated_layer_norm, rms_norm_rotate
-from modules.int8 import Int8Linear, check_int8_matmul
+from modules.int8 import Int8Linear, RotatedInt8Linear, check_int8_matmul
 from modules.staged_copies import StagedCopies
 from networks.lora import LoRANetwork
 from networks.lora_kandinsky import create_network, is_target_name
@@ -240,14 +240,20 @@ def test_products_in_float8_are_near_to_those_in_bfloat16(cuda: torch.device) ->
     assert (fast - plain).norm() <= 5e-2 * plain.norm()
 
 
+@pytest.mark.parametrize("kind", [Int8Linear, RotatedInt8Linear])
 @pytest.mark.parametrize("num_tokens", [1, 17, 200])
-def test_products_in_int8_are_those_of_the_cpu(cuda: torch.device, num_tokens: int) -> None:
+def test_products_in_int8_are_those_of_the_cpu(
+    cuda: torch.device, num_tokens: int, kind: type[Int8Linear]
+) -> None:
     """The sums are exact whole numbers on both, whatever the number of tokens."""
     skip_without(check_int8_matmul, cuda)
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(264, 512, generator=generator), torch.randn(num_tokens, 512, generator=generator)
-    weight8, scale = Int8Linear.quantise(weight)
-    layer = Int8Linear(weight8, scale, None, compute_dtype=torch.bfloat16, use_fast=True)
+    weight8, scale = kind.quantise(weight)
+    on_device8, on_device = kind.quantise(weight.to(cuda))
+    assert torch.equal(on_device8.cpu(), weight8)
+    assert torch.equal(on_device.cpu(), scale)
+    layer = kind(weight8, scale, None, compute_dtype=torch.bfloat16, use_fast=True)
     assert layer.use_fast
     expected = layer(x.bfloat16()).float()
     got = layer.to(cuda)(x.to(cuda, torch.bfloat16)).float().cpu()

@@ -195,6 +195,7 @@ def _dit(args: argparse.Namespace, task: Task) -> DitConfig:
         args,
         fp8_fast=args.fp8_fast and args.fp8_base,
         int8_fast=args.int8_fast and args.int8_base,
+        no_int8_rotation=args.no_int8_rotation and args.int8_fast and args.int8_base,
         nabla=nabla,
         attention=chosen_attention(args),
         magcache=read_options(MagCacheConfig, args) if args.magcache else None,

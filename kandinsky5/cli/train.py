@@ -247,6 +247,7 @@ def _model(args: argparse.Namespace) -> ModelConfig:
         attention=chosen_attention(args),
         fp8_fast=args.fp8_fast and args.fp8_base,
         int8_fast=args.int8_fast and args.int8_base,
+        no_int8_rotation=args.no_int8_rotation and args.int8_fast and args.int8_base,
         gradient_checkpointing_cpu_offload=recomputes and args.gradient_checkpointing_cpu_offload,
         gradient_checkpointing_keep_attention=(
             args.gradient_checkpointing_keep_attention if recomputes else 0

@@ -77,6 +77,7 @@ _COMPILE = (
 WEIGHT_RULES: tuple[NoEffectRule[WeightsConfig], ...] = (
     NoEffectRule(("fp8_fast",), lambda c: not c.fp8_base, "add --fp8_base"),
     NoEffectRule(("int8_fast",), lambda c: not c.int8_base, "add --int8_base"),
+    NoEffectRule(("no_int8_rotation",), lambda c: not c.int8_fast, "add --int8_base --int8_fast"),
 )
 
 COMPILE_RULES: tuple[NoEffectRule[CompileConfig | None], ...] = (
@@ -401,6 +402,7 @@ _DIT = (
     "fp8_fast",
     "int8_base",
     "int8_fast",
+    "no_int8_rotation",
     "blocks_to_swap",
     "use_pinned_memory_for_block_swap",
     "offload_dit_during_sampling",

@@ -45,8 +45,12 @@ class WeightsConfig:
     int8_base: bool = option(False, "store attention and feed-forward weights in int8 instead, on any device")
     int8_fast: bool = option(
         False,
-        "with --int8_base: also compute matrix products in int8; requires compute capability 7.5 (Turing, "
-        "Ampere) or later; not run on a GPU yet",
+        "with --int8_base: also compute matrix products in int8, of rotated weights and inputs; requires "
+        "compute capability 7.5 (Turing, Ampere) or later; not run on a GPU yet",
+    )
+    no_int8_rotation: bool = option(
+        False,
+        "with --int8_fast: do not rotate weights and inputs before rounding, as earlier versions did not",
     )
     blocks_to_swap: int = option(
         0, "number of blocks whose weights stay in host memory (default: 0)", non_negative_int
@@ -73,13 +77,27 @@ class WeightsConfig:
         return self.fp8_fast or self.int8_fast
 
     @property
+    def rotates_weights(self) -> bool:
+        """Whether weights are rotated before they are rounded.
+
+        Only where inputs are rounded too: on normal weights the rotation leaves the error of `--int8_base`
+        alone as it is, and it would cost a product per layer and pass.
+        """
+        return self.int8_base and self.int8_fast and not self.no_int8_rotation
+
+    @property
+    def stored_as(self) -> str:
+        """Storage of the attention and feed-forward weights of the blocks, in words."""
+        return f"{self.weight_format.value}{', rotated' if self.rotates_weights else ''}"
+
+    @property
     def has_one_byte_weights(self) -> bool:
         return self.weight_format is not WeightFormat.COMPUTE_DTYPE
 
     @property
-    def storage_form(self) -> tuple[str, bool]:
+    def storage_form(self) -> tuple[str, bool, bool]:
         """Format of the frozen weights and of their products, independent of their location."""
-        return self.weight_format.value, self.use_fast_products
+        return self.weight_format.value, self.use_fast_products, self.rotates_weights
 
     @property
     def modulation_on_host(self) -> bool:

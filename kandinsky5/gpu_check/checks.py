@@ -19,7 +19,7 @@ from modules.cudnn import check_conv3d
 from modules.errors import ResourceError
 from modules.fp8 import Fp8Linear, check_fp8_matmul
 from modules.host_buffer import HostBuffer
-from modules.int8 import Int8Linear, check_int8_matmul
+from modules.int8 import Int8Linear, RotatedInt8Linear, check_int8_matmul
 from modules.optimizers import build_optimizer
 from modules.quantised_linear import QuantisedLinear, dequantise
 
@@ -122,7 +122,7 @@ def _check_layer(layer_class: type[QuantisedLinear], *, use_fast: bool) -> Calla
         layer = layer_class(weight8, scale, bias, compute_dtype=torch.bfloat16, use_fast=use_fast)
         half, wide = x.bfloat16().requires_grad_(), x.clone().requires_grad_()
         got = layer(half)
-        exact = F.linear(wide, dequantise(weight8, scale, torch.float32), bias)
+        exact = F.linear(wide, dequantise(weight8, scale, torch.float32, layer.rotation), bias)
         grads = [*torch.autograd.grad(got, half, grad.bfloat16()), *torch.autograd.grad(exact, wide, grad)]
         return _compare([got, grads[0]], [exact, grads[1]], 6e-2 if use_fast else 2e-2)
 
@@ -180,7 +180,7 @@ CHECKS: Mapping[str, Callable[[torch.device], str]] = {
     "--fp8_base": _check_layer(Fp8Linear, use_fast=False),
     "--fp8_fast": _check_layer(Fp8Linear, use_fast=True),
     "--int8_base": _check_layer(Int8Linear, use_fast=False),
-    "--int8_fast": _check_layer(Int8Linear, use_fast=True),
+    "--int8_fast": _check_layer(RotatedInt8Linear, use_fast=True),
     "page-locked memory (--blocks_to_swap)": _check_page_locked,
     "--optimizer_type AdamW8bit": _check_adamw8bit,
     "--compile (triton)": _check_compile,

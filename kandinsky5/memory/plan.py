@@ -194,7 +194,7 @@ class Planner(ABC, Generic[Options, Job]):
     ) -> None:
         self.given, self.task, self.params = given, task, params
         self.device, self.dtype = device, dtype
-        self._models: dict[tuple[str, bool], AssembledModel] = {}
+        self._models: dict[tuple[object, ...], AssembledModel] = {}
         self._activations: dict[tuple[object, ...], Activations] = {}
 
     @abstractmethod

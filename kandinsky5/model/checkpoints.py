@@ -25,7 +25,7 @@ from modules.byte_sizes import size_text
 from modules.dtypes import dtype_name
 from modules.errors import ModelFileError
 from modules.fp8 import FP8_DTYPES, Fp8Linear
-from modules.int8 import Int8Linear
+from modules.int8 import Int8Linear, RotatedInt8Linear
 from modules.logs import get_logger
 from modules.messages import counted, names_in_short
 from modules.quantised_linear import QuantisedLinear, dequantise, normalise_scale
@@ -86,10 +86,12 @@ class DitFileInfo:
 
 
 _DEFAULT_WEIGHTS = WeightsConfig()
-_ONE_BYTE_LAYERS: dict[WeightFormat, type[QuantisedLinear]] = {
-    WeightFormat.FP8: Fp8Linear,
-    WeightFormat.INT8: Int8Linear,
-}
+
+
+def _layer_class(weights: WeightsConfig) -> type[QuantisedLinear] | None:
+    """What holds the attention and feed-forward weights; None for plain layers."""
+    int8 = RotatedInt8Linear if weights.rotates_weights else Int8Linear
+    return {WeightFormat.FP8: Fp8Linear, WeightFormat.INT8: int8}.get(weights.weight_format)
 
 
 def build_meta_dit(params: DitParams, compute_dtype: torch.dtype) -> DiffusionTransformer3D:
@@ -210,7 +212,8 @@ def load_dit(
     Args:
         source: the files, see `check_dit_file`, or what gives the tensors in their place.
         weights: format and place; in float8 and int8 the attention and feed-forward layers of the blocks
-            become `Fp8Linear` or `Int8Linear` (for fast products call `check_fast_products` first).
+            become `Fp8Linear`, `Int8Linear` or `RotatedInt8Linear` (for fast products call
+            `check_fast_products` first).
         device: where tensors are cast and quantised; on "meta" only headers are read, and the model that
             is returned has all dtypes and sizes but no data.
         compute_dtype: of activations and of all weights but the float32 islands, which keep the file's dtype.
@@ -220,7 +223,7 @@ def load_dit(
     """
     if device.type != "meta":
         log.info("loading the DiT")
-    layer_class = _ONE_BYTE_LAYERS.get(weights.weight_format)
+    layer_class = _layer_class(weights)
     placement = host_placement(
         params, device, blocks_to_swap=weights.blocks_to_swap, modulation_on_host=weights.modulation_on_host
     )
@@ -267,7 +270,7 @@ def _warn_of_second_rounding(
     path: Path, layer_class: type[QuantisedLinear] | None, *, has_loras: bool
 ) -> None:
     """Say what becomes of weights that were rounded to float8 once."""
-    if layer_class is Int8Linear:
+    if layer_class is not None and issubclass(layer_class, Int8Linear):
         log.warning(
             "%s is float8 already: --int8_base rounds its weights a second time; --fp8_base takes them as "
             "they are",

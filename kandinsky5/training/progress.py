@@ -80,5 +80,6 @@ def starting_state(run: PreparedRun, model: TrainedModel) -> TrainingState:
         options=shareable_options(config),
         library_versions=library_versions(),
         contents=run.contents,
+        weights=config.model.stored_as,
         branch=run.mark.branch,
     )

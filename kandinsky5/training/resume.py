@@ -184,9 +184,21 @@ def check_resumed(
                 "--allow_changed_data continues anyway, but the run is then not exact."
             )
     problems += _epoch_problems(config, before, length)
+    if _was_not_rotated(before) and config.model.rotates_weights:
+        problems.append(
+            f"--resume {saved.folder.name}: an earlier version began this run, when --int8_fast did not "
+            "rotate weights before rounding; the same options now give other weights. Add "
+            "--no_int8_rotation to go on exactly, or begin a run with the LoRA of this one: --network_weights"
+        )
     if problems:
         raise ConfigError(problems)
     _log_changes(config, saved, contents, length)
+
+
+def _was_not_rotated(before: TrainingState) -> bool:
+    """Whether a run multiplied in int8 before there was a rotation."""
+    options = before.options
+    return before.weights == "" and bool(options.get("int8_base") and options.get("int8_fast"))
 
 
 def _epoch_problems(config: TrainConfig, before: TrainingState, length: TrainingLength) -> list[str]:

@@ -7,6 +7,7 @@ fp32 dequantise     weight -> float32, times a float32 scale per 16 neighbours, 
                     other Kandinsky trainers install, written anew here
 Fp8Linear           this project's layer
 Fp8Linear, fast     the same multiplying in float8 (`--fp8_fast`; GPUs of compute capability 8.9 and later)
+int8, int8 fast     with --int8: the same in int8; "rotated" with the rotation that `--int8_fast` adds
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from modules.fp8 import FP8_DTYPE, FP8_MAX, Fp8Linear, quantise_rows
+from modules.int8 import Int8Linear, RotatedInt8Linear
 
 OTHERS, OURS = "fp32 dequantise", "Fp8Linear"
 NEIGHBOURS = 16
@@ -52,6 +54,16 @@ class Case:
         if device.startswith("cuda") and torch.cuda.get_device_capability() >= (8, 9):
             fast = Fp8Linear(q, s, None, compute_dtype=torch.bfloat16, use_fast=True)
             self.fns["Fp8Linear, fast"] = lambda: fast(self.x)
+
+    def add_int8(self):
+        for name, kind, fast in (
+            ("int8", Int8Linear, False),
+            ("int8 fast", Int8Linear, True),
+            ("int8 fast, rotated", RotatedInt8Linear, True),
+        ):
+            settings = {"compute_dtype": torch.bfloat16, "use_fast": fast}
+            layer = kind(*kind.quantise(self.weight), None, **settings)
+            self.fns[name] = lambda layer=layer: layer(self.x)
 
     def fp32(self, q, s):
         with torch.autocast(self.device.split(":")[0], torch.bfloat16):
@@ -105,8 +117,11 @@ def main():
     p.add_argument("--device", default="cpu")
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--compile", action="store_true")
+    p.add_argument("--int8", action="store_true", help="the layers in int8 too")
     args = p.parse_args()
     case = Case(args.dim, args.out or args.dim, args.tokens, args.device)
+    if args.int8:
+        case.add_int8()
     if args.compile:
         case.fns |= {f"{n} (compiled)": torch.compile(f) for n, f in list(case.fns.items()) if n != "bf16"}
     head = f"{args.dim}->{args.out or args.dim}, {args.tokens} tokens, {args.device}"

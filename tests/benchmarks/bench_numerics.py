@@ -33,7 +33,7 @@ from kandinsky5.tiny_models import dit_tensors
 from kandinsky5.training.loss.timesteps import draw_sigmas
 from modules import fused_ops
 from modules.fp8 import Fp8Linear
-from modules.int8 import Int8Linear
+from modules.int8 import Int8Linear, RotatedInt8Linear
 from modules.quantised_linear import dequantise
 from modules.tensor_files import write_tensors
 from networks.lora_kandinsky import create_network
@@ -44,7 +44,8 @@ KINDS = {
     "fp8": (Fp8Linear, False),
     "fp8_fast": (Fp8Linear, True),
     "int8": (Int8Linear, False),
-    "int8_fast": (Int8Linear, True),
+    "int8_fast": (RotatedInt8Linear, True),
+    "int8_fast, not rotated": (Int8Linear, True),
 }
 RUNS = {
     "float32": (torch.float32, {}),
@@ -53,8 +54,12 @@ RUNS = {
     "int8_base": (torch.bfloat16, {"int8_base": True}),
     "fp8_fast": (torch.bfloat16, {"fp8_base": True, "fp8_fast": True}),
     "int8_fast": (torch.bfloat16, {"int8_base": True, "int8_fast": True}),
+    "int8_fast, not rotated": (
+        torch.bfloat16,
+        {"int8_base": True, "int8_fast": True, "no_int8_rotation": True},
+    ),
 }
-COLOURS = dict(zip(RUNS, ["#000000", "#787878", "#1f77b4", "#d62728", "#17becf", "#ff7f0e"]))
+COLOURS = dict(zip(RUNS, ["#000000", "#787878", "#1f77b4", "#d62728", "#17becf", "#ff7f0e", "#9467bd"]))
 
 
 def parse():
@@ -65,6 +70,9 @@ def parse():
     p.add_argument("--text", type=int, default=64)
     p.add_argument("--inputs", type=int, default=4, help="of the part dit, each with its own noise level")
     p.add_argument("--tokens", type=int, default=256, help="of the parts norm and linear")
+    p.add_argument(
+        "--models", nargs="*", default=["lite", "pro"], choices=("lite", "pro"), help="of the part linear"
+    )
     p.add_argument("--steps", type=int, default=200, help="of the part training")
     p.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS))
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw the losses of the part training")
@@ -222,40 +230,55 @@ def norm_results(x, weight, bias, grad):
 # ---- one linear layer --------------------------------------------------------------------------
 
 
+def layer_sizes(model):
+    """[out, in] of the layers in the blocks."""
+    return (
+        (model.model_dim, model.model_dim),
+        (model.ff_dim, model.model_dim),
+        (model.model_dim, model.ff_dim),
+    )
+
+
+def with_loud_channels(x):
+    """The input as it is; one channel in 64 at 20 times, as in trained transformers; one channel at 100 times."""
+    many, one = x.clone(), x.clone()
+    many[:, ::64] *= 20
+    one[:, 5] *= 100
+    return x, many, one
+
+
 def bench_linear(args):
-    lite = C.LITE
-    sizes = ((lite.model_dim, lite.model_dim), (lite.ff_dim, lite.model_dim), (lite.model_dim, lite.ff_dim))
     rows = []
-    for out_features, in_features in sizes:
+    for out_features, in_features in (size for name in args.models for size in layer_sizes(C.CONFIGS[name])):
         gen = torch.Generator().manual_seed(0)
         weight = torch.randn(out_features, in_features, generator=gen).bfloat16()
-        x = torch.randn(args.tokens, in_features, generator=gen).bfloat16()
+        inputs = with_loud_channels(torch.randn(args.tokens, in_features, generator=gen).bfloat16())
         grad = torch.randn(args.tokens, out_features, generator=gen).bfloat16()
-        loud = x.clone()
-        loud[:, ::64] *= 20  # one channel in 64, as in the activations of trained transformers
         name = f"{in_features} -> {out_features}"
-        exact = [v.double() @ weight.double().t() for v in (x, loud)]
+        exact = [v.double() @ weight.double().t() for v in inputs]
         exact_grad = grad.double() @ weight.double()
-        plain = [error(F.linear(v, weight), e) for v, e in zip((x, loud), exact)]
+        plain = [error(F.linear(v, weight), e) for v, e in zip(inputs, exact)]
         cells = [f"{value:.2e}" for value in (*plain, error(grad @ weight, exact_grad))]
         rows.append((name, "bfloat16", "0", *cells, "2"))
         for kind, (layer_class, use_fast) in KINDS.items():
             weight8, scale = layer_class.quantise(weight)
             layer = layer_class(weight8, scale, None, compute_dtype=torch.bfloat16, use_fast=use_fast)
             assert layer.use_fast == use_fast
-            found = [error(dequantise(weight8, scale, torch.float64), weight.double())]
-            found += [error(layer(v), e) for v, e in zip((x, loud), exact)]
-            inputs = x.clone().requires_grad_()
-            layer(inputs).backward(grad)
-            found.append(error(inputs.grad, exact_grad))
+            found = [error(dequantise(weight8, scale, torch.float32, layer.rotation), weight.double())]
+            found += [error(layer(v), e) for v, e in zip(inputs, exact)]
+            x = inputs[0].clone().requires_grad_()
+            layer(x).backward(grad)
+            found.append(error(x.grad, exact_grad))
             held = sum(p.numel() * p.element_size() for p in layer.parameters()) / weight.numel()
             rows.append((name, kind, *(f"{value:.2e}" for value in found), f"{held:.4f}"))
+        print(f"# {name}: done", file=sys.stderr, flush=True)
     columns = (
         "layer",
         "held as",
         "weight",
         "output",
-        "output, loud channels",
+        "1 in 64 at 20x",
+        "one at 100x",
         "input gradient",
         "bytes a weight",
     )

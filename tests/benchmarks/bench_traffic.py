@@ -1,7 +1,7 @@
 """Noise-free counts of one visual block's forward (and of a LoRA step): operators dispatched, bytes moved
 by everything that is not a matrix product or attention, and host synchronisations.
 
-    python bench_traffic.py --config lite2 --shape 5x32x32 [--step]
+    python bench_traffic.py --config lite2 --shape 5x32x32 [--step] [--held int8_fast --only ours]
 
 Counted below the autograd layer with a dispatch mode, from two depths of the same model, so that only
 the blocks count. Bytes are inputs + outputs of each operator that touches memory (views are free), in
@@ -13,11 +13,14 @@ import argparse
 from dataclasses import replace
 
 import adapters
+import bench_numerics
 import common as C
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from networks.lora_kandinsky import is_target_name
 
 MATRIX = (
     "mm",
@@ -29,6 +32,7 @@ MATRIX = (
     "_scaled_dot_product",
     "convolution",
     "_scaled_mm",
+    "_int_mm",
 )
 HOST = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 
@@ -63,6 +67,15 @@ class Counter(TorchDispatchMode):
         return out
 
 
+def hold(model, layer_class, use_fast):
+    """Store the layers of this project's blocks in one byte per weight."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and is_target_name(name):
+            settings = {"compute_dtype": torch.bfloat16, "use_fast": use_fast}
+            small = layer_class(*layer_class.quantise(layer.weight.data), layer.bias, **settings)
+            model.set_submodule(name, small)
+
+
 def count_blocks(a, args):
     """Counts of the second visual block: what a model with two has above one with one; and the whole model's."""
     dtype, base, shape = torch.bfloat16, C.CONFIGS[args.config], C.parse_shape(args.shape)
@@ -71,6 +84,8 @@ def count_blocks(a, args):
     for blocks in (1, 2):
         cfg = replace(base, num_visual_blocks=blocks, num_text_blocks=1)
         model = a.make(cfg, C.make_weights(cfg, dtype, args.device), dtype, args.device)
+        if args.held:
+            hold(model, *bench_numerics.KINDS[args.held])
         inp = C.make_inputs(cfg, shape, args.text, dtype, args.device)
         c = Counter()
         if args.step:
@@ -125,6 +140,7 @@ def main():
     p.add_argument("--text", type=int, default=64)
     p.add_argument("--device", default="cpu")
     p.add_argument("--step", action="store_true", help="LoRA forward + backward with block checkpointing")
+    p.add_argument("--held", choices=bench_numerics.KINDS, help="how the layers of `ours` are stored")
     p.add_argument("--only", nargs="*")
     p.add_argument("--top", type=int, default=6)
     args = p.parse_args()

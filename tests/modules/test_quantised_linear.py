@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules import int8
 from modules.fp8 import Fp8Linear
-from modules.int8 import Int8Linear
+from modules.int8 import Int8Linear, RotatedInt8Linear
 from modules.quantised_linear import (
     QuantisedLinear,
     dequantise,
@@ -23,16 +23,21 @@ from modules.quantised_linear import (
 from tests.float8_products import needs_float8_products
 
 OUT, IN, TOKENS = 48, 64, 40
-KINDS = [pytest.param(Fp8Linear, id="fp8"), pytest.param(Int8Linear, id="int8")]
+KINDS = [
+    pytest.param(Fp8Linear, id="fp8"),
+    pytest.param(Int8Linear, id="int8"),
+    pytest.param(RotatedInt8Linear, id="rotated"),
+]
 FAST_KINDS = [
     pytest.param(Fp8Linear, id="fp8", marks=needs_float8_products),
     pytest.param(Int8Linear, id="int8"),
+    pytest.param(RotatedInt8Linear, id="rotated"),
 ]
 WIDTH = 1792
 """Of Lite; the largest of so many normal numbers sets a row's scale."""
-WEIGHT_ERROR = {Fp8Linear: 2.7e-2, Int8Linear: 8.5e-3}
+WEIGHT_ERROR = {Fp8Linear: 2.7e-2, Int8Linear: 8.5e-3, RotatedInt8Linear: 8.5e-3}
 """Of a row of normal weights of that width, relative to its norm: 2.65e-2 and 8.3e-3 are measured."""
-FAST_ERROR = {Fp8Linear: 3.9e-2, Int8Linear: 1.3e-2}
+FAST_ERROR = {Fp8Linear: 3.9e-2, Int8Linear: 1.3e-2, RotatedInt8Linear: 1.3e-2}
 """Of an output when normal tokens are rounded too."""
 
 
@@ -66,7 +71,7 @@ def test_weights_and_outputs_keep_to_the_stated_error(kind: type[QuantisedLinear
     weight = draw(64, WIDTH) * torch.logspace(-6, 3, 64)[:, None]
     weight8, scale = kind.quantise(weight)
     assert (weight8.dtype, scale.dtype, scale.shape) == (kind.weight_dtype, torch.float32, (64,))
-    restored = dequantise(weight8, scale, torch.float32)
+    restored = dequantise(weight8, scale, torch.float32, kind.rotation_of(WIDTH))
     errors = (restored - weight).norm(dim=1) / weight.norm(dim=1)
     assert float(errors.square().mean().sqrt()) < WEIGHT_ERROR[kind]
     x = draw(256, WIDTH, seed=2)
@@ -99,10 +104,11 @@ def test_zero_rows_and_long_matrices_are_quantised(
     weight[3] = 0
     whole = kind.quantise(weight)
     monkeypatch.setattr("modules.quantised_linear.CHUNK_ELEMENTS", 7 * IN)
+    monkeypatch.setattr("modules.int8.QUANTISED_AT_ONCE", 7 * IN)
     pieces = kind.quantise(weight)
     assert torch.equal(whole[0].float(), pieces[0].float())
     assert torch.equal(whole[1], pieces[1])
-    assert torch.equal(dequantise(*whole, torch.float32)[3], torch.zeros(IN))
+    assert torch.equal(dequantise(*whole, torch.float32, kind.rotation_of(IN))[3], torch.zeros(IN))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,7 +136,7 @@ def test_forward_and_input_gradient_are_those_of_the_stored_weight(
     output.backward(grad)
     assert x.grad is not None
     assert (output.dtype, x.grad.dtype) == (dtype, dtype)
-    weight = dequantise(linear.weight, linear.scale_weight, torch.float32)
+    weight = dequantise(linear.weight, linear.scale_weight, torch.float32, linear.rotation)
     bias = None if linear.bias is None else linear.bias.float()
     assert relative_error(output, F.linear(x.float(), weight, bias)) < tolerance
     assert relative_error(x.grad, grad.float() @ weight) < tolerance
@@ -150,7 +156,7 @@ def test_the_fast_product_is_that_of_quantised_tokens(
     output = linear(x)
     assert output.dtype == dtype
     assert output.isfinite().all()
-    weight = dequantise(linear.weight, linear.scale_weight, torch.float32)
+    weight = dequantise(linear.weight, linear.scale_weight, torch.float32, linear.rotation)
     assert linear.bias is not None
     exact = F.linear(x.float(), weight, linear.bias.float())
     assert relative_error(output, exact) < FAST_ERROR[kind]
@@ -188,6 +194,8 @@ class Watch(TorchDispatchMode):
         pytest.param(Int8Linear, False, id="int8"),
         pytest.param(Fp8Linear, True, id="fp8 fast", marks=needs_float8_products),
         pytest.param(Int8Linear, True, id="int8 fast"),
+        pytest.param(RotatedInt8Linear, False, id="rotated"),
+        pytest.param(RotatedInt8Linear, True, id="rotated fast"),
     ],
 )
 def test_nothing_is_wider_than_the_compute_dtype_and_one_byte_per_weight_is_kept(
@@ -195,7 +203,7 @@ def test_nothing_is_wider_than_the_compute_dtype_and_one_byte_per_weight_is_kept
 ) -> None:
     linear = layer(kind, torch.bfloat16, use_fast=use_fast)
     tokens, allowed = TOKENS, max(OUT, TOKENS)
-    if kind is Int8Linear and use_fast:
+    if issubclass(kind, Int8Linear) and use_fast:
         # Integer sums are 32 bits wide: a bounded number of tokens at a time.
         tokens, allowed = 40 * int8._FAST_ROWS, int8._FAST_ROWS * IN
         monkeypatch.setattr("modules.int8.CHUNK_ELEMENTS", allowed)
@@ -210,7 +218,8 @@ def test_nothing_is_wider_than_the_compute_dtype_and_one_byte_per_weight_is_kept
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), watch:
         linear(x).sum().backward()
     assert watch.wide == []
-    assert sum(kept) == OUT * IN + 2 * OUT  # the one-byte weight and its bfloat16 row scales
+    # The one-byte weight and its row scales, in bfloat16 where they were rounded to it.
+    assert sum(kept) == OUT * IN + (2 if kind.rounds_scales else 4) * OUT
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -78,6 +78,8 @@ class TrainingState:
     library_versions: Mapping[str, str] = field(default_factory=dict)
     contents: Mapping[str, str] = field(default_factory=dict)
     """Hashes of what its caches and model files hold, see `run_contents`; earlier versions had none."""
+    weights: str = ""
+    """How the frozen weights were stored; earlier versions had no entry and never rotated any."""
     branch: int = 0
     """Grows each time a run goes back to an earlier state and so leaves later ones behind."""
 

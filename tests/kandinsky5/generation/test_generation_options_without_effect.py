@@ -88,6 +88,7 @@ EXAMPLES = [
         for words, needed in (
             ("--fp8_fast", "--fp8_base"),
             ("--int8_fast", "--int8_base"),
+            ("--no_int8_rotation", "--int8_base --int8_fast"),
             ("--use_pinned_memory_for_block_swap", "--blocks_to_swap 1"),
             ("--magcache_threshold 1", "--magcache"),
             ("--magcache_k 3", "--magcache"),
@@ -104,6 +105,7 @@ EXAMPLES = [
     ),
     Example("--fp8_fast", (PROMPT, f"{PROMPT} --int8_base"), f"{PROMPT} --fp8_base"),
     Example("--int8_fast", (PROMPT,), f"{PROMPT} --int8_base"),
+    Example("--no_int8_rotation", (PROMPT, f"{PROMPT} --int8_base"), f"{PROMPT} --int8_base --int8_fast"),
     Example("--use_pinned_memory_for_block_swap", (PROMPT,), f"{PROMPT} --vram_budget 20"),
     *(
         Example(words, (PROMPT,), f"{PROMPT} --magcache")

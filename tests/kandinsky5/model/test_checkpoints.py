@@ -26,7 +26,7 @@ from kandinsky5.tasks import LITE_PARAMS, TINY_PARAMS
 from kandinsky5.tiny_models import dit_tensors
 from modules.errors import ConfigError, ModelFileError
 from modules.fp8 import FP8_DTYPE, Fp8Linear, quantise_like
-from modules.int8 import Int8Linear
+from modules.int8 import Int8Linear, RotatedInt8Linear
 from modules.quantised_linear import QuantisedLinear, dequantise
 from modules.tensor_files import read_tensors, write_tensors
 from networks.lora_files import LoadedLora, read_lora, save_lora
@@ -282,15 +282,26 @@ def test_a_name_that_contradicts_the_task_gives_a_warning(name: str, is_i2v: boo
 
 
 @pytest.mark.parametrize(
-    ("how", "kind", "limit"), [("fp8_base", Fp8Linear, 0.1), ("int8_base", Int8Linear, 0.03)]
+    ("how", "kind", "limit"),
+    [
+        (("fp8_base",), Fp8Linear, 0.1),
+        (("int8_base",), Int8Linear, 0.03),
+        (("int8_base", "int8_fast"), RotatedInt8Linear, 0.05),
+        (("int8_base", "int8_fast", "no_int8_rotation"), Int8Linear, 0.05),
+    ],
+    ids=["fp8", "int8", "rotated", "not rotated"],
 )
 def test_eight_bits_hold_the_block_layers_and_nothing_else(
-    tensors: dict[str, Tensor], tmp_path: Path, how: str, kind: type[QuantisedLinear], limit: float
+    tensors: dict[str, Tensor],
+    tmp_path: Path,
+    how: tuple[str, ...],
+    kind: type[QuantisedLinear],
+    limit: float,
 ) -> None:
     path = write_layout(tmp_path, tensors, "file")
-    exact, small = load(path), load(path, **{how: True})
+    exact, small = load(path), load(path, **dict.fromkeys(how, True))
     for name, module in small.named_modules():
-        assert isinstance(module, kind) == is_target_name(name), name
+        assert (type(module) is kind) == is_target_name(name), name
     for key, parameter in small.named_parameters():
         if parameter.dtype != kind.weight_dtype and not key.endswith("scale_weight"):
             assert torch.equal(parameter, exact.state_dict()[key])
@@ -446,17 +457,20 @@ def test_a_multiplier_of_zero_is_bit_equal_to_no_lora(tensors: dict[str, Tensor]
         assert torch.equal(run(load(path, loras=(lora,), **held)), run(load(path, **held)))
 
 
-@pytest.mark.parametrize("how", ["fp8_base", "int8_base"])
-def test_in_eight_bits_a_lora_keeps_its_effect(tensors: dict[str, Tensor], tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("how", [("fp8_base",), ("int8_base",), ("int8_base", "int8_fast")])
+def test_in_eight_bits_a_lora_keeps_its_effect(
+    tensors: dict[str, Tensor], tmp_path: Path, how: tuple[str, ...]
+) -> None:
     """Merged before quantisation: what the weights gain equals what was asked for, within the rounding."""
     path = write_layout(tmp_path, tensors, "file")
     lora = make_lora(tmp_path, 1, strength=0.2)
-    plain, merged = load(path, **{how: True}), load(path, loras=(lora,), **{how: True})
+    held = dict.fromkeys(how, True)
+    plain, merged = load(path, **held), load(path, loras=(lora,), **held)
 
     def weight(dit: DiffusionTransformer3D) -> Tensor:
         layer = dit.get_submodule(TARGET)
         assert isinstance(layer, QuantisedLinear)
-        return dequantise(layer.weight, layer.scale_weight, torch.float32)
+        return dequantise(layer.weight, layer.scale_weight, torch.float32, layer.rotation)
 
     asked = lora.layers[TARGET].delta()
     gained = weight(merged) - weight(plain)

@@ -21,7 +21,7 @@ from kandinsky5.model.offload import stream_weights
 from kandinsky5.tasks import NablaParams
 from kandinsky5_generate_video import main as generate
 from modules.fp8 import Fp8Linear
-from modules.int8 import Int8Linear
+from modules.int8 import Int8Linear, RotatedInt8Linear
 from modules.quantised_linear import QuantisedLinear
 from networks.lora import LoRANetwork
 from networks.lora_kandinsky import create_network, is_target_name
@@ -156,9 +156,10 @@ def test_gradients_are_those_of_eager_blocks_and_lengths_compile_nothing_anew(
 
 
 @pytest.mark.slow
-def test_integer_products_compile(recorder: GraphRecorder) -> None:
-    eager = lora_steps(*model(Int8Linear, use_fast=True))
-    dit, network = model(Int8Linear, use_fast=True)
+@pytest.mark.parametrize("held", [Int8Linear, RotatedInt8Linear])
+def test_integer_products_compile(recorder: GraphRecorder, held: type[QuantisedLinear]) -> None:
+    eager = lora_steps(*model(held, use_fast=True))
+    dit, network = model(held, use_fast=True)
     compile_blocks(dit, CompileConfig(compile_backend="recorder"), torch.device("cpu"))
     assert_near(lora_steps(dit, network), eager)
     assert torch.int8 in recorder.dtypes

@@ -116,6 +116,7 @@ EXAMPLES = [
     Example("force_nabla_attention", "", (_NABLA,), ""),
     Example("fp8_fast", "", ("", "--int8_base"), "--fp8_base"),
     Example("int8_fast", "", ("", "--fp8_base"), "--int8_base"),
+    Example("no_int8_rotation", "", ("", "--int8_base", "--fp8_base --fp8_fast"), "--int8_base --int8_fast"),
     *(
         Example(name, value, ("",), "--compile")
         for name, value in (

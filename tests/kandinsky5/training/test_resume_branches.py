@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kandinsky5.training import control
+from kandinsky5.training import control, preparation, resume
 from kandinsky5.training import trainer as training
-from kandinsky5.training.results.state import StateMark, find_state, read_mark
-from tests.kandinsky5.training.training_runs import lora_bytes, metrics, train
+from kandinsky5.training.results.state import SavedState, StateMark, find_state, read_mark
+from tests.kandinsky5.training.training_runs import exit_code, lora_bytes, metrics, train
 
 WORDS = ("--max_train_steps", 6, "--save_every_n_steps", 2, "--save_state")
 CHANGED = (*WORDS, "--learning_rate", 5e-4)
@@ -123,3 +124,30 @@ def test_the_final_files_of_a_run_that_was_left_behind_are_not_those_of_the_new_
 def test_a_state_of_an_earlier_version_has_no_branch(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(json.dumps({"output_name": "lora", "step": 3}), encoding="utf-8")
     assert read_mark(tmp_path) == StateMark("lora", 0, 3)
+
+
+def test_a_run_of_an_earlier_version_does_not_go_on_with_rotated_weights(
+    dit: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It multiplied in int8 without a rotation, and its state says nothing of one."""
+    monkeypatch.setattr(preparation, "check_fast_products", lambda *_: None)  # there is no CUDA here
+    fast = ("--int8_base", "--int8_fast", "--max_train_steps", 2, "--save_every_n_steps", 1, "--save_state")
+    train(dit, dataset, tmp_path, *fast, "--no_int8_rotation")
+    whole = lora_bytes(tmp_path / "lora.safetensors")
+    plain = resume.read_state
+
+    def read_older(folder: Path) -> SavedState:
+        saved = plain(folder)
+        options = {name: value for name, value in saved.run.options.items() if name != "no_int8_rotation"}
+        return replace(saved, run=replace(saved.run, weights="", options=options))
+
+    monkeypatch.setattr(resume, "read_state", read_older)
+    again = (*fast, "--resume", tmp_path / "lora-step00000001-state")
+    assert exit_code(dit, dataset, tmp_path, *again) == 2
+    assert "Add --no_int8_rotation to go on exactly" in capsys.readouterr().err
+    train(dit, dataset, tmp_path, *again, "--no_int8_rotation")
+    assert lora_bytes(tmp_path / "lora.safetensors") == whole
