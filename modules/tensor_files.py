@@ -44,6 +44,13 @@ _DTYPE_BY_CODE = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_UNREAD_DTYPES = {
+    "F4": "4-bit (FP4, NVFP4 or MXFP4)",
+    "F6_E2M3": "6-bit",
+    "F6_E3M2": "6-bit",
+    "F8_E8M0": "a scale of MXFP8 or MXFP4",
+}
+"""Codes of the format for which there is no use here, in words for a message."""
 _CODE_BY_DTYPE = {dtype: code for code, dtype in _DTYPE_BY_CODE.items()}
 
 
@@ -96,6 +103,7 @@ def _parse_header(path: Path, raw: bytes, *, data_start: int, size: int) -> Tens
     try:
         header = _object(parse_json(raw), "the header")
         metadata = _metadata(header.pop("__metadata__", None))
+        _refuse_unread_dtypes(path, header)
         tensors = {name: _tensor_info(name, entry, data_start) for name, entry in header.items()}
     except ValueError as error:
         raise ModelFileError(
@@ -125,6 +133,16 @@ def _metadata(value: Any) -> dict[str, str]:
     """The one place where the types of metadata are checked: all that read it find texts."""
     metadata = _object({} if value is None else value, "__metadata__")
     return {name: str(text) for name, text in metadata.items()}  # some programs write numbers
+
+
+def _refuse_unread_dtypes(path: Path, header: Mapping[str, Any]) -> None:
+    for name, entry in header.items():
+        code = entry.get("dtype") if isinstance(entry, dict) else None
+        if isinstance(code, str) and code in _UNREAD_DTYPES:
+            raise ModelFileError(
+                f"{path}: tensor {name[:80]} is {_UNREAD_DTYPES[code]}, which is not read here. "
+                "Download the model in bfloat16 or float8"
+            )
 
 
 def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:

@@ -15,8 +15,16 @@ from modules.messages import names_in_short
 from modules.parsing import parse_json
 from modules.tensor_files import SAFETENSORS_SUFFIXES, TensorFile, TensorInfo
 
+DOWNLOAD_INSTEAD = (
+    "Download the model's .safetensors checkpoint in bfloat16, in float8 or in ComfyUI's int8 layout "
+    "(docs/kandinsky5.md, Download); --fp8_base and --int8_base make it smaller while it loads."
+)
+"""The way on from a checkpoint in a format that is not read."""
+
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _INDEX_SUFFIX = ".safetensors.index.json"
+_GGUF_MAGIC = b"GGUF"
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _MAX_INDEX_BYTES = 64 * 2**20
 
 
@@ -36,8 +44,8 @@ def find_weight_files(path: Path, *, subfolder: str) -> tuple[Path, ...]:
         raise ModelFileError(f"{path}: no such file or folder")
     if path.name.endswith(_INDEX_SUFFIX):
         return _files_of_index(path)
-    if path.suffix.lower() not in SAFETENSORS_SUFFIXES:
-        raise ModelFileError(f"{path}: not a .safetensors file; other formats can run programs when opened")
+    if path.suffix.lower() not in SAFETENSORS_SUFFIXES or _is_gguf(path):
+        raise ModelFileError(f"{path}: {_unread_format(path)}. {DOWNLOAD_INSTEAD}")
     return _files_of_shard(path) if _SHARD.fullmatch(path.name) else (path,)
 
 
@@ -53,6 +61,24 @@ def key_prefix(names: Iterable[str], marker: str) -> str | None:
     return min((prefix for prefix in found if prefix == "" or prefix.endswith(".")), key=len, default=None)
 
 
+def _is_gguf(path: Path) -> bool:
+    """By its first bytes: people rename files."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
+    except OSError:
+        return False  # its header reports it
+
+
+def _unread_format(path: Path) -> str:
+    """What a file is that is not read, for a message."""
+    if path.suffix.lower() == ".gguf" or _is_gguf(path):
+        return "a GGUF file, whose blocks of a few bits are not read here"
+    if path.suffix.lower() in _PICKLES:
+        return "not a .safetensors file: a pickle, which can run programs when it is opened"
+    return "not a .safetensors file"
+
+
 def _files_of_folder(folder: Path) -> tuple[Path, ...]:
     indices = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
     if len(indices) == 1:
@@ -60,7 +86,11 @@ def _files_of_folder(folder: Path) -> tuple[Path, ...]:
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SAFETENSORS_SUFFIXES)
     stems = {match["stem"] if (match := _SHARD.fullmatch(file.name)) else file.name for file in files}
     if not files:
-        raise ModelFileError(f"{folder}: a folder without .safetensors files; name the model file itself")
+        others = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in (".gguf", *_PICKLES)]
+        found = f" ({others[0].name} is {_unread_format(others[0])}). {DOWNLOAD_INSTEAD}" if others else ""
+        raise ModelFileError(
+            f"{folder}: a folder without .safetensors files{found or '; name the model file itself'}"
+        )
     if len(stems) > 1 or len(indices) > 1:
         names = names_in_short([file.name for file in files])
         raise ModelFileError(f"{folder}: holds several models; name one file ({names})")
@@ -102,6 +132,7 @@ class WeightSource(Protocol):
     """Source of the tensors of a model, by name."""
 
     tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
 
     def read(self, name: str) -> Tensor:
         """A private copy of one tensor in the dtype that `tensors` gives."""
@@ -117,7 +148,7 @@ class WeightFiles:
 
     def __init__(self, files: Mapping[Path, TensorFile]) -> None:
         self._file_by_tensor: dict[str, TensorFile] = {}
-        self.metadata: dict[str, str] = {}
+        metadata: dict[str, str] = {}
         for path, file in files.items():
             repeated = self._file_by_tensor.keys() & file.header.tensors.keys()
             if repeated:
@@ -125,7 +156,8 @@ class WeightFiles:
                     f"{path}: tensor {min(repeated)} is in another file of the model as well"
                 )
             self._file_by_tensor |= dict.fromkeys(file.header.tensors, file)
-            self.metadata |= file.header.metadata
+            metadata |= file.header.metadata
+        self.metadata: Mapping[str, str] = metadata
         self.tensors: Mapping[str, TensorInfo] = {
             name: file.header.tensors[name] for name, file in self._file_by_tensor.items()
         }

@@ -14,10 +14,11 @@ from modules.errors import ConfigError, ModelFileError
 from modules.logs import get_logger
 from modules.messages import names_in_short
 from modules.options import float_between
+from modules.quantised_files import WEIGHT_DTYPES, find_rotations, unfit_scales, unread_layout
 from modules.tensor_files import TensorInfo
-from modules.weight_files import find_weight_files, key_prefix, open_weight_files
+from modules.weight_files import WeightSource, find_weight_files, key_prefix, open_weight_files
 from networks.lora_files import LayerSizes, read_lora
-from networks.merging import WEIGHT_DTYPES, unfit_scales, write_merged
+from networks.merging import write_merged
 
 log = get_logger(__name__)
 
@@ -52,7 +53,7 @@ def merge_files(
     """
     with open_weight_files(find_weight_files(dit, subfolder="transformer")) as files:
         prefix, sizes = layer_sizes_of_file(files.tensors)
-        _check_weights(dit, files.tensors, prefix)
+        _check_weights(dit, files, prefix)
         loras = [
             read_lora(path, sizes).with_multiplier(multiplier)
             for path, multiplier in zip(lora_paths, multipliers, strict=True)
@@ -60,11 +61,14 @@ def merge_files(
         write_merged(files, output, loras, prefix=prefix, device=device)
 
 
-def _check_weights(dit: Path, tensors: Mapping[str, TensorInfo], prefix: str) -> None:
-    problems = [f"float8 scales do not fit their weights: {text}" for text in unfit_scales(tensors, prefix)]
+def _check_weights(dit: Path, files: WeightSource, prefix: str) -> None:
+    unread = unread_layout(files)
+    problems = [] if unread is None else [unread]
+    problems += [f"scales do not fit their weights: {text}" for text in unfit_scales(files.tensors, prefix)]
+    problems += [f"int8 weights cannot be read: {text}" for text in find_rotations(files)[1]]
     problems += [
         f"LoRAs cannot be merged into weights of type {dtype_name(info.dtype)}: {name}"
-        for name, info in tensors.items()
+        for name, info in files.tensors.items()
         if name.startswith(prefix) and name.endswith(".weight") and info.dtype not in WEIGHT_DTYPES
     ]
     if problems:

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from modules.command_line import check_output
-from modules.dtypes import dtype_name
 from modules.errors import ModelFileError, ResourceError
 from modules.files import check_free_space, disk_errors
-from modules.fp8 import FP8_DTYPES, quantise_like
+from modules.fp8 import FP8_DTYPES
 from modules.logs import get_logger
-from modules.quantised_linear import dequantise, scale_fits
-from modules.tensor_files import TensorInfo, write_tensor_stream
+from modules.quantised_files import (
+    ONE_BYTE_DTYPES,
+    SCALE_SUFFIXES,
+    find_rotations,
+    find_scale_name,
+    quantise_as_stored,
+)
+from modules.quantised_linear import dequantise
+from modules.rotation import NO_ROTATION
+from modules.tensor_files import write_tensor_stream
 from modules.weight_files import WeightFiles
 from networks.lora_files import LoadedLora
 
 log = get_logger(__name__)
-
-WEIGHT_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, *FP8_DTYPES})
-"""Of the weights that checkpoints may hold."""
-SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
-"""After a layer's name: where float8 checkpoints keep the scale of its weight."""
-_SCALE_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 def is_merged_layer(layer: str, loras: Sequence[LoadedLora]) -> bool:
@@ -55,8 +56,8 @@ def write_merged(
 ) -> None:
     """Write the checkpoint with the LoRAs added: same keys, shapes and dtypes, one tensor at a time.
 
-    Weights in float8 are widened, changed and rounded again, with scales of the same layout. The metadata is
-    kept and gains `ss_merged_loras`, a JSON list of names and multipliers.
+    Weights in one byte are widened, changed and rounded again, with scales and rotations as before. The
+    metadata is kept and gains `ss_merged_loras`, a JSON list of names and multipliers.
 
     Args:
         prefix: what stands before the layer names in the file's keys.
@@ -69,12 +70,15 @@ def write_merged(
     check_free_space(output.parent, sum(info.end - info.start for info in files.tensors.values()))
     layout = {name: (info.dtype, info.shape) for name, info in files.tensors.items()}
 
+    rotations, _ = find_rotations(files)
+
     def read(name: str) -> Tensor:
         layer, role = name.removeprefix(prefix).rpartition(".")[::2]
         is_scale = f".{role}" in SCALE_SUFFIXES
         if not is_merged_layer(layer, loras) or not (is_scale or role == "weight"):
             return files.read(name)
-        weight, scale = _merged_tensors(files, f"{prefix}{layer}", layer, loras, device)
+        rotation = rotations.get(f"{prefix}{layer}", NO_ROTATION)
+        weight, scale = _merged_tensors(files, (f"{prefix}{layer}", layer), loras, device, rotation)
         if is_scale:
             assert scale is not None
             return _finite(name, scale.to(layout[name][0])).cpu()
@@ -100,38 +104,23 @@ def _finite(name: str, tensor: Tensor) -> Tensor:
 
 
 def _merged_tensors(
-    files: WeightFiles, base: str, layer: str, loras: Sequence[LoadedLora], device: torch.device
+    files: WeightFiles,
+    names: tuple[str, str],
+    loras: Sequence[LoadedLora],
+    device: torch.device,
+    rotation: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """The merged weight in the file's dtype and its scale, if the file has one."""
+    """The merged weight in the file's dtype and its scale, if the file has one.
+
+    Args:
+        names: of the layer, in the file and without the file's prefix.
+        rotation: the block of the rotation that the file's weight has.
+    """
+    base, layer = names
     weight = files.read(f"{base}.weight").to(device)
-    if weight.dtype not in FP8_DTYPES:
+    if weight.dtype not in ONE_BYTE_DTYPES:
         return add_deltas(weight, layer, loras).to(weight.dtype), None
     scale_name = find_scale_name(files.tensors, base)
     scale = files.read(scale_name).to(device) if scale_name else torch.ones((), device=device)
-    values = add_deltas(dequantise(weight, scale, torch.float32), layer, loras)
-    return quantise_like(values, weight.dtype, tuple(scale.shape) if scale_name else None)
-
-
-def find_scale_name(names: Mapping[str, object], base: str) -> str | None:
-    """The key that holds the float8 scale of the layer whose full name is `base`."""
-    return next((f"{base}{suffix}" for suffix in SCALE_SUFFIXES if f"{base}{suffix}" in names), None)
-
-
-def unfit_scales(tensors: Mapping[str, TensorInfo], prefix: str) -> list[str]:
-    """The scales of float8 weights whose shape or dtype cannot be used, as lines for a message.
-
-    Args:
-        tensors: of a whole checkpoint.
-        prefix: what stands before the layer names in its keys.
-    """
-    unfit = []
-    for name, weight in tensors.items():
-        is_float8 = weight.dtype in FP8_DTYPES and name.startswith(prefix) and name.endswith(".weight")
-        scale_name = find_scale_name(tensors, name.removesuffix(".weight")) if is_float8 else None
-        if scale_name is None:
-            continue
-        scale = tensors[scale_name]
-        if scale.dtype not in _SCALE_DTYPES or not scale_fits(scale.shape, weight.shape):
-            kind = dtype_name(scale.dtype)
-            unfit.append(f"{scale_name} {list(scale.shape)} {kind} for a weight {list(weight.shape)}")
-    return unfit
+    values = add_deltas(dequantise(weight, scale, torch.float32, rotation), layer, loras)
+    return quantise_as_stored(values, weight.dtype, tuple(scale.shape) if scale_name else None, rotation)

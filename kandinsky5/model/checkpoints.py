@@ -28,28 +28,29 @@ from modules.fp8 import FP8_DTYPES, Fp8Linear
 from modules.int8 import Int8Linear, RotatedInt8Linear
 from modules.logs import get_logger
 from modules.messages import counted, names_in_short
+from modules.quantised_files import (
+    COMPANIONS,
+    FP8_MARK,
+    ONE_BYTE_DTYPES,
+    WEIGHT_DTYPES,
+    find_rotations,
+    find_scale_name,
+    unfit_scales,
+    unread_layout,
+)
 from modules.quantised_linear import QuantisedLinear, dequantise, normalise_scale
+from modules.rotation import NO_ROTATION
 from modules.tensor_files import TensorInfo
 from modules.weight_files import WeightSource, find_weight_files, key_prefix, open_weight_files
 from networks.lora_files import LoadedLora
 from networks.lora_kandinsky import is_target_name
-from networks.merging import (
-    WEIGHT_DTYPES,
-    add_deltas,
-    find_scale_name,
-    is_merged_layer,
-    unfit_scales,
-    write_merged,
-)
+from networks.merging import add_deltas, is_merged_layer, write_merged
 
 log = get_logger(__name__)
 
 _MARKER = "visual_embeddings.in_layer.weight"
 """A key of every DiT of this family."""
-# What float8 checkpoints in ComfyUI's layouts hold beside the weights.
-_FP8_EXTRAS = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
-_FP8_MARK = "scaled_fp8"
-
+_KANDINSKY_6 = ("audio_text_transformer_blocks.", "video_text_transformer_blocks.")
 _FOREIGN_MODELS = (
     (("lora_A", "lora_down", "lora_unet_", "hada_w1_a"), "a LoRA file; it belongs behind --lora_weight"),
     (("encoder.down_blocks.", "decoder.up_blocks.", "encoder.conv_in."), "a VAE; it belongs behind --vae"),
@@ -70,6 +71,8 @@ class DitFileInfo:
     """Before every key; empty in the published files."""
     tensors: Mapping[str, TensorInfo]
     """By the model's own keys."""
+    rotations: Mapping[str, int]
+    """Of int8 weights, by the model's own layer: the block of the rotation that they are stored in."""
 
     @property
     def is_fp8(self) -> bool:
@@ -110,12 +113,14 @@ def check_dit_file(path: Path, params: DitParams) -> DitFileInfo:
     """
     files = find_weight_files(path, subfolder="transformer")
     with open_weight_files(files) as weights:
-        return _check_tensors(path, files, weights.tensors, params)
+        return _check_tensors(path, files, weights, params)
 
 
 def _check_tensors(
-    path: Path, files: tuple[Path, ...], found: Mapping[str, TensorInfo], params: DitParams
+    path: Path, files: tuple[Path, ...], weights: WeightSource, params: DitParams
 ) -> DitFileInfo:
+    found = weights.tensors
+    _refuse_other_kinds(path, weights)
     expected = {
         key: tuple(tensor.shape)
         for key, tensor in build_meta_dit(params, torch.bfloat16).state_dict().items()
@@ -134,10 +139,13 @@ def _check_tensors(
         if info.shape != expected[key]
     ]
     odd_dtypes = [
-        f"{key} {dtype_name(i.dtype)}" for key, i in tensors.items() if i.dtype not in WEIGHT_DTYPES
+        f"{key} {dtype_name(i.dtype)}"
+        for key, i in tensors.items()
+        if i.dtype not in WEIGHT_DTYPES or (i.dtype == torch.int8 and len(i.shape) != 2)
     ]
     another = "another shape (is this another model size or task?)"
     belong = "belong to the model"
+    rotations, unread = find_rotations(weights)
     problems = [
         _listed(path, "tensor is missing", "tensors are missing", missing),
         _listed(
@@ -155,23 +163,38 @@ def _check_tensors(
         ),
         _listed(
             path,
-            "float8 scale does not fit its weight",
-            "float8 scales do not fit their weights",
+            "scale does not fit its weight",
+            "scales do not fit their weights",
             unfit_scales(found, prefix),
         ),
+        _listed(path, "int8 weight cannot be read", "int8 weights cannot be read", unread),
     ]
     if any(problems):
         raise ModelFileError([problem for problem in problems if problem])
-    return DitFileInfo(files, prefix, tensors)
+    layers = {layer.removeprefix(prefix): block for layer, block in rotations.items()}
+    return DitFileInfo(files, prefix, tensors, layers)
+
+
+def _refuse_other_kinds(path: Path, weights: WeightSource) -> None:
+    """Name a checkpoint of another model or in a layout that is not read, instead of listing its tensors."""
+    newer = next((name for name in weights.tensors if any(mark in name for mark in _KANDINSKY_6)), None)
+    if newer is not None:
+        raise ModelFileError(
+            f"{path}: this is a Kandinsky 6 model (key {newer}); Kandinsky 5 is trained and sampled here. "
+            "Download a Kandinsky 5 checkpoint (docs/kandinsky5.md, Download)"
+        )
+    layout = unread_layout(weights)
+    if layout is not None:
+        raise ModelFileError(f"{path}: {layout}")
 
 
 def _unexplained(extra: Sequence[str], prefix: str, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """The names among `extra` that are not companions of a float8 weight, or the mark of such a file."""
-    is_fp8 = any(info.dtype in FP8_DTYPES for info in tensors.values())
+    """The names among `extra` that are no companions of a one-byte weight, and no mark of such a file."""
+    is_quantised = any(info.dtype in ONE_BYTE_DTYPES for info in tensors.values())
     return [
         name
         for name in extra
-        if name.removeprefix(prefix) != _FP8_MARK and not (is_fp8 and name.endswith(_FP8_EXTRAS))
+        if name.removeprefix(prefix) != FP8_MARK and not (is_quantised and name.endswith(COMPANIONS))
     ]
 
 
@@ -233,32 +256,35 @@ def load_dit(
     else:
         path, files, opening = Path(type(source).__name__), (), nullcontext(source)
     with opening as opened:
-        info = _check_tensors(path, files, opened.tensors, params)
+        info = _check_tensors(path, files, opened, params)
         dit = build_meta_dit(params, compute_dtype)
         reader = _WeightReader(opened, info, device, check_finite=not weights.no_weight_check)
-        if info.is_fp8:
-            _warn_of_second_rounding(path, layer_class, has_loras=bool(loras))
-        quantised: dict[str, tuple[Tensor, Tensor]] = {}
+        _report_stored_weights(path, info, weights, has_loras=bool(loras))
+        quantised: dict[str, QuantisedLinear] = {}
         # In file order: a hard disk then reads straight through.
         for key in sorted(info.tensors, key=lambda key: info.tensors[key].start):
             layer, _, name = key.rpartition(".")
             target_device = placement(key)
             if layer_class is not None and name == "weight" and is_target_name(layer):
-                weight8, scale = reader.read_quantised(key, loras, layer_class)
-                quantised[layer] = reader.owned(weight8.to(target_device)), scale.to(target_device)
+                kind, weight8, scale, rotation = reader.read_quantised(key, loras, layer_class)
+                quantised[layer] = kind(
+                    reader.owned(weight8.to(target_device)),
+                    scale.to(target_device),
+                    None,
+                    compute_dtype=compute_dtype,
+                    use_fast=weights.use_fast_products,
+                    rotation=rotation,
+                )
                 continue
             dtype = compute_dtype
-            if is_float32_island(key) and info.tensors[key].dtype not in FP8_DTYPES:
+            if is_float32_island(key) and info.tensors[key].dtype not in ONE_BYTE_DTYPES:
                 dtype = info.tensors[key].dtype
             _set_parameter(dit, key, reader.owned(reader.read(key, loras).to(dtype).to(target_device)))
         reader.raise_if_not_finite(path)
-    for layer, (weight8, scale) in quantised.items():
+    for layer, linear in quantised.items():
         plain = dit.get_submodule(layer)
         assert isinstance(plain, nn.Linear)
-        assert layer_class is not None
-        linear = layer_class(
-            weight8, scale, plain.bias, compute_dtype=compute_dtype, use_fast=weights.use_fast_products
-        )
+        linear.bias = plain.bias  # read by now
         dit.set_submodule(layer, linear)
     dit.reset_buffers(device)
     if device.type != "meta":
@@ -266,18 +292,22 @@ def load_dit(
     return dit.requires_grad_(False)
 
 
-def _warn_of_second_rounding(
-    path: Path, layer_class: type[QuantisedLinear] | None, *, has_loras: bool
-) -> None:
-    """Say what becomes of weights that were rounded to float8 once."""
-    if layer_class is not None and issubclass(layer_class, Int8Linear):
-        log.warning(
-            "%s is float8 already: --int8_base rounds its weights a second time; --fp8_base takes them as "
-            "they are",
-            path.name,
-        )
-    elif layer_class is Fp8Linear and has_loras:
-        log.warning("%s is float8 already: merging a LoRA rounds its weights a second time", path.name)
+def _report_stored_weights(path: Path, info: DitFileInfo, weights: WeightsConfig, *, has_loras: bool) -> None:
+    """Log what becomes of weights that the file holds in one byte."""
+    wanted = weights.weight_format
+    if wanted is WeightFormat.COMPUTE_DTYPE:
+        return
+    bases = {"float8": "--fp8_base", "int8": "--int8_base"}
+    for form, is_held in (("float8", info.is_fp8), ("int8", bool(info.rotations))):
+        if is_held and wanted.value != form:
+            text = "%s is %s already: %s rounds its weights a second time; %s takes them as they are"
+            log.warning(text, path.name, form, bases[wanted.value], bases[form])
+        elif is_held and has_loras:
+            log.warning("%s is %s already: merging a LoRA rounds its weights a second time", path.name, form)
+    blocks = sorted({block for block in info.rotations.values() if block != NO_ROTATION})
+    if info.rotations and wanted is WeightFormat.INT8:
+        how = f"rotated in blocks of {', '.join(map(str, blocks))}" if blocks else "not rotated"
+        log.info("%s is int8 already, %s: taken as it is", path.name, how)
 
 
 class _WeightReader:
@@ -299,25 +329,34 @@ class _WeightReader:
         return tensor.clone() if is_in_file else tensor
 
     def read(self, key: str, loras: Sequence[LoadedLora]) -> Tensor:
-        """The tensor with its LoRAs; float32 if it was float8 or merged, else in the file's dtype."""
+        """The tensor with its LoRAs; float32 if it had one byte or was merged, else in the file's dtype."""
         tensor = self._raw(key)
         layer, _, name = key.rpartition(".")
-        if tensor.dtype in FP8_DTYPES:
+        if tensor.dtype in ONE_BYTE_DTYPES:
             # Scales belong to matrices; biases and norms can only be plain casts.
             is_matrix = tensor.ndim == 2
-            tensor = dequantise(tensor, self._scale(layer), torch.float32) if is_matrix else tensor.float()
+            rotation = self._info.rotations.get(layer, NO_ROTATION)
+            scale = self._scale(layer) if is_matrix else None
+            tensor = tensor.float() if scale is None else dequantise(tensor, scale, torch.float32, rotation)
         return add_deltas(tensor, layer, loras) if name == "weight" else tensor
 
     def read_quantised(
         self, key: str, loras: Sequence[LoadedLora], layer_class: type[QuantisedLinear]
-    ) -> tuple[Tensor, Tensor]:
-        """(weight, scale) in one byte; a float8 tensor that stays float8 and unmerged is taken as it is."""
+    ) -> tuple[type[QuantisedLinear], Tensor, Tensor, int]:
+        """(layer, weight, scale, rotation) in one byte.
+
+        A tensor that is stored in the wanted type and not merged is taken as it is, with its own rotation.
+        """
         layer = key.rpartition(".")[0]
-        is_fp8 = self._info.tensors[key].dtype in FP8_DTYPES
-        if is_fp8 and layer_class is Fp8Linear and not is_merged_layer(layer, loras):
-            weight8 = self._raw(key)
-            return weight8, normalise_scale(self._scale(layer), weight8.shape[0])
-        return layer_class.quantise(self.read(key, loras))
+        dtype = self._info.tensors[key].dtype
+        stored = dtype in FP8_DTYPES if layer_class is Fp8Linear else dtype == layer_class.weight_dtype
+        if stored and not is_merged_layer(layer, loras):
+            weight8, rotation = self._raw(key), self._info.rotations.get(layer, NO_ROTATION)
+            if dtype == torch.int8:
+                layer_class = Int8Linear if rotation == NO_ROTATION else RotatedInt8Linear
+            return layer_class, weight8, normalise_scale(self._scale(layer), weight8.shape[0]), rotation
+        weight8, scale = layer_class.quantise(self.read(key, loras))
+        return layer_class, weight8, scale, layer_class.rotation_of(weight8.shape[1])
 
     def raise_if_not_finite(self, path: Path) -> None:
         """Ask the device once, at the end, about all tensors."""

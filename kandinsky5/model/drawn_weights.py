@@ -35,6 +35,7 @@ class DrawnWeights:
             infos[key] = TensorInfo(dtype, tuple(tensor.shape), position, end)
             position = end
         self.tensors: Mapping[str, TensorInfo] = infos
+        self.metadata: Mapping[str, str] = {}
 
     def read(self, name: str) -> Tensor:
         """A tensor on the device: matrices keep the size of what they multiply, norms are 1, biases 0."""

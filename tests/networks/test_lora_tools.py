@@ -204,7 +204,12 @@ def test_a_merged_tensor_that_is_not_finite_is_named_and_nothing_is_left_behind(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"weight": torch.ones(4, 4, dtype=torch.int8)}, "weights of type int8"),
+        ({"weight": torch.ones(4, 4, dtype=torch.int16)}, "weights of type int16"),
+        ({"weight": torch.ones(4, 4, dtype=torch.int8)}, "do not fit their weights"),
+        (
+            {"weight": torch.ones(4, 4, dtype=torch.int8), "weight_scale": torch.ones(4, 1)},
+            "int8 weights cannot be read",
+        ),
         (
             {"weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "scale_weight": torch.ones(3)},
             r"do not fit their weights",
