@@ -186,6 +186,15 @@ class QuantisedLinear(nn.Module, ABC):
         flat = product.apply(inputs, self.weight, self.scale_weight, self.bias, self.rotation)
         return flat.view(*x.shape[:-1], self.out_features)
 
+    def unrounded_product(self, x: Tensor) -> Tensor:
+        """x [N, in] -> [N, out] without the bias, in the dtype of x: no input is rounded."""
+        return WeightOnlyProduct.apply(x, self.weight, self.scale_weight, None, self.rotation)
+
+    def widened(self, device: torch.device | None = None) -> Tensor:
+        """The weight [out, in] that the layer stands for, float32, on a device or where it is."""
+        weight, scale = self.weight.to(device), self.scale_weight.to(device)
+        return dequantise(weight, scale, torch.float32, self.rotation)
+
     def input_gradient(self, grad: Tensor) -> Tensor:
         """grad [N, out] -> [N, in], a fresh tensor: what the backward pass returns, without autograd."""
         return _input_gradient(grad, self.weight, self.scale_weight, self.rotation)

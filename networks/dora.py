@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.quantised_linear import QuantisedLinear, WeightOnlyProduct
+from modules.quantised_linear import QuantisedLinear
 from networks.factors import LayerFactors, factors_from_roles
 from networks.lora import Adapter, frozen_layer, frozen_weight, initial_down
 from networks.lora_types import MAGNITUDE
@@ -133,7 +133,7 @@ class DoraAdapter(Adapter):
         """||W + scale * up @ down|| per row: [out], float32."""
         down = self.lora_down.to(dtype)
         if isinstance(layer, QuantisedLinear):
-            crossed = WeightOnlyProduct.apply(down, layer.weight, layer.scale_weight, None)
+            crossed = layer.unrounded_product(down)
         else:
             crossed = F.linear(down, layer.get_parameter("weight"))
         added = 2.0 * self.scale * (self.lora_up * crossed.t().float()).sum(dim=1) + self._added_square()

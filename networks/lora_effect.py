@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modules.quantised_linear import QuantisedLinear, dequantise
+from modules.quantised_linear import QuantisedLinear
 from networks.lora import LoRANetwork, frozen_layer
 
 
@@ -66,10 +66,9 @@ def weight_norms(network: LoRANetwork, device: torch.device) -> dict[str, float]
 
 def _frozen_weight(host: nn.Module, path: str, device: torch.device) -> Tensor:
     layer = frozen_layer(host.get_submodule(path))
-    weight = layer.get_parameter("weight").to(device)
     if isinstance(layer, QuantisedLinear):
-        return dequantise(weight, layer.scale_weight.to(device), torch.float32)
-    return weight
+        return layer.widened(device)
+    return layer.get_parameter("weight").to(device)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modules.errors import ConfigError
 from modules.fp8 import Fp8Linear
-from modules.int8 import Int8Linear
+from modules.int8 import Int8Linear, RotatedInt8Linear
 from networks.convert_lora import main as convert
 from networks.dora import DoraAdapter, DoraFactors
 from networks.factors import factors_from_roles
@@ -156,7 +156,7 @@ def test_two_at_run_time_add_up_as_when_they_are_merged(tmp_path: Path) -> None:
     assert (dit(*inputs()) - both).norm() < 1e-4 * (both - base).norm()
 
 
-@pytest.mark.parametrize("layer_class", [Fp8Linear, Int8Linear])
+@pytest.mark.parametrize("layer_class", [Fp8Linear, Int8Linear, RotatedInt8Linear])
 def test_norms_and_outputs_on_a_one_byte_base_are_those_of_its_widened_weights(layer_class: Any) -> None:
     model, wide = small_model(), small_model()
     for name in LAYERS:
