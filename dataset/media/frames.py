@@ -162,7 +162,8 @@ def own_rate(times: Sequence[Fraction], tick: Fraction, declared: Fraction | Non
     steps, duration = len(times) - 1, times[-1] - times[0]
     fitting = [rate for rate in _COMMON_RATES if abs(steps / rate - duration) <= tick]
     if declared and abs(steps / declared - duration) <= tick:
-        return declared
+        # FFmpeg's guesses are fractions that lie close to the rate itself, as 19001/317 to 60000/1001.
+        return next((rate for rate in fitting if abs(rate - declared) < declared / 2500), declared)
     return min(fitting, key=lambda rate: abs(steps / rate - duration), default=steps / duration)
 
 
