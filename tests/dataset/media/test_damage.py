@@ -15,7 +15,7 @@ from dataset.media.media import UNREADABLE, MediaError, memory_errors, probe_ima
 from dataset.media.videos import probe_video, read_frames
 from tests.dataset.media_tools import numbered_frames, write_video
 
-IMAGES = ("a.png", "a.jpg", "a.webp", "a.avif", "a.gif", "a.tif", "a.bmp")
+IMAGES = ("a.png", "a.jpg", "a.webp", "a.avif", "a.gif", "a.tif", "a.bmp", "a.heic")
 VIDEOS = {
     "a.mp4": "libx264",
     "a.mkv": "libx264",

@@ -219,22 +219,15 @@ def test_the_fingerprint_follows_the_content_not_the_name(tmp_path: Path, media:
 
 
 def test_every_listed_image_format_is_read_whatever_the_case_of_its_name(tmp_path: Path) -> None:
-    colour = (200, 40, 60)
+    colour, lossless = (200, 40, 60), {".png", ".bmp", ".gif", ".tif", ".tiff"}
     for extension in IMAGE_EXTENSIONS:
         path = tmp_path / f"a{extension.upper()}"
-        if extension in {
-            ".heic",
-            ".heif",
-            ".hif",
-            ".jxl",
-        }:  # optional decoders
-            path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(16))
-            error = refused(path)
-            assert error.reason == UNREADABLE
-            assert "pillow" in error.detail or extension in {".heic", ".heif", ".hif"}
+        if extension == ".jxl":  # an optional decoder
+            path.write_bytes(b"\xff\x0a")
+            assert refused(path).reason == UNREADABLE
             continue
         kind = {".hif": "HEIF", ".jpe": "JPEG", ".jfif": "JPEG"}.get(extension)
-        options = {} if extension in {".png", ".bmp", ".gif", ".tif", ".tiff"} else {"quality": 100}
+        options = {} if extension in lossless else {"quality": 100}
         Image.new("RGB", (48, 32), colour).save(path, format=kind, **options)
         assert probe_image(path).size == (48, 32)
         assert np.abs(read_image(path).astype(int) - colour).max() <= 3, extension

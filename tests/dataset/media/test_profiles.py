@@ -75,10 +75,11 @@ EXACT = {
     ".jpg": {"quality": 100, "subsampling": 0},
     ".webp": {"lossless": True},
     ".avif": {"quality": 100, "subsampling": "4:4:4"},
+    ".heic": {"quality": 100, "chroma": 444},
 }
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".avif"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".avif", ".heic"])
 @pytest.mark.parametrize(
     ("name", "profile", "numbers"), [("p3", P3, P3_PATCHES), ("adobe", ADOBE, ADOBE_PATCHES)]
 )
@@ -88,7 +89,7 @@ def test_profiles_of_wide_gamuts_are_used(
     path = tmp_path / f"{name}{suffix}"
     picture(numbers).save(path, icc_profile=profile, **EXACT.get(suffix, {}))
     assert np.abs(numbers.astype(int) - PATCHES).max() > 10
-    assert_close(path, PATCHES, 6 if suffix == ".avif" else 3)
+    assert_close(path, PATCHES, 6 if suffix in {".avif", ".heic"} else 3)
     assert probe_image(path).treatment
 
 
