@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kandinsky5.cli.common import SAVES_HOST_MEMORY
 from kandinsky5.cli.config_file import asks_for_traceback
-from kandinsky5.cli.train import parse_train
+from kandinsky5.cli.train import check_train_paths, parse_train
 from kandinsky5.configs.train import ShowTimestepsConfig
 from modules.command_line import user_errors
 from modules.interruption import StopRequest
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             show_timesteps(config)
             return
+        check_train_paths(config)
         from kandinsky5.training.trainer import train
 
         train(config, stop)

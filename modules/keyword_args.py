@@ -32,12 +32,14 @@ def parse_keyword_args(words: Sequence[str], flag: str, *, allow_plain_text: boo
         else:
             try:
                 value = ast.literal_eval(text)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
                 value = text
                 is_known = allow_plain_text
             else:
                 is_known = _is_finite(value)
-            if is_known:
+            if text.endswith(",") and isinstance(value, tuple) and len(value) == 1:
+                problems.append(f"{flag}: {name} ends with a comma: write {name}={text.rstrip(', ')}")
+            elif is_known:
                 values[name] = value
             else:
                 problems.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -142,8 +143,14 @@ def _stable_decay(settings: ScheduleSettings) -> Multiplier:
 
 
 def _rex(settings: ScheduleSettings, progress: Multiplier) -> Multiplier:
-    alpha = float(settings.arguments.get("rex_alpha", 0.1))
-    beta = float(settings.arguments.get("rex_beta", 0.9))
+    given = {"rex_alpha": 0.1, "rex_beta": 0.9, **settings.arguments}
+    alpha, beta = given["rex_alpha"], given["rex_beta"]
+    are_numbers = all(isinstance(value, (int, float)) and value >= 0 for value in (alpha, beta))
+    if not are_numbers or alpha + beta == 0:
+        raise ConfigError(
+            "--lr_scheduler_args: rex_alpha and rex_beta must be numbers from 0 on, and not both 0; got "
+            f"rex_alpha={alpha!r} rex_beta={beta!r}. The usual values are rex_alpha=0.1 rex_beta=0.9"
+        )
     floor = 0.01 if settings.min_lr_ratio is None else settings.min_lr_ratio
 
     def factor(step: int) -> float:
@@ -160,10 +167,13 @@ def _piecewise(rules: str) -> Multiplier:
     try:
         steps = [(int(pair.split(":")[1]), float(pair.split(":")[0])) for pair in pairs]
         final = float(last)
+        limits = [0, *(limit for limit, _ in steps)]
+        if any(before >= after for before, after in itertools.pairwise(limits)):
+            raise ValueError
     except (ValueError, IndexError) as error:
         raise ConfigError(
-            "--lr_scheduler piecewise_constant needs its rules, for example "
-            f"--lr_scheduler_args \"step_rules='1:10,0.1:20,0.01'\"; got {rules!r}"
+            "--lr_scheduler piecewise_constant needs factors with ascending steps, for example "
+            f"--lr_scheduler_args \"step_rules='1:10,0.1:20,0.01'\"; got step_rules={rules!r}"
         ) from error
     return lambda step: next((factor for limit, factor in steps if step < limit), final)
 

@@ -16,8 +16,12 @@ from modules.errors import ConfigError
 from modules.optimizer_kinds import takes_relative_steps
 
 FLAG = "--optimizer_type"
-STEP_REFUSALS = (RuntimeError, AssertionError, ValueError, TypeError)
-"""What optimizers raise that cannot step: on such parameters, without a closure, or on this device."""
+STEP_REFUSALS = (
+    *(RuntimeError, AssertionError, ValueError, TypeError),
+    *(LookupError, AttributeError, ArithmeticError),
+)
+"""What optimizers raise that cannot be made with these values, or that cannot step: on such parameters,
+without a closure, or on this device."""
 
 _SPECIAL = {
     # Names in lower case that are not those of torch.optim. Adafactor is transformers': torch's own lacks
@@ -29,6 +33,21 @@ _SPECIAL = {
     "lion": "bitsandbytes.optim.Lion",
     "adafactor": "transformers.optimization.Adafactor",
 }
+
+_ELSEWHERE = {
+    "prodigy": "prodigyopt.Prodigy",
+    "prodigyplusschedulefree": "prodigyplus.ProdigyPlusScheduleFree",
+    "dadaptadam": "dadaptation.DAdaptAdam",
+    "dadaptation": "dadaptation.DAdaptAdam",
+    "dadaptadagrad": "dadaptation.DAdaptAdaGrad",
+    "dadaptlion": "dadaptation.DAdaptLion",
+    "dadaptsgd": "dadaptation.DAdaptSGD",
+    "adamwschedulefree": "schedulefree.AdamWScheduleFree",
+    "radamschedulefree": "schedulefree.RAdamScheduleFree",
+    "sgdschedulefree": "schedulefree.SGDScheduleFree",
+    "came": "came_pytorch.CAME",
+}
+"""Names of kohya-ss's scripts -> class of a package that is installed beside this project."""
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
@@ -50,8 +69,12 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     elif wanted in torch_classes:
         found = torch_classes[wanted]
     else:
-        nearest = difflib.get_close_matches(wanted, [*torch_classes, *_SPECIAL], n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        names = {name.lower(): name for name in (*(c.__name__ for c in torch_classes.values()), *_ELSEWHERE)}
+        names |= {key: path.rpartition(".")[2] for key, path in _SPECIAL.items()}
+        nearest = _ELSEWHERE.get(wanted) or next(
+            (names[close] for close in difflib.get_close_matches(wanted, names, n=1)), None
+        )
+        hint = f"; did you mean {nearest}?" if nearest else ""
         raise ConfigError(f"{FLAG} {name}: no such class in torch.optim{hint}")
     if not issubclass(found, torch.optim.Optimizer):
         raise ConfigError(f"{FLAG} {name}: {found.__name__} is no torch optimizer")
@@ -84,8 +107,20 @@ def build_optimizer(
     _check_argument_names(found, name, settings)
     try:
         return found(groups, lr=rate, **settings)  # pyright: ignore[reportCallIssue]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"--optimizer_args: {found.__name__} refuses its arguments: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except STEP_REFUSALS as error:
+        raise ConfigError(f"{_given(found.__name__, arguments)}: does not work: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What a package says, with the kind of error where that is all it says, as in `KeyError: 0`."""
+    return str(error) if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: {error}"
+
+
+def _given(name: str, arguments: Mapping[str, Any]) -> str:
+    given = "".join(f" {key}={value}" for key, value in arguments.items())
+    return f"{FLAG} {name}{given and ' --optimizer_args' + given}"
 
 
 def check_step(
@@ -111,10 +146,9 @@ def check_step(
     except torch.OutOfMemoryError:
         raise
     except STEP_REFUSALS as error:
-        given = "".join(f" {key}={value}" for key, value in arguments.items())
         raise ConfigError(
-            f"{FLAG} {name}{given and ' --optimizer_args' + given}: cannot train a LoRA on "
-            f"{parameters[0].device.type} ({error}). AdamW, AdamW8bit, AdaFactor and Lion can"
+            f"{_given(name, arguments)}: cannot train a LoRA on {parameters[0].device.type} "
+            f"({_reason(error)}). AdamW, AdamW8bit, AdaFactor and Lion can"
         ) from error
 
 

@@ -7,6 +7,7 @@ interpreter setting; TOML's hexadecimal numbers have no limit at all, until some
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from typing import Any
@@ -45,7 +46,7 @@ def parse_toml(text: str) -> dict[str, Any]:
         value = tomllib.loads(text.replace("\r\n", "\n"))
         _check_numbers(value)
     except tomllib.TOMLDecodeError as error:
-        raise ParseError(str(error)) from error  # it ends with "(at line 3, column 5)"
+        raise ParseError(f"{error}{_backslash_hint(text, error)}") from error  # "... (at line 3, column 5)"
     except RecursionError as error:
         raise ParseError("is nested too deeply") from error
     except ParseError:
@@ -53,6 +54,15 @@ def parse_toml(text: str) -> dict[str, Any]:
     except ValueError as error:  # of int(), before anything is known of the place
         raise ParseError(f"holds a number of more than {_MAX_DIGITS} digits") from error
     return value
+
+
+def _backslash_hint(text: str, error: tomllib.TOMLDecodeError) -> str:
+    """What to type where a path of Windows stands in double quotes, whose backslashes are escapes."""
+    place = re.search(r"at line (\d+)", str(error))
+    line = text.splitlines()[int(place[1]) - 1] if place else ""
+    if '"' not in line or "\\" not in line:
+        return ""
+    return "; write paths of Windows with / or in single quotes: 'C:\\clips'"
 
 
 def whole_number(text: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import stat
@@ -53,6 +54,35 @@ def file_problem(path: Path) -> str | None:
     """Why a path cannot be opened as a file, for a message; None if it is a regular file."""
     found = path_kind(path)
     return None if found.kind == "file" else found.words
+
+
+def missing_problem(path: Path, what: str = "file or folder") -> str | None:
+    """Why the path of an option leads nowhere, with the nearest name beside it; None if it leads somewhere.
+
+    Args:
+        what: is expected there.
+    """
+    found = path_kind(path)
+    if found.kind in ("file", "folder"):
+        return None
+    if found.kind != "missing" or os.path.islink(path):  # noqa: PTH114 - never raises
+        return found.words
+    return f"no such {what}{nearest_name(path)}"
+
+
+def nearest_name(path: Path) -> str:
+    """Text to append to a message about a missing path: "; did you mean a/b?", or nothing."""
+    parts = path.parts
+    for count in range(1, len(parts) + 1):  # the first part that is not there
+        step = Path(*parts[:count])
+        if path_kind(step).kind == "missing":
+            try:
+                names = [entry.name for entry in step.parent.iterdir()]
+            except OSError:
+                return ""
+            nearest = difflib.get_close_matches(step.name, names, n=1)
+            return f"; did you mean {step.parent.joinpath(nearest[0], *parts[count:])}?" if nearest else ""
+    return ""
 
 
 def name_length_problem(path: Path) -> str | None:

@@ -5,6 +5,7 @@ Keys and defaults are musubi-tuner's, so that its dataset files load unchanged.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -259,6 +260,9 @@ def load_dataset_config(
     return DatasetConfig(path=path, datasets=tuple(datasets), notes=tuple(reader.notes))
 
 
+_TABLES = {"general": "[general]", "datasets": "[[datasets]]"}
+
+
 class _Reader:
     """Walks the parsed file once and collects problems instead of stopping at the first."""
 
@@ -270,12 +274,17 @@ class _Reader:
         self.notes: list[str] = []
 
     def read(self) -> list[AnyDatasetConfig]:
-        root = self.text.value
-        for key in root:
-            if key not in {"general", "datasets"}:
-                self.problems.append(
-                    f"{self.text.path}: unknown top-level key {key!r}; known: [general], [[datasets]]"
-                )
+        root = dict(self.text.value)
+        for key in list(root):
+            if key not in _TABLES:
+                nearest = difflib.get_close_matches(key, _TABLES, n=1)
+                meant = nearest[0] if nearest and nearest[0] not in root else None
+                hint = f"did you mean {_TABLES[meant]}?" if meant else f"known: {', '.join(_TABLES.values())}"
+                line = self.text.table_lines.get(key)
+                place = f"{self.text.path} line {line}" if line else str(self.text.path)
+                self.problems.append(f"{place}: unknown top-level key {key!r}; {hint}")
+                if meant:  # what is wrong in it is reported too
+                    root[meant] = root[key]
         general = root.get("general", {})
         if not isinstance(general, dict):
             self.problems.append(f"{self.text.path}: [general] must be a table of settings")

@@ -23,6 +23,8 @@ class ConfigText:
     value: dict[str, Any]
     lines: dict[tuple[int | None, str | None], int] = field(default_factory=dict)
     """(dataset number or None for [general], key or None for the table itself) -> line, from 1."""
+    table_lines: dict[str, int] = field(default_factory=dict)
+    """Name of a table -> line of its first heading."""
 
     def line_of(self, index: int | None, key: str | None) -> int | None:
         """The line of a key, else of its table; None where it is not known (JSON, inline tables)."""
@@ -50,15 +52,24 @@ def read_config_text(path: Path) -> ConfigText:
     value = _parse(path, text, is_toml=extension == ".toml")
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold an object with the key datasets")
-    return ConfigText(path=path, value=value, lines=_key_lines(text) if extension == ".toml" else {})
+    if extension != ".toml":
+        return ConfigText(path=path, value=value)
+    return ConfigText(path=path, value=value, lines=_key_lines(text), table_lines=_table_lines(text))
 
 
 def _parse(path: Path, text: str, *, is_toml: bool) -> Any:
     try:
         return parse_toml(text) if is_toml else parse_json(text)
     except ParseError as error:
-        hint = " (write paths with / or in 'single quotes')" if "Unescaped" in str(error) else ""
-        raise ConfigError(f"{path}: {error}{hint}") from error
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _table_lines(text: str) -> dict[str, int]:
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if table := _TABLE.match(line):
+            lines.setdefault(table["name"], number)
+    return lines
 
 
 def _key_lines(text: str) -> dict[tuple[int | None, str | None], int]:

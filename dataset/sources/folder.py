@@ -27,7 +27,7 @@ from dataset.sources.items import (
 )
 from modules.errors import ConfigError, DataError
 from modules.messages import counted, names_in_short
-from modules.path_kinds import path_kind
+from modules.path_kinds import missing_problem, path_kind
 
 
 def check_folder(directory: Path, what: str) -> None:
@@ -42,8 +42,7 @@ def check_folder(directory: Path, what: str) -> None:
     if found.kind == "file":
         raise ConfigError(f"{what}: is a file, not a folder")
     if found.kind != "folder":
-        words = "no such folder" if found.words == "no such file" else found.words
-        raise ConfigError(f"{what}: {words}")
+        raise ConfigError(f"{what}: {missing_problem(directory, 'folder') or found.words}")
     try:
         next(directory.iterdir(), None)
     except OSError as error:

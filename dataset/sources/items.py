@@ -18,7 +18,7 @@ IS_FOLDER = "is a folder"
 NOT_A_FILE = "is not a regular file"
 UNKNOWN_FORMAT = "format is not read"
 OTHER_CONTENT: dict[Content, str] = {
-    "image": "is an image, in a dataset of videos",
+    "image": "is an image, in a dataset of videos: give its folder as image_directory",
     "video": "is a video, in a dataset of images",
 }
 """By what the file is."""

@@ -8,7 +8,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 
-from kandinsky5.cli.common import missing_file, raise_all
+from kandinsky5.cli.common import missing_file, missing_path, raise_all
 from kandinsky5.cli.without_effect import (
     CACHE_LATENTS_RULES,
     given_options,
@@ -73,8 +73,8 @@ def parse_cache_latents(argv: Sequence[str] | None = None) -> CacheLatentsConfig
     problems = _shared_problems(_LATENT_SECTIONS, args)
     if args.debug_mode is None and args.vae is None:
         problems.append("--vae is required (unless --debug_mode is given)")
-    if args.debug_mode is None and args.vae is not None and not args.vae.exists():
-        problems.append(f"--vae {args.vae}: no such file or folder")
+    if args.debug_mode is None:
+        problems += missing_path("--vae", args.vae)
     if args.debug_mode == "image":
         problems.append(
             "--debug_mode image opens windows, which is not supported; use --debug_mode video, which "

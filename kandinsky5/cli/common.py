@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from modules.errors import ConfigError
-from modules.path_kinds import file_problem
+from modules.errors import ConfigError, ModelFileError
+from modules.path_kinds import file_problem, missing_problem
 
 SAVES_HOST_MEMORY = {
     "cache_latents": (
@@ -45,8 +45,30 @@ def local_name(path: Path) -> str:
 
 def missing_file(flag: str, path: Path | None) -> list[str]:
     """Return a problem line if an option names something that is not a file."""
-    problem = None if path is None else file_problem(path)
+    problem = None if path is None else missing_problem(path, "file") or file_problem(path)
     return [] if problem is None else [f"{flag} {path}: {problem}"]
+
+
+def missing_path(flag: str, path: Path | None) -> list[str]:
+    """Return a problem line if an option names neither a file nor a folder."""
+    problem = None if path is None else missing_problem(path)
+    return [] if problem is None else [f"{flag} {path}: {problem}"]
+
+
+def check_paths(files: Iterable[tuple[str, Path | None]], models: Iterable[tuple[str, Path | None]]) -> None:
+    """Check that the paths of options lead somewhere, before the import of torch, which takes seconds.
+
+    Args:
+        files: flags and paths of settings.
+        models: of weights: files or folders.
+    Raises:
+        ConfigError, ModelFileError: lists all paths that lead nowhere; the second if all are of models.
+    """
+    problems = [line for flag, path in files for line in missing_file(flag, path)]
+    missing = [line for flag, path in models for line in missing_path(flag, path)]
+    raise_all([*problems, *missing] if problems else [])
+    if missing:
+        raise ModelFileError(missing)
 
 
 def raise_all(problems: Iterable[str]) -> None:

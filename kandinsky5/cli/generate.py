@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from kandinsky5.cli.attention_options import attention_problems, chosen_attention
-from kandinsky5.cli.common import local_name, missing_file, raise_all
+from kandinsky5.cli.common import check_paths, local_name, missing_file, raise_all
 from kandinsky5.cli.compile_options import compile_config
 from kandinsky5.cli.config_file import argv_of, file_values
 from kandinsky5.cli.without_effect import (
@@ -42,7 +42,7 @@ from kandinsky5.configs.weights import WeightsConfig
 from kandinsky5.prompts import PromptSpec, text_problems
 from kandinsky5.tasks import Task, get_task
 from modules.command_line import Parser
-from modules.errors import ConfigError, ModelFileError
+from modules.errors import ConfigError
 from modules.file_names import MAX_NAME_BYTES
 from modules.logs import get_logger
 from modules.options import add_options, ignored_option, options_of, read_options
@@ -215,9 +215,7 @@ def check_model_paths(config: GenerateConfig) -> None:
             ("--dit", config.models.dit),
             *(("--lora_weight", path) for path in config.lora.lora_weight),
         ]
-    missing = [f"{flag} {path}: no such file or folder" for flag, path in paths if not path.exists()]
-    if missing:
-        raise ModelFileError(missing)
+    check_paths([], paths)
 
 
 def _output(args: argparse.Namespace) -> OutputConfig:

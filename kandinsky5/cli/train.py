@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky5.cli.attention_options import attention_problems, chosen_attention
-from kandinsky5.cli.common import local_name, raise_all
+from kandinsky5.cli.common import check_paths, local_name, raise_all
 from kandinsky5.cli.compile_options import compile_config
 from kandinsky5.cli.config_file import file_values, read_toml, with_config_file
 from kandinsky5.cli.without_effect import (
@@ -152,6 +152,28 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig | ShowTimestep
         )
     config = _train_config(parser, args)
     return replace(config, notes=tuple(_notes(config, given)))
+
+
+def check_train_paths(config: TrainConfig) -> None:
+    """Check that the files and folders of a training are there, before the import of torch.
+
+    Raises:
+        ConfigError, ModelFileError: see `check_paths`.
+    """
+    data, samples, network = config.data, config.samples, config.network
+    files = [
+        ("--dataset_config", data.dataset_config),
+        ("--validation_dataset_config", data.validation_dataset_config),
+        ("--sample_prompts", samples.sample_prompts),
+        ("--prompt_templates", samples.prompt_templates),
+    ]
+    models = [
+        ("--dit", None if config.run.dry_run else config.model.dit),
+        *(("--base_weights", path) for path in config.model.base_weights),
+        # A state has its own weights.
+        ("--network_weights", network.network_weights if config.run.resume is None else None),
+    ]
+    check_paths(files, models)
 
 
 def _train_config(parser: Parser, args: argparse.Namespace) -> TrainConfig:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kandinsky5.configs.weights import WeightFormat, WeightsConfig
 from kandinsky5.model.dit import DiffusionTransformer3D, is_float32_island
 from kandinsky5.model.offload import host_placement
-from kandinsky5.tasks import DitParams
+from kandinsky5.tasks import TASKS, DitParams
 from kandinsky5.weight_checks import FiniteCheck, not_finite_message
 from modules.byte_sizes import size_text
 from modules.dtypes import dtype_name
@@ -121,10 +121,7 @@ def _check_tensors(
 ) -> DitFileInfo:
     found = weights.tensors
     _refuse_other_kinds(path, weights)
-    expected = {
-        key: tuple(tensor.shape)
-        for key, tensor in build_meta_dit(params, torch.bfloat16).state_dict().items()
-    }
+    expected = _expected_shapes(params)
     # The tensors outside the blocks are the same in every size of the model.
     outside = [key for key in expected if "_transformer_blocks." not in key]
     prefix = key_prefix(found, _MARKER) or ""
@@ -170,6 +167,11 @@ def _check_tensors(
         _listed(path, "int8 weight cannot be read", "int8 weights cannot be read", unread),
     ]
     if any(problems):
+        tasks = _tasks_of({name.removeprefix(prefix): info.shape for name, info in found.items()})
+        if tasks and (missing or odd_shapes):
+            raise ModelFileError(
+                f"{path}: is a checkpoint of another size or task; use --task {' or '.join(tasks)}"
+            )
         raise ModelFileError([problem for problem in problems if problem])
     layers = {layer.removeprefix(prefix): block for layer, block in rotations.items()}
     return DitFileInfo(files, prefix, tensors, layers)
@@ -186,6 +188,26 @@ def _refuse_other_kinds(path: Path, weights: WeightSource) -> None:
     layout = unread_layout(weights)
     if layout is not None:
         raise ModelFileError(f"{path}: {layout}")
+
+
+def _expected_shapes(params: DitParams) -> dict[str, tuple[int, ...]]:
+    return {
+        key: tuple(tensor.shape)
+        for key, tensor in build_meta_dit(params, torch.bfloat16).state_dict().items()
+    }
+
+
+def _tasks_of(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The tasks whose checkpoint has tensors of these shapes, and no others in its blocks."""
+    blocks = {name.partition(".self_attention.")[0] for name in shapes if ".self_attention." in name}
+    fitting: dict[DitParams, bool] = {}
+    for task in TASKS.values():
+        params = task.dit_params
+        if params not in fitting:
+            expected = _expected_shapes(params)
+            same_depth = len(blocks) == params.num_text_blocks + params.num_visual_blocks
+            fitting[params] = same_depth and all(shapes.get(key) == shape for key, shape in expected.items())
+    return [task.name for task in TASKS.values() if fitting[task.dit_params]]
 
 
 def _unexplained(extra: Sequence[str], prefix: str, tensors: Mapping[str, TensorInfo]) -> list[str]:

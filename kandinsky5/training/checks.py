@@ -64,12 +64,8 @@ def _model_file_problems(config: TrainConfig) -> list[str]:
         check_dit_file(model.dit, model.dit_params)
     except ModelFileError as error:
         problems += error.problems
-    loras = [path for path in (*model.base_weights, config.network.network_weights) if path is not None]
-    problems += [f"{path}: no such LoRA file" for path in loras if not path.exists()]
     if config.samples.sample_prompts is not None:
         problems += sample_model_problems(config)
-    elif model.vae is not None and not Path(model.vae).exists():
-        problems.append(f"--vae {model.vae}: no such file or folder")
     return problems
 
 

@@ -106,6 +106,8 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
             return None
     _check_dry_build(config, saved, length, device)
     if is_main:
+        for warning in train_setup.rate_warnings(config.optimizer, length.total_steps):
+            log.warning("%s", warning)
         _describe(config, datasets, data, accelerator)
     if config.run.dry_run:
         return None

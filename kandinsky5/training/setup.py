@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import secrets
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from modules.dtypes import dtype_from_word
 from modules.errors import ConfigError, DataError, ResourceError
 from modules.logs import get_logger
 from modules.lr_schedules import ScheduleSettings, build_lr_schedule
+from modules.messages import counted
 from modules.optimizer_kinds import is_schedule_free, takes_relative_steps
 from modules.optimizers import build_optimizer
 from networks.lora import LoRANetwork
@@ -204,6 +206,10 @@ def optimizer_for(config: OptimizerConfig, network: LoRANetwork) -> torch.optim.
     return build_optimizer(config.optimizer_type, groups, config.learning_rate, config.optimizer_args)
 
 
+LARGEST_USUAL_RATE = 1e-2
+"""For optimizers that scale their steps, such as Adam's family."""
+
+
 def schedule_settings(config: OptimizerConfig, total_steps: int) -> ScheduleSettings:
     """The schedule in optimizer steps; shares are taken of the whole run."""
 
@@ -221,6 +227,23 @@ def schedule_settings(config: OptimizerConfig, total_steps: int) -> ScheduleSett
         min_lr_ratio=config.lr_scheduler_min_lr_ratio,
         arguments=config.lr_scheduler_args,
     )
+
+
+def rate_warnings(config: OptimizerConfig, total_steps: int) -> Iterator[str]:
+    """What is unusual about learning rate and warm-up of a run of so many steps."""
+    name, rate = config.optimizer_type.lower(), config.learning_rate
+    takes_small_rates = any(part in name for part in ("adam", "lion")) and "dadapt" not in name
+    if takes_small_rates and rate > LARGEST_USUAL_RATE:
+        yield (
+            f"--learning_rate {rate:g} is far above what {config.optimizer_type} takes: 1e-4 is usual for a "
+            "LoRA"
+        )
+    warmup = schedule_settings(config, total_steps).warmup_steps
+    if warmup >= total_steps:
+        yield (
+            f"--lr_warmup_steps {warmup}: the run ends after {counted(total_steps, 'step')}, within the "
+            "warm-up, and never reaches --learning_rate; --lr_warmup_steps 5% is usual"
+        )
 
 
 def build_schedule(

@@ -189,12 +189,14 @@ def _effective_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_tensors(file: Path, config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]) -> None:
-    problem = describe_mismatch(found, _shapes(_skeleton(config).state_dict()))
+    expected = _shapes(_skeleton(config).state_dict())
+    problem = describe_mismatch(found, expected)
     if problem is None:
         return
     kind = kind_of_model(found)
-    looks = f"this looks like {kind}" if kind else "these are not the tensors of HunyuanVideo's VAE"
-    raise ModelFileError(f"{file}: {looks}; {problem}")
+    if kind and not found.keys() & expected.keys():
+        raise ModelFileError(f"{file}: this looks like {kind}, not HunyuanVideo's VAE")
+    raise ModelFileError(f"{file}: these are not the tensors of HunyuanVideo's VAE; {problem}")
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -44,7 +44,7 @@ def test_names_are_matched_without_regard_to_case_and_dotted_paths_exactly(name:
 
 
 def test_a_mistyped_name_gets_the_nearest_one() -> None:
-    with pytest.raises(ConfigError, match="did you mean adamw"):
+    with pytest.raises(ConfigError, match="did you mean AdamW"):
         optimizer_class("AdmW")
 
 

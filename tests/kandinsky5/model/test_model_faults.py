@@ -93,7 +93,11 @@ def test_text_encoders_are_never_read_from_pickles(
 
 def test_a_training_state_is_read_without_running_code(tmp_path: Path) -> None:
     """Whole by its manifest, as a stranger's would be."""
-    values: dict[str, Any] = {field.name: 0 if field.type == "int" else "" for field in fields(TrainingState)}
+    empty = {"int": 0, "float": 0.0, "str": "", "tuple": [], "Mapping": {}}
+    values: dict[str, Any] = {
+        field.name: next((value for kind, value in empty.items() if str(field.type).startswith(kind)), None)
+        for field in fields(TrainingState)
+    }
     for part in ("optimizer", "scheduler"):
         parts: dict[str, Any] = {"optimizer": {}, part: {"x": Payload(tmp_path / "marker")}}
         write_state(tmp_path / part, TrainingState(**values), {"w": torch.zeros(1)}, **parts)

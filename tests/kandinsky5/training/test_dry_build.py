@@ -39,7 +39,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--optimizer_type", "AdmW"), "did you mean adamw"),
+        (("--optimizer_type", "AdmW"), "did you mean AdamW"),
         (("--optimizer_type", "LBFGS"), "argument: 'closure'). AdamW, AdamW8bit, AdaFactor and Lion can"),
         (("--optimizer_type", "SparseAdam"), "does not support dense gradients"),
         (("--optimizer_args", "differentiable=True"), "AdamW --optimizer_args differentiable=True: cannot"),
