@@ -21,6 +21,7 @@ from dataset.cache.index import (
 from dataset.cache.names import name_key
 from dataset.cache.unused import unused_caches
 from dataset.config.config import AnyDatasetConfig
+from dataset.media.files import Content
 from dataset.places import place_mark
 from dataset.sources.items import SkippedItem
 from kandinsky5.configs.caching import CacheRunConfig
@@ -163,7 +164,7 @@ def handle_unused(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunCon
     """Log the number of unused caches; with --prune, delete them."""
     for members in _by_folder(outcomes):
         folder = members[0].dataset.cache_directory
-        contents = {outcome.dataset.content for outcome in members}
+        contents: set[Content] = {outcome.dataset.content for outcome in members}
         skipped = [entry for outcome in members for entry in outcome.skipped]
         unused = unused_caches(folder, kind, contents, skipped)
         if unused.foreign:
