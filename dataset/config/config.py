@@ -65,10 +65,14 @@ class _CommonConfig:
     is_prior: bool = False
     """Its clips are not learned: on their captions the LoRA is held to the base model."""
 
-    def describe(self) -> list[tuple[str, str]]:
-        """Each setting and its value, for the log."""
-        hidden = {"index", "origin"}
-        return [(f.name, str(getattr(self, f.name))) for f in fields(self) if f.name not in hidden]
+    def describe(self) -> str:
+        """Every setting that differs from its default, on one line."""
+        own = [
+            f"{item.name} {getattr(self, item.name)}"
+            for item in fields(self)
+            if item.name not in {"index", "origin"} and getattr(self, item.name) != item.default
+        ]
+        return ", ".join(own)
 
     def _text_settings(self, template: Content) -> dict[str, Any]:
         settings: dict[str, Any] = {"template": template, "caption_extension": self.caption_extension}
@@ -222,12 +226,8 @@ class DatasetConfig:
     """Remarks that require no change: log lines."""
 
     def describe(self) -> str:
-        """The settings of all datasets, as they are logged."""
-        blocks = []
-        for dataset in self.datasets:
-            lines = [f"  {key}: {value}" for key, value in dataset.describe()]
-            blocks.append("\n".join([f"[Dataset {dataset.index}] {dataset.content}", *lines]))
-        return "\n".join(blocks)
+        """The settings of all datasets, one line each."""
+        return "\n".join(f"dataset {d.index} ({d.content}): {d.describe()}" for d in self.datasets)
 
 
 def exact_rate(fps: float) -> Fraction:

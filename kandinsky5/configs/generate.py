@@ -187,6 +187,7 @@ class OutputConfig:
     trim_tail_frames: int = option(0, "drop the last N frames (default: 0)", non_negative_int)
     overwrite: bool = option(False, "replace existing files instead of choosing a new name")
     no_metadata: bool = option(False, "do not store prompt and settings in the files")
+    verbose: bool = option(False, "log the command that makes each video again")
 
     def __post_init__(self) -> None:
         problems = []

@@ -109,7 +109,8 @@ def _make(session: GenerationSession, models: _LoadedModels, line: str) -> None:
         log.info("%s", note)
     (spec,) = prompts.checked()
     request = session.resolve(spec)
-    log.info("to make this again:\n  %s", repeat_command(session.config, request))
+    if session.config.output.verbose:
+        log.info("to make this again:\n  %s", repeat_command(session.config, request))
     with memory_advice("making this one", "--fp8_base, --blocks_to_swap N or --offload_dit_during_sampling"):
         (text,) = encode_prompts(models.encoders(), [request])
         image = (

@@ -139,7 +139,7 @@ class GenerationSession:
         Raises:
             UserError: something failed; finished clips are written, at least as latents.
         """
-        for request in requests:
+        for request in requests if self.config.output.verbose else ():
             log.info("to make this again:\n  %s", repeat_command(self.config, request))
         self.check_vae_values(requests)
         encoders = self.loader.text_encoders()

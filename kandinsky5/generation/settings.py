@@ -15,7 +15,7 @@ from kandinsky5.sampling.requests import VideoRequest, full_multipliers
 from modules.files import last_part
 
 SCRIPT = "kandinsky5_generate_video.py"
-_OF_ONE_CALL = ("from_file", "interactive", "vram_budget", "overwrite", "traceback")
+_OF_ONE_CALL = ("from_file", "interactive", "vram_budget", "overwrite", "traceback", "verbose")
 """Options that a repetition of one video does not have."""
 
 

@@ -70,6 +70,7 @@ def test_the_printed_command_repeats_the_video(
         "--lora_multiplier",
         0.5,
         "--cpu_noise",
+        "--verbose",
         "--output_type",
         "latent",
     )
