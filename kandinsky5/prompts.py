@@ -6,6 +6,7 @@ Does not import torch, because the command line uses `PromptSpec`.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -157,6 +158,10 @@ _OTHER_MODELS = {"cn": "control_video_path", "ci": "control_image_path", "of": "
 """Settings of other models that prompt files may contain; they have no effect."""
 
 
+_OPTION_START = re.compile(r"\s--(?=[^\s-])")
+"""After any white space, wide and no-break spaces included; a dash between words is prose."""
+
+
 class _Reader:
     """Collects specs, problems and notes while a file is read."""
 
@@ -181,12 +186,12 @@ class _Reader:
             self.specs.append(PromptSpec(prompt=prompt, where=where, **values))
 
     def add_line(self, line: str, where: str) -> None:
-        prompt, *options = line.split(" --")
+        prompt, *options = _OPTION_START.split(line)
         settings: dict[str, str] = {}
         problems = []
         for setting in options:
-            name, _, word = setting.strip().partition(" ")
-            name = name.lower()
+            name, *words = setting.split(maxsplit=1)
+            name, word = name.lower(), "".join(words)
             if name in _OTHER_MODELS:
                 self.notes.append(f"{where}: --{name} is a setting of other models and has no effect")
             elif name not in _FLAG_BY_NAME:

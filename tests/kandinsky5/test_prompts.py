@@ -146,3 +146,20 @@ def test_a_text_file_is_cut_at_line_ends_alone(tmp_path: Path, mark: str) -> Non
     specs = read_prompt_file(path).checked()
     assert [(spec.prompt, spec.seed) for spec in specs] == [(f"one{mark}still one", 1), ("two", None)]
     assert [spec.where for spec in specs] == [f"{path} line 1", f"{path} line 2"]
+
+
+@pytest.mark.parametrize(
+    "space", [" ", "\t", "  ", "\u3000", "\u00a0"], ids=["space", "tab", "two", "wide", "no-break"]
+)
+def test_any_white_space_stands_before_an_option_and_its_value(space: str) -> None:
+    (spec,) = parse_prompt_line(f"a cat{space}--w{space}64{space}--n{space}a{space}dog", "here").checked()
+    assert (spec.prompt, spec.width) == ("a cat", 64)
+    assert spec.negative_prompt == f"a{space}dog"
+
+
+@pytest.mark.parametrize(
+    "text", ["a cat -- a large one -- sleeps", "a cat --", "a cat --- asleep", "a well--known cat"]
+)
+def test_dashes_between_words_are_prose(text: str) -> None:
+    (spec,) = parse_prompt_line(f"{text} --w 64", "here").checked()
+    assert (spec.prompt, spec.width) == (text, 64)
