@@ -121,6 +121,22 @@ def _rate_notes(dataset: VideoDatasetConfig, sources: Sequence[SourceFacts]) -> 
         )
 
 
+def rate_remark(dataset: AnyDatasetConfig, fps: Fraction | None) -> str | None:
+    """What makes the motion of a video with this rate change its speed; None if nothing does."""
+    if fps is None or not isinstance(dataset, VideoDatasetConfig):
+        return None
+    target = Fraction(str(dataset.target_fps))
+    if dataset.source_fps is None:
+        is_used_as_it_is = _differ(fps, target)
+        return f"{_shown(fps)} frames a second, trained as {_shown(target)}" if is_used_as_it_is else None
+    source = None if dataset.resampling is None else dataset.resampling.source_fps
+    if source is not None and _differ(source, fps):
+        return f"{_shown(fps)} frames a second, source_fps is {_shown(source)}"
+    if fps < target * (1 - _RATE_TOLERANCE):
+        return f"{_shown(fps)} frames a second, trained as {_shown(target)}"
+    return None
+
+
 def _differ(fps: Fraction, other: Fraction) -> bool:
     return abs(fps - other) > _RATE_TOLERANCE * other
 

@@ -19,9 +19,9 @@ from dataset.buckets import Size, bucket_sizes, choose_bucket, nabla_size
 from dataset.cache.names import LATENT_SUFFIX, image_cache_name, video_cache_name
 from dataset.clip_notes import SourceFacts, plan_notes
 from dataset.config.config import AnyDatasetConfig, ImageDatasetConfig, VideoDatasetConfig
-from dataset.geometry import PIXEL_STEP
+from dataset.geometry import FPS, PIXEL_STEP
 from dataset.media.frame_folders import frame_paths
-from dataset.media.frames import cut_frames, fps_rules
+from dataset.media.frames import cut_scenes, fps_rules
 from dataset.media.masks import PlannedMask, plan_mask
 from dataset.media.media import (
     CHANGED,
@@ -36,11 +36,13 @@ from dataset.media.media import (
     resize_and_crop,
     source_fingerprint,
 )
+from dataset.media.scenes import require_detector, scene_starts
 from dataset.media.videos import VideoInfo, probe_video, read_frames
 from dataset.sources.items import SkippedItem, SourceItem, SourceListing
 from modules.messages import counted
 
 TOO_SHORT = "too short"
+NO_SCENE = "no scene is long enough"
 TOO_SMALL = "too small"
 TOO_LONG = "aspect ratio beyond the limit"
 MIXED_SIZES = "frames of several sizes"
@@ -100,6 +102,8 @@ class ClipPlan:
     """Sorted by shape, then name, then start: an order that no folder listing or worker count changes."""
     skipped: tuple[SkippedItem, ...]
     """Items that the listing held and that cannot be used, without the listing's own skipped ones."""
+    videos: tuple[SourceVideo, ...]
+    """All that could be opened, those without a clip too; empty for images."""
     notes: tuple[str, ...]
     """Log lines: clips too short for some of the lengths, files at another frame rate."""
 
@@ -134,7 +138,12 @@ def plan_clips(
     skipped = tuple(result.skipped for result in results if result.skipped is not None)
     facts = [result.facts for result in results if result.facts is not None]
     clips.sort(key=lambda clip: (clip.shape, clip.item.base_name, clip.start))
-    return ClipPlan(clips=tuple(clips), skipped=skipped, notes=tuple(plan_notes(dataset, facts)))
+    return ClipPlan(
+        clips=tuple(clips),
+        skipped=skipped,
+        videos=tuple(result.source for result in results if result.source is not None),
+        notes=tuple(plan_notes(dataset, facts)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +152,18 @@ class _ItemResult:
     skipped: SkippedItem | None = None
     facts: SourceFacts | None = None
     """None if the item could not be probed."""
+    source: SourceVideo | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceVideo:
+    """A video as it is on the disk, used or not."""
+
+    name: str
+    num_frames: int
+    seconds: float
+    fps: float | None
+    """Its own average rate; None where it has none, such as a folder of frames."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,6 +181,15 @@ class _FrameSource:
     unknown_colour: tuple[str, ...]
     video: VideoInfo | None
     mask: PlannedMask | None
+    num_frames: int
+    """Of the whole source, whatever its rate."""
+
+    @property
+    def summary(self) -> SourceVideo:
+        """The video for reports; frames without times count at the model's rate."""
+        fps = None if self.video is None or self.video.fps is None else float(self.video.fps)
+        seconds = self.num_frames / (fps or FPS)
+        return SourceVideo(name=self.item.name, num_frames=self.num_frames, seconds=seconds, fps=fps)
 
 
 class _Planner:
@@ -168,6 +198,8 @@ class _Planner:
     def __init__(self, dataset: AnyDatasetConfig, *, nabla_resize: bool) -> None:
         self.dataset = dataset
         self.nabla_resize = nabla_resize
+        if isinstance(dataset, VideoDatasetConfig) and dataset.scene_cuts != "keep":
+            require_detector(f'dataset {dataset.index}: scene_cuts = "{dataset.scene_cuts}"')
         self.buckets = bucket_sizes(dataset.resolution, enable_bucket=dataset.enable_bucket)
 
     def plan(self, item: SourceItem) -> _ItemResult:
@@ -220,6 +252,7 @@ class _Planner:
             unknown_colour=info.colour.unknown,
             video=info,
             mask=_mask(item, info.size, info.num_frames),
+            num_frames=info.num_frames,
         )
         return self._cut(source, dataset)
 
@@ -237,6 +270,7 @@ class _Planner:
             unknown_colour=info.colour.unknown,
             video=None,
             mask=_mask(item, info.size, len(paths)),
+            num_frames=len(paths),
         )
         return self._cut(source, dataset)
 
@@ -244,6 +278,7 @@ class _Planner:
         item, numbers = source.item, source.frame_numbers
         sizes = self._sizes(item, source.size)
         bucket = sizes["bucket"]
+        starts = self._scene_starts(source, sizes["crop"]) if dataset.scene_cuts != "keep" else ()
         clips = tuple(
             PlannedClip(
                 item=item,
@@ -260,20 +295,30 @@ class _Planner:
                 source_size=source.size,
                 **sizes,
             )
-            for cut in cut_frames(len(numbers), dataset.cut_rule)
+            for cut in cut_scenes(len(numbers), dataset.cut_rule, starts, dataset.scene_cuts)
         )
         skipped = None
         if not clips:
             smallest = min(dataset.target_frames)
-            detail = f"{counted(len(numbers), 'frame')}, the smallest of target_frames is {smallest}"
-            skipped = SkippedItem(name=item.name, reason=TOO_SHORT, detail=detail, key=item.key)
+            scenes = f" in {len(starts) + 1} scenes" if starts else ""
+            detail = f"{counted(len(numbers), 'frame')}{scenes}, the smallest of target_frames is {smallest}"
+            reason = NO_SCENE if len(numbers) >= smallest else TOO_SHORT
+            skipped = SkippedItem(name=item.name, reason=reason, detail=detail, key=item.key)
         facts = SourceFacts(
             name=item.name,
             num_frames=len(numbers) if clips else None,
             video=source.video,
             unknown_colour=source.unknown_colour,
         )
-        return _ItemResult(clips=clips, skipped=skipped, facts=facts)
+        return _ItemResult(clips=clips, skipped=skipped, facts=facts, source=source.summary)
+
+    def _scene_starts(self, source: _FrameSource, crop: Size) -> tuple[int, ...]:
+        """Positions among the source's frame numbers at which another scene begins; decodes all of them."""
+        path, numbers = source.item.path, source.frame_numbers
+        if source.video is not None:
+            return scene_starts(frame for _, frame in read_frames(path, source.video, list(numbers), crop))
+        paths = frame_paths(path)
+        return scene_starts(read_image(paths[number]) for number in numbers)
 
     def _sizes(self, item: SourceItem, size: Size) -> dict[str, Size]:
         """`bucket` and `crop` for a source of this size.

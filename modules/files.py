@@ -150,18 +150,18 @@ def check_folder_unwritten(folder: Path, what: str) -> None:
         ResourceError: the folder, or the one it would be made in, is a file or not writable for this user.
     """
     _check_is_folder(folder, what)
-    nearest = _nearest_existing(folder)
+    nearest = nearest_existing(folder)
     if not os.access(nearest, os.W_OK):
         raise ResourceError(f"{what} {folder}: {nearest} cannot be written")
 
 
 def _check_is_folder(folder: Path, what: str) -> None:
-    nearest = _nearest_existing(folder)
+    nearest = nearest_existing(folder)
     if not nearest.is_dir():
         raise ResourceError(f"{what} {folder}: {nearest} is a file; name a folder")
 
 
-def _nearest_existing(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
     """The folder itself, or the nearest one above it that exists."""
     absolute = folder.absolute()
     return next(path for path in (absolute, *absolute.parents) if path.exists())
@@ -175,7 +175,7 @@ def check_free_space(folder: Path, need: int) -> None:
     Raises:
         ResourceError: fewer bytes are free there.
     """
-    free = shutil.disk_usage(_nearest_existing(folder)).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     if free < need:
         raise ResourceError(
             f"{folder}: {free / 2**20:.0f} MB are free on this disk, {need / 2**20:.0f} MB are needed"

@@ -31,7 +31,7 @@ from dataset.config.keys import (
 from dataset.config.text import ConfigText, read_config_text
 from dataset.geometry import FPS, round_frames
 from dataset.media.files import Content
-from dataset.media.frames import CutRule, FrameExtraction, Resampling
+from dataset.media.frames import CutRule, FrameExtraction, Resampling, SceneCuts
 from modules.errors import ConfigError
 
 
@@ -144,6 +144,8 @@ class VideoDatasetConfig(_CommonConfig):
     max_frames: int = 129
     source_fps: float | Literal["auto"] | None = None
     """Frames a second of the clips, or "auto" for each file's own rate; None uses every frame as it is."""
+    scene_cuts: SceneCuts = "keep"
+    """What is done where a video changes its scene, see `cut_scenes`."""
     target_fps: float = float(FPS)
     """Frames are dropped down to this rate when `source_fps` is given."""
 
@@ -203,6 +205,8 @@ class VideoDatasetConfig(_CommonConfig):
             settings["frame_stride"] = self.frame_stride
         if self.frame_extraction == "uniform":
             settings["frame_sample"] = self.frame_sample
+        if self.scene_cuts != "keep":
+            settings["scene_cuts"] = self.scene_cuts
         change = self.resampling
         settings["rates"] = None if change is None else [change.source_name, str(change.target_fps)]
         return _hash(settings)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.geometry import PIXEL_STEP
-from dataset.media.frames import FRAME_EXTRACTIONS
+from dataset.media.frames import FRAME_EXTRACTIONS, SCENE_CUTS
 from modules.path_kinds import name_length_problem
 
 KeyCheck = Callable[[Any], Any]
@@ -125,6 +125,12 @@ def _extraction(raw: Any) -> str:
     return raw
 
 
+def _scene_cuts(raw: Any) -> str:
+    if raw not in SCENE_CUTS:
+        raise ValueError(f"must be one of {', '.join(SCENE_CUTS)}")
+    return raw
+
+
 GENERAL_KEYS: dict[str, KeyCheck] = {
     "resolution": _resolution,
     "caption_extension": _extension,
@@ -160,6 +166,7 @@ VIDEO_KEYS: dict[str, KeyCheck] = {
     "frame_sample": _positive_int,
     "max_frames": _positive_int,
     "source_fps": _source_rate,
+    "scene_cuts": _scene_cuts,
 }
 
 EXTRACTION_KEYS: dict[str, tuple[str, ...]] = {

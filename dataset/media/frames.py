@@ -6,6 +6,7 @@ fractions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -40,6 +41,44 @@ class CutRule:
     """`uniform`: how many cuts per length."""
     max_frames: int = 129
     """`full`: upper limit."""
+
+
+SceneCuts = Literal["keep", "split", "avoid"]
+SCENE_CUTS: tuple[SceneCuts, ...] = ("keep", "split", "avoid")
+"""At a change of scene: nothing is done, each scene is cut by itself, or cuts are moved into one."""
+
+
+def cut_scenes(total: int, rule: CutRule, starts: Sequence[int], mode: SceneCuts) -> tuple[Cut, ...]:
+    """The cuts of a video that changes its scene at `starts`; no cut holds such a change unless mode is keep.
+
+    split: the rule is applied to every scene. avoid: the cuts of the whole video, each moved to the nearest
+    place where it lies inside one scene; one for which no scene is long enough is left out, and of `full` the
+    longest scene is taken.
+    """
+    if mode == "keep":
+        return cut_frames(total, rule)
+    scenes = list(itertools.pairwise([0, *starts, total]))
+    if mode == "split" or rule.frame_extraction == "full":
+        cuts = {
+            Cut(cut.num_frames, first + cut.start)
+            for first, end in scenes
+            for cut in cut_frames(end - first, rule)
+        }
+        if mode == "split":
+            return tuple(sorted(cuts))
+        return tuple(sorted(cuts, key=lambda cut: (-cut.num_frames, cut.start))[:1])
+    moved = (_moved_into_a_scene(cut, scenes) for cut in cut_frames(total, rule))
+    return tuple(sorted({cut for cut in moved if cut is not None}))
+
+
+def _moved_into_a_scene(cut: Cut, scenes: Sequence[tuple[int, int]]) -> Cut | None:
+    places = [
+        min(max(cut.start, first), end - cut.num_frames)
+        for first, end in scenes
+        if end - first >= cut.num_frames
+    ]
+    start = min(places, key=lambda place: (abs(place - cut.start), place), default=None)
+    return None if start is None else Cut(cut.num_frames, start)
 
 
 def cut_frames(total: int, rule: CutRule) -> tuple[Cut, ...]:

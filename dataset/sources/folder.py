@@ -202,11 +202,11 @@ class _Folder:
             return _skipped_folder(path, self._dataset.content) if has_caption else None
         is_shared = composed_name(path.stem) in self._stems
         if kind == "unread":
-            return _skipped_format(path, self._dataset.content)
+            return _skipped_format(path)
         if is_shared or (kind is None and not has_caption):
             return None  # a preview or a settings file beside an item, or something else altogether
         if kind is None:
-            return _skipped_format(path, self._dataset.content)
+            return _skipped_format(path)
         if kind in self._read_elsewhere:
             return None
         return SkippedItem(name=_shown(path), reason=OTHER_CONTENT[kind])
@@ -240,9 +240,8 @@ def _skipped_folder(path: Path, content: Content) -> SkippedItem:
     return SkippedItem(name=_shown(path), reason=IS_FOLDER, detail=detail)
 
 
-def _skipped_format(path: Path, content: Content) -> SkippedItem:
-    extension = f"extension {path.suffix.lower()}" if path.suffix else "no extension"
-    detail = f"{extension}; known are {' '.join(media_extensions(content))}"
+def _skipped_format(path: Path) -> SkippedItem:
+    detail = f"extension {path.suffix.lower()}" if path.suffix else "no extension"
     return SkippedItem(name=_shown(path), reason=UNKNOWN_FORMAT, detail=detail)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from dataset.cache.files import TextCacheMeta, text_cache_problem, write_text_ca
 from dataset.cache.index import CacheKind, IndexEntry, metadata_digest, text_entry
 from dataset.cache.names import empty_text_cache_name, prior_text_cache_name, text_cache_name
 from dataset.config.config import AnyDatasetConfig
+from dataset.media.files import Content
 from dataset.sources.items import SourceListing
-from kandinsky5.caching.report import CONTINUE_HINT, CacheTarget, Outcome, refuse_shared_files
+from kandinsky5.caching.check import DatasetCheck, captions_report, check_captions
+from kandinsky5.caching.report import CONTINUE_HINT, CacheTarget, Outcome, raise_problems, refuse_shared_files
 from kandinsky5.caching.run import encoding_device, list_sources, make_caches, read_datasets
 from kandinsky5.configs.caching import CacheTextConfig
 from kandinsky5.configs.text_encoders import TextEncodersConfig
@@ -24,10 +27,14 @@ from kandinsky5.text.encoders import (
     load_text_encoders,
     text_encoder_fingerprint,
 )
+from kandinsky5.text.files import local_tokenizer
 from kandinsky5.text.templates import load_prompt_templates
+from kandinsky5.text.tokens import ClipTokens, QwenTokens
 from modules.errors import ModelFileError
 from modules.files import disk_errors
-from modules.processes import Processes
+from modules.interruption import exit_on_signal
+from modules.logs import print_report
+from modules.processes import Processes, joined_processes
 
 
 def cache_text(config: CacheTextConfig) -> None:
@@ -36,7 +43,51 @@ def cache_text(config: CacheTextConfig) -> None:
     Raises:
         ConfigError, DataError, ModelFileError, ResourceError: see `make_caches`.
     """
-    make_caches(lambda processes: _TextJob(config, processes), config.run)
+    if not config.run.check:
+        make_caches(lambda processes: _TextJob(config, processes), config.run)
+        return
+    with exit_on_signal(), joined_processes() as processes:
+        if processes.is_main:
+            _check(config)
+
+
+def _check(config: CacheTextConfig) -> None:
+    """`--check`: list captions and count their tokens; no encoder is loaded."""
+    datasets = read_datasets(config.run).datasets
+    counts = _token_counter(config)
+    checks, reports = [], []
+    for dataset in datasets:
+        listing = list_sources(dataset, datasets, config.run)
+        outcome = Outcome(
+            dataset=dataset,
+            found=listing.found,
+            num_caches=len(listing.items),
+            skipped=list(listing.skipped),
+            empty_captions=listing.empty_captions,
+        )
+        check = DatasetCheck(outcome, listing)
+        need = check_captions(check, None if counts is None else functools.partial(counts, dataset.template))
+        checks.append(check)
+        reports.append(captions_report(check, need, has_tokenizers=counts is not None))
+    print_report("\n\n".join(reports))
+    raise_problems([check.outcome for check in checks], config.run, "nothing was encoded")
+
+
+def _token_counter(config: CacheTextConfig) -> Callable[[Content, str], dict[str, tuple[int, str]]] | None:
+    """Counts a caption's tokens for both encoders as caching would; None where a tokenizer is not here."""
+    qwen_name, clip_name = config.text_encoder_qwen, config.text_encoder_clip
+    qwen_tokenizer = local_tokenizer(qwen_name, "qwen") if qwen_name else None
+    clip_tokenizer = local_tokenizer(clip_name, "clip") if clip_name else None
+    if qwen_tokenizer is None or clip_tokenizer is None:
+        return None
+    qwen = QwenTokens(qwen_tokenizer, load_prompt_templates(config.prompt_templates), config.qwen_max_length)
+    clip = ClipTokens(clip_tokenizer, config.clip_max_length)
+
+    def count(template: Content, caption: str) -> dict[str, tuple[int, str]]:
+        found = {"Qwen": qwen.encode(caption, template), "CLIP": clip.encode(caption)}
+        return {name: (tokens.num_caption_tokens, tokens.lost_text) for name, tokens in found.items()}
+
+    return count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,20 +22,23 @@ from dataset.cache.files import (
 from dataset.cache.index import CacheKind, IndexEntry, latent_entry, metadata_digest
 from dataset.cache.mask_cache import mask_meta
 from dataset.cache.names import mask_cache_name
-from dataset.clips import ClipPlan, LoadedBatch, PlannedClip, cut_batches, load_batches, plan_clips
+from dataset.clips import ClipPlan, LoadedBatch, PlannedClip, cut_batches, load_batches
 from dataset.config.config import AnyDatasetConfig
 from dataset.sources.items import SourceListing
-from kandinsky5.caching.masks import MaskWork, mask_notes, write_masks
+from kandinsky5.caching.check import ClipCheck, SeenPixels, check_clips, clips_report
+from kandinsky5.caching.masks import MaskWork, write_masks
 from kandinsky5.caching.preview import preview_clips
-from kandinsky5.caching.report import CONTINUE_HINT, CacheTarget, Outcome, refuse_shared_files
-from kandinsky5.caching.run import encoding_device, list_sources, make_caches, read_datasets
+from kandinsky5.caching.preview_page import PreviewPage
+from kandinsky5.caching.report import CONTINUE_HINT, CacheTarget, Outcome, raise_problems, refuse_shared_files
+from kandinsky5.caching.run import encoding_device, list_sources, make_caches, plan_media, read_datasets
 from kandinsky5.configs.caching import CacheLatentsConfig, DebugConfig
 from kandinsky5.model.precision import check_vae, vae_dtype
 from kandinsky5.vae.video_vae import VideoVAE, encode_or_tile, load_vae, uint8_to_pixels, vae_fingerprint
+from modules.devices import pick_device
 from modules.dtypes import dtype_name
 from modules.files import disk_errors
 from modules.interruption import exit_on_signal
-from modules.logs import get_logger
+from modules.logs import get_logger, print_report
 from modules.processes import Processes, joined_processes
 from modules.seeding import generator_for
 
@@ -42,32 +46,55 @@ log = get_logger(__name__)
 
 
 def cache_latents(config: CacheLatentsConfig) -> None:
-    """Encode every clip of the dataset file, or show the clips if the config asks for it.
+    """Encode every clip of the dataset file, or check or show the clips if the config asks for it.
 
     Raises:
         ConfigError, DataError, ModelFileError, ResourceError: see `make_caches`.
     """
-    if config.debug is None:
+    if not config.encodes_nothing:
         make_caches(lambda processes: _LatentJob(config, processes), config.run)
         return
     with exit_on_signal(), joined_processes() as processes:
-        if processes.is_main:
+        if processes.is_main and config.debug is not None:
             _show(config, config.debug)
+        elif processes.is_main:
+            _check(config)
+
+
+def _check(config: CacheLatentsConfig) -> None:
+    """`--check` and `--preview`: decode every clip once, report, and show the clips on a page."""
+    datasets = read_datasets(config.run).datasets
+    page = None if config.preview is None else PreviewPage(config.preview, datasets)
+    dtype = vae_dtype(config.vae_dtype, pick_device(config.run.device, None))
+    seen = SeenPixels()
+    checks = []
+    for dataset in datasets:
+        listing = list_sources(dataset, datasets, config.run)
+        plan = plan_media(dataset, listing, config)
+        outcome = Outcome(
+            dataset=dataset,
+            found=listing.found,
+            num_caches=len(plan.clips),
+            skipped=[*listing.skipped, *plan.skipped],
+        )
+        check = ClipCheck(outcome, listing, plan)
+        show = None if page is None else functools.partial(page.add_clip, dataset)
+        check_clips(check, seen, config.run.num_workers, show)
+        checks.append(check)
+        if page is not None:
+            page.add_skipped(dataset, outcome.skipped)
+    print_report("\n\n".join(clips_report(check, dtype.itemsize) for check in checks))
+    if page is not None:
+        log.info("wrote %s", page.write())
+    raise_problems([check.outcome for check in checks], config.run, "nothing was encoded")
 
 
 def _show(config: CacheLatentsConfig, debug: DebugConfig) -> None:
     datasets = read_datasets(config.run).datasets
     for dataset in datasets:
-        plan = _plan(dataset, config, list_sources(dataset, datasets, config.run))
+        plan = plan_media(dataset, list_sources(dataset, datasets, config.run), config)
         if not preview_clips(dataset, plan.clips, debug, config.run.num_workers):
             return
-
-
-def _plan(dataset: AnyDatasetConfig, config: CacheLatentsConfig, listing: SourceListing) -> ClipPlan:
-    plan = plan_clips(dataset, listing, nabla_resize=config.nabla_resize, num_workers=config.run.num_workers)
-    for note in (*plan.notes, *mask_notes(dataset, listing)):
-        log.info("%s", note)
-    return plan
 
 
 @dataclass(kw_only=True, slots=True)
@@ -106,7 +133,7 @@ class _LatentJob:
         refuse_shared_files(target for work in self._works for target in _targets(work))
 
     def _work(self, dataset: AnyDatasetConfig, listing: SourceListing, fingerprint: str) -> _LatentWork:
-        plan = _plan(dataset, self._config, listing)
+        plan = plan_media(dataset, listing, self._config)
         dtype, tile_px = dtype_name(self._dtype), self._config.tile_px
         metas = {
             clip.cache_name: latent_meta(clip, encoder_fingerprint=fingerprint, dtype=dtype, tile_px=tile_px)

@@ -200,14 +200,25 @@ def finish(outcomes: Sequence[Outcome], kind: CacheKind, run: CacheRunConfig) ->
         log.warning("%s", _listed(skipped))
         indexes = sorted({str(index_path(outcome.dataset.cache_directory, kind)) for outcome in outcomes})
         log.info("all skipped items and their reasons are in %s", ", ".join(indexes))
+    raise_problems(outcomes, run, "everything else is cached")
+
+
+def raise_problems(outcomes: Sequence[Outcome], run: CacheRunConfig, rest: str) -> None:
+    """End with an error if a file was damaged or a dataset has nothing left.
+
+    Args:
+        rest: what became of the others.
+    Raises:
+        DataError: damaged items (unless --skip_bad), any skipped item (--strict), or nothing usable.
+    """
     check_strict(outcomes, run)
     problems = []
+    skipped = [entry for outcome in outcomes for entry in outcome.skipped]
     failures = [entry for entry in skipped if entry.is_failure]
     if failures and not run.skip_bad:
         damaged = counted(len(failures), "damaged item was", "damaged items were")
         problems.append(
-            f"{damaged} left out, everything else is cached. Repair or remove damaged files, or add "
-            "--skip_bad to skip them"
+            f"{damaged} left out, {rest}. Repair or remove damaged files, or add --skip_bad to skip them"
         )
     problems.extend(
         f"dataset {outcome.dataset.index}: nothing is left to train on"

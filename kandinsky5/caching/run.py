@@ -12,10 +12,12 @@ from typing import Protocol
 import torch
 
 from dataset.cache.index import CacheKind, IndexEntry
+from dataset.clips import ClipPlan, plan_clips
 from dataset.config.config import AnyDatasetConfig, DatasetConfig, load_dataset_config
 from dataset.confinement import Confinement
 from dataset.sources.items import SourceListing
 from dataset.sources.listing import list_items
+from kandinsky5.caching.masks import mask_notes
 from kandinsky5.caching.report import (
     Outcome,
     cache_folders,
@@ -25,7 +27,7 @@ from kandinsky5.caching.report import (
     handle_unused,
     write_index,
 )
-from kandinsky5.configs.caching import CacheRunConfig
+from kandinsky5.configs.caching import CacheLatentsConfig, CacheRunConfig
 from modules.devices import pick_device
 from modules.interruption import exit_on_signal
 from modules.logs import get_logger
@@ -98,6 +100,14 @@ def list_sources(
     for note in listing.notes:
         log.warning("%s", note)
     return listing
+
+
+def plan_media(dataset: AnyDatasetConfig, listing: SourceListing, config: CacheLatentsConfig) -> ClipPlan:
+    """The clips of a dataset, with what was noticed in the log."""
+    plan = plan_clips(dataset, listing, nabla_resize=config.nabla_resize, num_workers=config.run.num_workers)
+    for note in (*plan.notes, *mask_notes(dataset, listing)):
+        log.info("%s", note)
+    return plan
 
 
 def encoding_device(run: CacheRunConfig, processes: Processes) -> torch.device:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from kandinsky5.cli.common import missing_file, missing_path, raise_all
 from kandinsky5.cli.without_effect import (
     CACHE_LATENTS_RULES,
+    CACHE_TEXT_RULES,
     given_options,
     ignored_notes,
     no_effect_notes,
@@ -59,6 +60,8 @@ _TEXT_SECTIONS = {
     "": KEEP_CACHE,
 }
 """Heading in the help -> options."""
+_ENCODERS = ("text_encoder_qwen", "text_encoder_clip")
+"""Not required for --check, which counts tokens if they are given."""
 
 
 def parse_cache_latents(argv: Sequence[str] | None = None) -> CacheLatentsConfig:
@@ -71,9 +74,12 @@ def parse_cache_latents(argv: Sequence[str] | None = None) -> CacheLatentsConfig
     add_options(parser, _LATENT_SECTIONS)
     args = parser.parse_args(argv)
     problems = _shared_problems(_LATENT_SECTIONS, args)
-    if args.debug_mode is None and args.vae is None:
-        problems.append("--vae is required (unless --debug_mode is given)")
-    if args.debug_mode is None:
+    encodes = args.debug_mode is None and not args.check and args.preview is None
+    if encodes and args.vae is None:
+        problems.append("--vae is required (unless --check, --preview or --debug_mode is given)")
+    if args.debug_mode is not None and (args.check or args.preview is not None):
+        problems.append("--debug_mode and --check or --preview contradict each other: give one of them")
+    if encodes:
         problems += missing_path("--vae", args.vae)
     if args.debug_mode == "image":
         problems.append(
@@ -109,25 +115,34 @@ def parse_cache_text(argv: Sequence[str] | None = None) -> CacheTextConfig:
     )
     add_options(parser, _TEXT_SECTIONS)
     args = parser.parse_args(argv)
-    problems = _shared_problems(_TEXT_SECTIONS, args)
+    problems = _shared_problems(_TEXT_SECTIONS, args, optional=_ENCODERS if args.check else ())
     problems += missing_file("--prompt_templates", args.prompt_templates)
     raise_all(problems)
-    for note in ignored_notes(_all(_TEXT_SECTIONS), given_options(parser, args)):
-        log.info("%s", note)
-    return read_options(
+    config = read_options(
         CacheTextConfig,
         args,
         run=_run_config(args),
         quantization=read_options(QwenOptions, args).quantization,
+        **{name: vars(args)[name] or "" for name in _ENCODERS},
     )
+    given = given_options(parser, args)
+    for note in (
+        *ignored_notes(_all(_TEXT_SECTIONS), given),
+        *no_effect_notes(CACHE_TEXT_RULES, config, given).values(),
+    ):
+        log.info("%s", note)
+    return config
 
 
 def _all(sections: Mapping[str, Mapping[str, Option]]) -> dict[str, Option]:
     return {name: declared for options in sections.values() for name, declared in options.items()}
 
 
-def _shared_problems(sections: Mapping[str, Mapping[str, Option]], args: argparse.Namespace) -> list[str]:
-    problems = missing_options(_all(sections), args)
+def _shared_problems(
+    sections: Mapping[str, Mapping[str, Option]], args: argparse.Namespace, *, optional: Sequence[str] = ()
+) -> list[str]:
+    options = {name: declared for name, declared in _all(sections).items() if name not in optional}
+    problems = missing_options(options, args)
     problems += missing_file("--dataset_config", args.dataset_config)
     if args.keep_cache and args.prune:
         problems.append("--keep_cache and --prune contradict each other: give only one of them")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from kandinsky5.configs.caching import CacheLatentsConfig
+from kandinsky5.configs.caching import CacheLatentsConfig, CacheTextConfig
 from kandinsky5.configs.compilation import CompileConfig
 from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.configs.train import OptimizerConfig, TimestepConfig, TrainConfig
@@ -541,6 +541,14 @@ GENERATE_RULES: tuple[NoEffectRule[GenerateConfig], ...] = (
     ),
 )
 
+CACHE_TEXT_RULES: tuple[NoEffectRule[CacheTextConfig], ...] = (
+    NoEffectRule(
+        ("device", "batch_size", "skip_existing", "prune", "fp8_llm", "quantized_qwen"),
+        lambda c: c.run.check,
+        "--check encodes and deletes nothing",
+    ),
+)
+
 CACHE_LATENTS_RULES: tuple[NoEffectRule[CacheLatentsConfig], ...] = (
     NoEffectRule(
         ("console_width", "console_num_images"),
@@ -563,5 +571,18 @@ CACHE_LATENTS_RULES: tuple[NoEffectRule[CacheLatentsConfig], ...] = (
         ),
         lambda c: c.debug is not None,
         "--debug_mode encodes nothing",
+    ),
+    NoEffectRule(
+        (
+            "vae",
+            "vae_tiling",
+            "vae_spatial_tile_sample_min_size",
+            "disable_cudnn_backend",
+            "batch_size",
+            "skip_existing",
+            "prune",
+        ),
+        lambda c: c.run.check or c.preview is not None,
+        "--check encodes and deletes nothing",
     ),
 )

@@ -29,6 +29,7 @@ class CacheRunConfig:
         Option(help="decoding threads (default: CPU count - 1)", read=positive_int), default=1
     )
     device: str | None = option(None, "where to compute (default: cuda if there is one, else cpu)")
+    check: bool = option(False, "report what would be used, skipped and cut, and encode nothing")
     skip_existing: bool = option(
         False, "keep caches that match source, settings and encoder; encode only the rest"
     )
@@ -67,17 +68,25 @@ class CacheLatentsConfig:
 
     run: CacheRunConfig
     vae: Path | None = option(
-        None, "HunyuanVideo's VAE: a file or a diffusers folder (required without --debug_mode)", Path
+        None, "HunyuanVideo's VAE: a file or a diffusers folder (required for encoding)", Path
     )
     """None only with `debug`."""
     vae_dtype: str | None = vae_dtype_option()
     nabla_resize: bool = option(
         False, f"round sizes up to multiples of {NABLA_STEP} pixels, which NABLA attention requires"
     )
+    preview: Path | None = option(
+        None, "--check, and a page in this folder that shows every clip as it would be encoded", Path
+    )
     tile_px: int | None = None
     """Side of the VAE's spatial tiles; None: whole frames."""
     disable_cudnn_backend: bool = option(False, "compute convolutions without cuDNN")
     debug: DebugConfig | None = None
+
+    @property
+    def encodes_nothing(self) -> bool:
+        """Clips are checked or shown instead of encoded."""
+        return self.debug is not None or self.run.check or self.preview is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -297,6 +297,19 @@ def _load(
     return LoadedEncoder(model, tokenizer, _fingerprint(folder, kind, files, tokenizer, quantization), folder)
 
 
+def local_tokenizer(name: str, kind: EncoderKind) -> Any | None:
+    """The tokenizer of an encoder that is on this machine; None for a hub id that is not.
+
+    Raises:
+        ModelFileError: the folder cannot be used.
+    """
+    folder = _local_folder(name, kind)
+    if folder is None:
+        return None
+    _check_folder(folder, kind)
+    return _load_tokenizer(folder, kind)
+
+
 def _load_tokenizer(folder: Path, kind: EncoderKind) -> Any:
     from transformers import AutoTokenizer
 

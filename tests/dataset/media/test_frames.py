@@ -10,8 +10,10 @@ from dataset.config.config import exact_rate
 from dataset.media.frames import (
     CutRule,
     FrameExtraction,
+    SceneCuts,
     are_even,
     cut_frames,
+    cut_scenes,
     resample_by_time,
     resample_even,
 )
@@ -97,3 +99,29 @@ def test_rounded_clock_times_count_as_even() -> None:
 )
 def test_a_frame_rate_means_its_exact_fraction(fps: float, exact: Fraction) -> None:
     assert exact_rate(fps) == exact
+
+
+@pytest.mark.parametrize(
+    ("mode", "starts", "rule", "expected"),
+    [
+        ("keep", [10], CutRule(target_frames=(13,)), [(13, 0)]),
+        ("split", [10], CutRule(target_frames=(5, 13)), [(5, 0), (5, 10), (13, 10)]),
+        ("split", [10], CutRule(target_frames=(9,), frame_extraction="chunk"), [(9, 0), (9, 10), (9, 19)]),
+        ("split", [10, 20], CutRule(frame_extraction="full"), [(9, 0), (9, 10), (9, 20)]),
+        ("split", [], CutRule(target_frames=(5,)), [(5, 0)]),
+        ("avoid", [10], CutRule(target_frames=(5, 13)), [(5, 0), (13, 10)]),
+        ("avoid", [10, 12], CutRule(target_frames=(13,), frame_extraction="chunk"), [(13, 12), (13, 13)]),
+        ("avoid", [12], CutRule(target_frames=(9,), frame_extraction="slide", frame_stride=8),
+         [(9, 0), (9, 12), (9, 16)]),
+        ("avoid", [10, 20], CutRule(target_frames=(13,)), []),
+        ("avoid", [8, 24], CutRule(frame_extraction="full", max_frames=13), [(13, 8)]),
+        ("avoid", [8, 24], CutRule(frame_extraction="full"), [(13, 8)]),
+    ],
+)  # fmt: skip
+def test_cuts_hold_no_change_of_scene(
+    mode: SceneCuts, starts: list[int], rule: CutRule, expected: list[tuple[int, int]]
+) -> None:
+    cuts = cut_scenes(30, rule, starts, mode)
+    assert [(cut.num_frames, cut.start) for cut in cuts] == expected
+    if mode != "keep":
+        assert not any(cut.start < s < cut.start + cut.num_frames for cut in cuts for s in starts)

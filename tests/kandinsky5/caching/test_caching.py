@@ -279,7 +279,7 @@ def test_media_of_other_formats_beside_good_ones_stand_in_the_table_and_are_an_e
         "not",
         "read",
     ]
-    assert "scan.psd: format is not read (extension .psd; known are .png" in said.text
+    assert "scan.psd: format is not read (extension .psd)" in said.text
     assert "2 hidden files are left out: ._a.png, ._a.txt" in said.text
     with pytest.raises(SystemExit) as caught:
         cache_latents(project, tiny_models, "--strict")
