@@ -14,6 +14,7 @@ from PIL import Image
 import kandinsky5_cache_latents
 import kandinsky5_cache_text_encoder_outputs
 from dataset.media import scenes
+from dataset.sources.items import OTHER_CONTENT
 from kandinsky5.caching import captions, latents
 from tests.dataset.untidy import write_untidy
 
@@ -54,7 +55,7 @@ def test_a_check_names_everything_and_writes_nothing(
         "  skipped, cannot be opened: 2\n    cut off.mp4",
         "  skipped, caption is not UTF-8: 1\n    latin.mp4 (latin.txt, byte 3; save it as UTF-8)",
         "  skipped, format is not read: 1\n    scan.psd (extension .psd)",
-        "  skipped, is an image, in a dataset of videos: 1\n    photo.jpg",
+        f"  skipped, {OTHER_CONTENT['image']}: 1\n    photo.jpg",
         "  skipped, no caption: 1\n    no caption.mp4",
         "  skipped, too short: 1\n    short.mp4 (4 frames, the smallest of target_frames is 5)",
         "  80x48x17      6        6\n  80x48x5       7        7",
