@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -291,6 +292,33 @@ def test_of_two_generations_into_one_name_at_once_the_second_takes_the_next(
     assert sorted(path.name for path in folder.iterdir()) == sorted([taken, *written])
     other = folder / taken
     assert (other / "00000.png" if other.is_dir() else other).read_bytes() == b"other"
+
+
+@on_posix
+def test_two_processes_that_write_one_name_at_once_leave_two_videos(run: Generate, tmp_path: Path) -> None:
+    marks = [tmp_path / "ready-0", tmp_path / "ready-1"]
+
+    def meet(mark: Path) -> Callable[[], None]:
+        def wait() -> None:
+            mark.touch()
+            for _ in range(3000):
+                if all(other.exists() for other in marks):
+                    return
+                time.sleep(0.01)
+
+        return wait
+
+    def generate(mark: Path) -> Callable[[], None]:
+        def act() -> None:
+            outputs.write_video = at_call(1, outputs.write_video, meet(mark))
+            run("--prompt", "x", "--output", "out/x.mp4", *QUICK)
+
+        return act
+
+    logs = [tmp_path / "log-0.txt", tmp_path / "log-1.txt"]
+    started = [fault_kit.start(generate(mark), log) for mark, log in zip(marks, logs, strict=True)]
+    assert [fault_kit.wait(process) for process in started] == [0, 0], [log.read_text() for log in logs]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["x-1.mp4", "x.mp4"]
 
 
 def test_a_free_name_is_taken_by_one_writer_alone(tmp_path: Path) -> None:
