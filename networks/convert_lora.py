@@ -14,7 +14,15 @@ from modules.errors import ConfigError
 from modules.files import disk_errors
 from modules.logs import get_logger
 from modules.tensor_files import write_tensors
-from networks.lora_files import LoadedLora, foldable, kohya_suffix, read_lora, save_folded, with_hashes
+from networks.lora_files import (
+    PARTIAL_HELP,
+    LoadedLora,
+    foldable,
+    kohya_suffix,
+    read_lora,
+    save_folded,
+    with_hashes,
+)
 from networks.lora_kandinsky import known_layer_names
 from networks.lora_keys import underscored
 from networks.lora_scales import FOLDED_MARK
@@ -32,7 +40,9 @@ _PREFIX_AND_SUFFIX = {
 }
 
 
-def convert_lora(source: Path, output: Path, target: Target, *, diffusers_prefix: str) -> LoadedLora:
+def convert_lora(
+    source: Path, output: Path, target: Target, *, diffusers_prefix: str, allow_partial: bool = False
+) -> LoadedLora:
     """Write `source` in the target layout, every tensor in its own dtype; returns what was read.
 
     Args:
@@ -42,7 +52,7 @@ def convert_lora(source: Path, output: Path, target: Target, *, diffusers_prefix
         ModelFileError: not a LoRA, or keys that belong to no layer of Kandinsky 5.
         ResourceError: the output cannot be written.
     """
-    lora = read_lora(source, known_layer_names())
+    lora = read_lora(source, known_layer_names(), allow_partial=allow_partial)
     with disk_errors(output, "run the command again"):
         _write(lora, output, target, diffusers_prefix)
     return lora
@@ -99,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(
             "--diffusers_prefix", help=f"for --target other alone (default: {_DEFAULT_PREFIX})"
         )
+        parser.add_argument("--lora_allow_partial", action="store_true", help=PARTIAL_HELP)
         parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
         options = parser.parse_args(argv)
         prefix = options.diffusers_prefix
@@ -112,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             options.output,
             cast(Target, options.target),
             diffusers_prefix=(_DEFAULT_PREFIX if prefix is None else prefix).rstrip("."),
+            allow_partial=options.lora_allow_partial,
         )
         log.info("wrote %d layers to %s", len(lora.layers), options.output)
 

@@ -73,6 +73,8 @@ _NAMES_IN_FOLDERS = (
 )
 """Of PEFT, diffusers and the official adapters."""
 _MAX_TRIGGER_LENGTH = 500
+PARTIAL_HELP = "use a LoRA even if some of its keys match no layer"
+"""Of `--lora_allow_partial`, which messages offer."""
 
 
 @dataclass(frozen=True, slots=True)

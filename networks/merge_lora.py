@@ -17,7 +17,7 @@ from modules.options import float_between
 from modules.quantised_files import WEIGHT_DTYPES, find_rotations, unfit_scales, unread_layout
 from modules.tensor_files import TensorInfo
 from modules.weight_files import WeightSource, find_weight_files, key_prefix, open_weight_files
-from networks.lora_files import LayerSizes, read_lora
+from networks.lora_files import PARTIAL_HELP, LayerSizes, read_lora
 from networks.merging import write_merged
 
 log = get_logger(__name__)
@@ -43,7 +43,13 @@ def layer_sizes_of_file(tensors: Mapping[str, TensorInfo]) -> tuple[str, dict[st
 
 
 def merge_files(
-    dit: Path, lora_paths: Sequence[Path], multipliers: Sequence[float], output: Path, device: torch.device
+    dit: Path,
+    lora_paths: Sequence[Path],
+    multipliers: Sequence[float],
+    output: Path,
+    device: torch.device,
+    *,
+    allow_partial: bool = False,
 ) -> None:
     """Write `dit` with the LoRAs added to `output`: same keys and dtypes, one tensor in memory at a time.
 
@@ -55,7 +61,7 @@ def merge_files(
         prefix, sizes = layer_sizes_of_file(files.tensors)
         _check_weights(dit, files, prefix)
         loras = [
-            read_lora(path, sizes).with_multiplier(multiplier)
+            read_lora(path, sizes, allow_partial=allow_partial).with_multiplier(multiplier)
             for path, multiplier in zip(lora_paths, multipliers, strict=True)
         ]
         write_merged(files, output, loras, prefix=prefix, device=device)
@@ -89,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             default=[],
             help="default: 1.0 each",
         )
+        parser.add_argument("--lora_allow_partial", action="store_true", help=PARTIAL_HELP)
         parser.add_argument("--save_merged_model", type=Path, required=True, help="file to write")
         parser.add_argument("--device", default="cpu", help="where to compute: cpu or cuda (default: cpu)")
         options = parser.parse_args(argv)
@@ -99,7 +106,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             log.info("%d multipliers for %d LoRAs: the rest are 1.0", len(given), count)
         device = pick_device(options.device)
         multipliers = [*given, *[1.0] * (count - len(given))]
-        merge_files(options.dit, options.lora_weight, multipliers, options.save_merged_model, device)
+        merge_files(
+            options.dit,
+            options.lora_weight,
+            multipliers,
+            options.save_merged_model,
+            device,
+            allow_partial=options.lora_allow_partial,
+        )
         log.info("wrote %s", options.save_merged_model)
 
 

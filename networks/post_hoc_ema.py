@@ -20,7 +20,7 @@ from modules.files import disk_errors
 from modules.logs import get_logger
 from modules.options import float_between
 from modules.tensor_files import write_tensors
-from networks.lora_files import read_adapter_tensors, with_hashes
+from networks.lora_files import lora_file, read_adapter_tensors, with_hashes
 from networks.lora_keys import parse_key
 from networks.lora_scales import PEFT_METADATA, UNSCALED, PeftSettings, find_settings
 from networks.lora_types import MAGNITUDE
@@ -142,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError("at least two LoRA files are needed for an average")
         if options.sigma_rel is not None and options.beta2 is not None:
             raise ConfigError("--sigma_rel cannot be combined with --beta2")
+        options.path = [lora_file(path) for path in options.path]
         missing = [path for path in options.path if not path.is_file()]
         if missing:
             raise ModelFileError([f"{path}: no such file" for path in missing])

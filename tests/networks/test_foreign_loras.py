@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modules.errors import ModelFileError
+from networks import convert_lora
 from networks.lora_files import read_lora
 from networks.lora_keys import LayerNames, foreign_kind, layout_of, parse_key
 from tests.lora_strengths import LAYERS, small_factors, small_model
@@ -182,6 +183,9 @@ def test_a_lora_of_the_text_encoder_may_be_left_out(
         read_lora(tmp_path / "a.safetensors", LAYERS)
     assert set(read_lora(tmp_path / "a.safetensors", LAYERS, allow_partial=True).layers) == set(LAYERS)
     assert "left out" in caplog.text
+    words = ["--input", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "b.safetensors")]
+    convert_lora.main([*words, "--target", "comfy", "--lora_allow_partial"])  # what the message offers
+    check(tmp_path / "b.safetensors")
 
 
 @pytest.mark.parametrize("ending", ["", ".weight", ".default", ".default.weight", ".my_style.weight"])
