@@ -126,7 +126,27 @@ class WeightOnlyProduct(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-class QuantisedLinear(nn.Module, ABC):
+class StoredLinear(nn.Module, ABC):
+    """A frozen linear layer whose weight is stored in fewer bits than it is computed in."""
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    @abstractmethod
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """grad [N, out] -> [N, in], a fresh tensor: what the backward pass returns, without autograd."""
+
+    @abstractmethod
+    def unrounded_product(self, x: Tensor) -> Tensor:
+        """x [N, in] -> [N, out] without the bias, in the dtype of x: no input is rounded."""
+
+    @abstractmethod
+    def widened(self, device: torch.device | None = None) -> Tensor:
+        """The weight [out, in] that the layer stands for, float32, on a device or where it is."""
+
+
+class QuantisedLinear(StoredLinear):
     """A frozen linear layer stored in one byte per weight and computed in the dtype of its input.
 
     Args:
@@ -145,7 +165,6 @@ class QuantisedLinear(nn.Module, ABC):
     """What both sides of the weight must be a multiple of for `fast_product`."""
     rounds_scales: ClassVar[bool] = True
     """Whether the scales of `quantise` are bfloat16 numbers."""
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -187,16 +206,13 @@ class QuantisedLinear(nn.Module, ABC):
         return flat.view(*x.shape[:-1], self.out_features)
 
     def unrounded_product(self, x: Tensor) -> Tensor:
-        """x [N, in] -> [N, out] without the bias, in the dtype of x: no input is rounded."""
         return WeightOnlyProduct.apply(x, self.weight, self.scale_weight, None, self.rotation)
 
     def widened(self, device: torch.device | None = None) -> Tensor:
-        """The weight [out, in] that the layer stands for, float32, on a device or where it is."""
         weight, scale = self.weight.to(device), self.scale_weight.to(device)
         return dequantise(weight, scale, torch.float32, self.rotation)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        """grad [N, out] -> [N, in], a fresh tensor: what the backward pass returns, without autograd."""
         return _input_gradient(grad, self.weight, self.scale_weight, self.rotation)
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.quantised_linear import QuantisedLinear
+from modules.quantised_linear import StoredLinear
 from networks.factors import LayerFactors, factors_from_roles
 from networks.lora import Adapter, frozen_layer, frozen_weight, initial_down
 from networks.lora_types import MAGNITUDE
@@ -132,7 +132,7 @@ class DoraAdapter(Adapter):
     def _measure(self, layer: nn.Module, dtype: torch.dtype) -> Tensor:
         """||W + scale * up @ down|| per row: [out], float32."""
         down = self.lora_down.to(dtype)
-        if isinstance(layer, QuantisedLinear):
+        if isinstance(layer, StoredLinear):
             crossed = layer.unrounded_product(down)
         else:
             crossed = F.linear(down, layer.get_parameter("weight"))

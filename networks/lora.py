@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.fused_ops import JointLinear, Recomputable
-from modules.quantised_linear import QuantisedLinear
+from modules.quantised_linear import StoredLinear
 from modules.seeding import derive_seed, generator_for
 from networks.factors import LayerFactors
 from networks.fused_lora import LowRankLayer, can_fuse, fused_lora
@@ -427,7 +427,7 @@ def frozen_layer(layer: nn.Module) -> nn.Module:
 
 def frozen_weight(layer: nn.Module) -> Tensor:
     """The weight [out, in] of a frozen layer, in float32 if it is stored in one byte per element."""
-    return layer.widened() if isinstance(layer, QuantisedLinear) else layer.get_parameter("weight")
+    return layer.widened() if isinstance(layer, StoredLinear) else layer.get_parameter("weight")
 
 
 def _register(root: nn.Module, adapter: Adapter) -> None:

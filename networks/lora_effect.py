@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modules.quantised_linear import QuantisedLinear
+from modules.quantised_linear import StoredLinear
 from networks.lora import LoRANetwork, frozen_layer
 
 
@@ -66,7 +66,7 @@ def weight_norms(network: LoRANetwork, device: torch.device) -> dict[str, float]
 
 def _frozen_weight(host: nn.Module, path: str, device: torch.device) -> Tensor:
     layer = frozen_layer(host.get_submodule(path))
-    if isinstance(layer, QuantisedLinear):
+    if isinstance(layer, StoredLinear):
         return layer.widened(device)
     return layer.get_parameter("weight").to(device)
 

@@ -44,8 +44,10 @@ def _fullgraph_problems(config: CompileConfig, args: argparse.Namespace, *, has_
         return
     if args.fp8_base:
         yield "--compile_fullgraph: float8 layers stay outside compiled graphs; omit --compile_fullgraph"
+    if args.nf4_base:
+        yield "--compile_fullgraph: NF4 layers stay outside compiled graphs; omit --compile_fullgraph"
     if args.vram_budget is not None:
-        yield "--compile_fullgraph: --vram_budget may add --fp8_base; omit one of them"
+        yield "--compile_fullgraph: --vram_budget may add --fp8_base or --nf4_base; omit one of them"
     if has_nabla:
         yield "--compile_fullgraph: NABLA's attention stays outside compiled graphs; omit --compile_fullgraph"
 

@@ -403,6 +403,7 @@ _DIT = (
     "int8_base",
     "int8_fast",
     "no_int8_rotation",
+    "nf4_base",
     "blocks_to_swap",
     "use_pinned_memory_for_block_swap",
     "offload_dit_during_sampling",

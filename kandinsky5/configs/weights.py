@@ -20,6 +20,7 @@ class WeightFormat(Enum):
     COMPUTE_DTYPE = "compute dtype"
     FP8 = "float8"
     INT8 = "int8"
+    NF4 = "nf4"
 
 
 def vram_budget_option(help: str) -> Any:
@@ -52,6 +53,11 @@ class WeightsConfig:
         False,
         "with --int8_fast: do not rotate weights and inputs before rounding, as earlier versions did not",
     )
+    nf4_base: bool = option(
+        False,
+        "store attention and feed-forward weights in 4 bits (NF4) with bitsandbytes instead: half the memory "
+        "of 8 bits, over three times the error; not run on a GPU yet",
+    )
     blocks_to_swap: int = option(
         0, "number of blocks whose weights stay in host memory (default: 0)", non_negative_int
     )
@@ -60,15 +66,18 @@ class WeightsConfig:
     no_weight_check: bool = option(False, "do not check the weights for NaN and Inf while loading")
 
     def __post_init__(self) -> None:
-        if self.fp8_base and self.int8_base:
+        given = [f"--{name}" for name in ("fp8_base", "int8_base", "nf4_base") if getattr(self, name)]
+        if len(given) > 1:
             raise ConfigError(
-                "--fp8_base and --int8_base select a format for the same weights: give only one of them"
+                f"{' and '.join(given)} select a format for the same weights: give only one of them"
             )
 
     @property
     def weight_format(self) -> WeightFormat:
         if self.fp8_base:
             return WeightFormat.FP8
+        if self.nf4_base:
+            return WeightFormat.NF4
         return WeightFormat.INT8 if self.int8_base else WeightFormat.COMPUTE_DTYPE
 
     @property
@@ -91,7 +100,8 @@ class WeightsConfig:
         return f"{self.weight_format.value}{', rotated' if self.rotates_weights else ''}"
 
     @property
-    def has_one_byte_weights(self) -> bool:
+    def is_quantised(self) -> bool:
+        """Whether weights are stored in fewer bits than they are computed in."""
         return self.weight_format is not WeightFormat.COMPUTE_DTYPE
 
     @property
@@ -102,4 +112,4 @@ class WeightsConfig:
     @property
     def modulation_on_host(self) -> bool:
         """Whether the modulation weights stay in host memory: an eighth of the model, read once per step."""
-        return self.has_one_byte_weights or self.blocks_to_swap > 0
+        return self.is_quantised or self.blocks_to_swap > 0

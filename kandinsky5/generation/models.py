@@ -16,7 +16,7 @@ from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.model.magcache import task_ratios
 from kandinsky5.model.nabla import DensityReport
 from kandinsky5.model.offload import max_blocks_to_swap, stream_weights
-from kandinsky5.model.precision import check_fast_products, check_vae, compute_dtype, vae_dtype
+from kandinsky5.model.precision import check_vae, check_weight_format, compute_dtype, vae_dtype
 from kandinsky5.text.encoders import (
     TextEncoders,
     check_text_encoder_paths,
@@ -93,7 +93,7 @@ def check_dit_options(config: GenerateConfig, device: torch.device) -> None:
         raise ConfigError(problems)
     check_attention_backend(dit.attention, for_training=False)
     check_compile_backend(dit.compile)
-    check_fast_products(dit, device)
+    check_weight_format(dit, device)
 
 
 def magcache_ratios(config: GenerateConfig) -> Sequence[float] | None:

@@ -101,4 +101,6 @@ def repeat_command(config: GenerateConfig, request: VideoRequest) -> str:
 def _weight_words(dit: DitConfig) -> str:
     if dit.fp8_base:
         return "fp8 weights, "
+    if dit.nf4_base:
+        return "nf4 weights, "
     return "int8 weights, " if dit.int8_base else ""

@@ -20,8 +20,9 @@ from modules.errors import ResourceError
 from modules.fp8 import Fp8Linear, check_fp8_matmul
 from modules.host_buffer import HostBuffer
 from modules.int8 import Int8Linear, RotatedInt8Linear, check_int8_matmul
+from modules.nf4 import Nf4Linear, check_nf4, quantise_nf4
 from modules.optimizers import build_optimizer
-from modules.quantised_linear import QuantisedLinear, dequantise
+from modules.quantised_linear import QuantisedLinear
 
 _TIME_LIMIT = 120.0
 """Seconds for one check, the start of its process included; compiling is the longest."""
@@ -122,7 +123,7 @@ def _check_layer(layer_class: type[QuantisedLinear], *, use_fast: bool) -> Calla
         layer = layer_class(weight8, scale, bias, compute_dtype=torch.bfloat16, use_fast=use_fast)
         half, wide = x.bfloat16().requires_grad_(), x.clone().requires_grad_()
         got = layer(half)
-        exact = F.linear(wide, dequantise(weight8, scale, torch.float32, layer.rotation), bias)
+        exact = F.linear(wide, layer.widened(), bias)
         grads = [*torch.autograd.grad(got, half, grad.bfloat16()), *torch.autograd.grad(exact, wide, grad)]
         return _compare([got, grads[0]], [exact, grads[1]], 6e-2 if use_fast else 2e-2)
 
@@ -173,6 +174,17 @@ def _check_adamw8bit(device: torch.device) -> str:
     return _compare(moves[:1], moves[1:], 1e-1)
 
 
+def _check_nf4(device: torch.device) -> str:
+    """A linear layer with NF4 weights, forward and backward, against its own weights in float32."""
+    check_nf4(device)
+    x, grad = _random(device, 200, 512, seed=2), _random(device, 200, 1024, seed=3)
+    layer = Nf4Linear(quantise_nf4(_random(device, 1024, 512)), None, compute_dtype=torch.bfloat16)
+    half, wide = x.bfloat16().requires_grad_(), x.clone().requires_grad_()
+    got, exact = layer(half), F.linear(wide, layer.widened())
+    grads = [*torch.autograd.grad(got, half, grad.bfloat16()), *torch.autograd.grad(exact, wide, grad)]
+    return _compare([got, grads[0]], [exact, grads[1]], 2e-2)
+
+
 CHECKS: Mapping[str, Callable[[torch.device], str]] = {
     "attention": _check_sdpa,
     "convolution, float16 (--vae_dtype)": lambda device: _check_convolution(device, torch.float16),
@@ -181,6 +193,7 @@ CHECKS: Mapping[str, Callable[[torch.device], str]] = {
     "--fp8_fast": _check_layer(Fp8Linear, use_fast=True),
     "--int8_base": _check_layer(Int8Linear, use_fast=False),
     "--int8_fast": _check_layer(RotatedInt8Linear, use_fast=True),
+    "--nf4_base": _check_nf4,
     "page-locked memory (--blocks_to_swap)": _check_page_locked,
     "--optimizer_type AdamW8bit": _check_adamw8bit,
     "--compile (triton)": _check_compile,

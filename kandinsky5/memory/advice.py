@@ -86,7 +86,7 @@ def _unused_options(given: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
     checkpointed = replace(given, gradient_checkpointing=True)
     if needed:
         yield needed.strip(), checkpointed
-    if not given.has_one_byte_weights:
+    if not given.is_quantised:
         yield "--fp8_base", replace(given, fp8_base=True)
     if not given.gradient_checkpointing_cpu_offload:
         words = f"{needed}--gradient_checkpointing_cpu_offload"

@@ -107,7 +107,7 @@ def _candidates(planner: Planner[Options, Job], job: Job, budget: int) -> Iterat
     given = planner.given
     yield given
     base = given
-    if not given.has_one_byte_weights:
+    if not given.is_quantised:
         base = replace(given, fp8_base=True)
         yield base
     if isinstance(given, ModelConfig):
@@ -115,7 +115,7 @@ def _candidates(planner: Planner[Options, Job], job: Job, budget: int) -> Iterat
         if not given.gradient_checkpointing:
             yield checkpointed
         base = replace(base, gradient_checkpointing=True)
-        if not given.has_one_byte_weights:
+        if not given.is_quantised:
             yield base
     yield from _with_transfers(planner, base, job, budget)
 

@@ -28,6 +28,7 @@ from modules.fp8 import FP8_DTYPES, Fp8Linear
 from modules.int8 import Int8Linear, RotatedInt8Linear
 from modules.logs import get_logger
 from modules.messages import counted, names_in_short
+from modules.nf4 import Nf4Linear, quantise_nf4
 from modules.quantised_files import (
     COMPANIONS,
     FP8_MARK,
@@ -38,7 +39,7 @@ from modules.quantised_files import (
     unfit_scales,
     unread_layout,
 )
-from modules.quantised_linear import QuantisedLinear, dequantise, normalise_scale
+from modules.quantised_linear import QuantisedLinear, StoredLinear, dequantise, normalise_scale
 from modules.rotation import NO_ROTATION
 from modules.tensor_files import TensorInfo
 from modules.weight_files import WeightSource, find_weight_files, key_prefix, open_weight_files
@@ -91,10 +92,11 @@ class DitFileInfo:
 _DEFAULT_WEIGHTS = WeightsConfig()
 
 
-def _layer_class(weights: WeightsConfig) -> type[QuantisedLinear] | None:
-    """What holds the attention and feed-forward weights; None for plain layers."""
-    int8 = RotatedInt8Linear if weights.rotates_weights else Int8Linear
-    return {WeightFormat.FP8: Fp8Linear, WeightFormat.INT8: int8}.get(weights.weight_format)
+def _layer_class(weights: WeightsConfig) -> type[QuantisedLinear]:
+    """What holds attention and feed-forward weights of one byte."""
+    if weights.weight_format is WeightFormat.FP8:
+        return Fp8Linear
+    return RotatedInt8Linear if weights.rotates_weights else Int8Linear
 
 
 def build_meta_dit(params: DitParams, compute_dtype: torch.dtype) -> DiffusionTransformer3D:
@@ -256,9 +258,8 @@ def load_dit(
 
     Args:
         source: the files, see `check_dit_file`, or what gives the tensors in their place.
-        weights: format and place; in float8 and int8 the attention and feed-forward layers of the blocks
-            become `Fp8Linear`, `Int8Linear` or `RotatedInt8Linear` (for fast products call
-            `check_fast_products` first).
+        weights: format and place; in fewer bits the attention and feed-forward layers of the blocks
+            become a `StoredLinear`; call `check_weight_format` first.
         device: where tensors are cast and quantised; on "meta" only headers are read, and the model that
             is returned has all dtypes and sizes but no data.
         compute_dtype: of activations and of all weights but the float32 islands, which keep the file's dtype.
@@ -268,7 +269,6 @@ def load_dit(
     """
     if device.type != "meta":
         log.info("loading the DiT")
-    layer_class = _layer_class(weights)
     placement = host_placement(
         params, device, blocks_to_swap=weights.blocks_to_swap, modulation_on_host=weights.modulation_on_host
     )
@@ -282,28 +282,20 @@ def load_dit(
         dit = build_meta_dit(params, compute_dtype)
         reader = _WeightReader(opened, info, device, check_finite=not weights.no_weight_check)
         _report_stored_weights(path, info, weights, has_loras=bool(loras))
-        quantised: dict[str, QuantisedLinear] = {}
+        stored: dict[str, StoredLinear] = {}
         # In file order: a hard disk then reads straight through.
         for key in sorted(info.tensors, key=lambda key: info.tensors[key].start):
             layer, _, name = key.rpartition(".")
             target_device = placement(key)
-            if layer_class is not None and name == "weight" and is_target_name(layer):
-                kind, weight8, scale, rotation = reader.read_quantised(key, loras, layer_class)
-                quantised[layer] = kind(
-                    reader.owned(weight8.to(target_device)),
-                    scale.to(target_device),
-                    None,
-                    compute_dtype=compute_dtype,
-                    use_fast=weights.use_fast_products,
-                    rotation=rotation,
-                )
+            if weights.is_quantised and name == "weight" and is_target_name(layer):
+                stored[layer] = reader.read_layer(key, loras, weights, compute_dtype, target_device)
                 continue
             dtype = compute_dtype
             if is_float32_island(key) and info.tensors[key].dtype not in ONE_BYTE_DTYPES:
                 dtype = info.tensors[key].dtype
             _set_parameter(dit, key, reader.owned(reader.read(key, loras).to(dtype).to(target_device)))
         reader.raise_if_not_finite(path)
-    for layer, linear in quantised.items():
+    for layer, linear in stored.items():
         plain = dit.get_submodule(layer)
         assert isinstance(plain, nn.Linear)
         linear.bias = plain.bias  # read by now
@@ -319,7 +311,7 @@ def _report_stored_weights(path: Path, info: DitFileInfo, weights: WeightsConfig
     wanted = weights.weight_format
     if wanted is WeightFormat.COMPUTE_DTYPE:
         return
-    bases = {"float8": "--fp8_base", "int8": "--int8_base"}
+    bases = {"float8": "--fp8_base", "int8": "--int8_base", "nf4": "--nf4_base"}
     for form, is_held in (("float8", info.is_fp8), ("int8", bool(info.rotations))):
         if is_held and wanted.value != form:
             text = "%s is %s already: %s rounds its weights a second time; %s takes them as they are"
@@ -362,7 +354,29 @@ class _WeightReader:
             tensor = tensor.float() if scale is None else dequantise(tensor, scale, torch.float32, rotation)
         return add_deltas(tensor, layer, loras) if name == "weight" else tensor
 
-    def read_quantised(
+    def read_layer(
+        self,
+        key: str,
+        loras: Sequence[LoadedLora],
+        weights: WeightsConfig,
+        compute_dtype: torch.dtype,
+        target: torch.device,
+    ) -> StoredLinear:
+        """The layer of a weight, stored as `weights` asks for on the device `target`, without a bias."""
+        if weights.weight_format is WeightFormat.NF4:
+            packed = quantise_nf4(self.read(key, loras)).to(target)
+            return Nf4Linear(packed, None, compute_dtype=compute_dtype)
+        kind, weight8, scale, rotation = self._read_quantised(key, loras, _layer_class(weights))
+        return kind(
+            self.owned(weight8.to(target)),
+            scale.to(target),
+            None,
+            compute_dtype=compute_dtype,
+            use_fast=weights.use_fast_products,
+            rotation=rotation,
+        )
+
+    def _read_quantised(
         self, key: str, loras: Sequence[LoadedLora], layer_class: type[QuantisedLinear]
     ) -> tuple[type[QuantisedLinear], Tensor, Tensor, int]:
         """(layer, weight, scale, rotation) in one byte.

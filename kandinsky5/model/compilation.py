@@ -11,6 +11,7 @@ from kandinsky5.model.dit import DiffusionTransformer3D
 from modules.errors import ConfigError
 from modules.fp8 import Fp8Linear
 from modules.logs import get_logger
+from modules.nf4 import Nf4Linear
 
 log = get_logger(__name__)
 
@@ -41,15 +42,15 @@ def compile_blocks(dit: DiffusionTransformer3D, config: CompileConfig, device: t
     """Compile every text and visual block; call after LoRA and block swap are in place.
 
     What happens around a block stays eager: block swap, gradient checkpointing, activation offload. Inside,
-    the sparse attention stays eager, and on devices that cannot compile float8 so do the quantised layers.
+    the sparse attention and NF4 layers stay eager; so do float8 layers on devices that cannot compile them.
     """
     if config.compile_cache_size_limit is not None:
         torch._dynamo.config.recompile_limit = config.compile_cache_size_limit
-    if not float8_may_be_compiled(device):
-        for module in dit.modules():
-            if isinstance(module, Fp8Linear):
-                eager = torch.compiler.disable(module.forward)
-                module.forward = eager  # pyright: ignore[reportAttributeAccessIssue]
+    stays_eager = Nf4Linear if float8_may_be_compiled(device) else (Nf4Linear, Fp8Linear)
+    for module in dit.modules():
+        if isinstance(module, stays_eager):
+            eager = torch.compiler.disable(module.forward)
+            module.forward = eager  # pyright: ignore[reportAttributeAccessIssue]
     settings: dict[str, Any] = {
         "backend": config.compile_backend,
         "dynamic": _DYNAMIC[config.compile_dynamic],

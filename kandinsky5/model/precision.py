@@ -10,18 +10,21 @@ from modules.cudnn import check_conv3d
 from modules.dtypes import dtype_from_word
 from modules.fp8 import check_fp8_matmul
 from modules.int8 import check_int8_matmul
+from modules.nf4 import check_nf4
 
 
-def check_fast_products(settings: DitConfig | ModelConfig, device: torch.device) -> None:
-    """Refuse `--fp8_fast` and `--int8_fast` where they cannot run.
+def check_weight_format(settings: DitConfig | ModelConfig, device: torch.device) -> None:
+    """Refuse `--fp8_fast`, `--int8_fast` and `--nf4_base` where they cannot run.
 
     Raises:
-        ResourceError: the device cannot multiply in float8 or int8.
+        ResourceError: the device cannot multiply in float8 or int8, or bitsandbytes cannot use it.
     """
     if settings.fp8_fast:
         check_fp8_matmul(device)
     if settings.int8_fast:
         check_int8_matmul(device)
+    if settings.nf4_base:
+        check_nf4(device)
 
 
 def compute_dtype(word: str | None, device: torch.device) -> torch.dtype:

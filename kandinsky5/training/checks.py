@@ -289,7 +289,7 @@ def _without_effect(why: str, **is_given: bool) -> Iterator[str]:
 def describe_model(model: ModelConfig) -> str:
     """One line on the model and its adapters."""
     attention = f"dense attention ({model.attention})" if model.nabla is None else model.nabla.describe()
-    held = f"in {model.stored_as}" if model.has_one_byte_weights else "as they are"
+    held = f"in {model.stored_as}" if model.is_quantised else "as they are"
     return f"{model.task.name}: {model.dit.name}, {attention}, weights {held}"
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from dataset.cache.cached_dataset import CachedDataset
 from dataset.config.config import DatasetConfig
 from kandinsky5.configs.train import TrainConfig
-from kandinsky5.model.precision import check_fast_products, check_vae
+from kandinsky5.model.precision import check_vae, check_weight_format
 from kandinsky5.sampling.requests import VideoRequest
 from kandinsky5.training import checks as train_checks
 from kandinsky5.training import memory as train_memory
@@ -136,7 +136,7 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
 
 
 def _check_device(config: TrainConfig, device: torch.device) -> None:
-    check_fast_products(config.model, device)
+    check_weight_format(config.model, device)
     if config.samples.sample_prompts is not None:
         check_vae(config.samples.vae_dtype, device)
 

@@ -125,6 +125,7 @@ def _option_values(config: TrainConfig) -> dict[str, Any]:
         "ss_fp8_base": model.fp8_base,
         "ss_int8_base": model.int8_base,
         "ss_int8_rotated": model.rotates_weights,
+        "ss_nf4_base": model.nf4_base,
         "ss_guidance_scale": config.options.get("guidance_scale", 1.0),
         "ss_sd_model_name": model.dit.name,
         "ss_vae_name": Path(model.vae).name if model.vae else None,

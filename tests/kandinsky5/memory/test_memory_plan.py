@@ -71,6 +71,7 @@ def size(tensors: object) -> int:
         (("int8_base",), torch.bfloat16, 3, 2),
         (("int8_base",), torch.bfloat16, 0, 2),
         (("int8_base", "int8_fast"), torch.bfloat16, 1, 2),
+        (("nf4_base",), torch.bfloat16, 2, 2),
     ],
 )
 def test_weights_ring_and_host_copies_are_planned_to_the_byte(

@@ -1,4 +1,4 @@
-"""Frozen weights in float8 and int8: what a LoRA step makes and keeps, and what the scripts refuse."""
+"""Frozen weights in float8, int8 and NF4: what a LoRA step makes and keeps, and what the scripts refuse."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_the_backward_pass_keeps_the_frozen_weights_themselves_and_no_copies(
     assert held_bytes == size * (1 if held else 2)
 
 
-@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("held", [*HELD, pytest.param({"nf4_base": True}, id="nf4")])
 def test_gradients_with_and_without_checkpointing_are_equal_to_the_bit(
     wide_file: Path, held: dict[str, bool]
 ) -> None:
@@ -163,9 +163,12 @@ def test_gradients_with_and_without_checkpointing_are_equal_to_the_bit(
         assert torch.equal(plain, checkpointed)
 
 
-def test_norms_of_int8_weights_are_those_of_the_weights_they_stand_for(wide_file: Path) -> None:
-    exact, rounded = (weight_norms(load(wide_file, held)[1], CPU) for held in ({}, {"int8_base": True}))
-    assert rounded == pytest.approx(exact, rel=1e-3)
+@pytest.mark.parametrize(("form", "limit"), [("int8_base", 1e-3), ("nf4_base", 2e-2)])
+def test_norms_of_rounded_weights_are_those_of_the_weights_they_stand_for(
+    wide_file: Path, form: str, limit: float
+) -> None:
+    exact, rounded = (weight_norms(load(wide_file, held)[1], CPU) for held in ({}, {form: True}))
+    assert rounded == pytest.approx(exact, rel=limit)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +182,7 @@ def refused(capsys: pytest.CaptureFixture[str], stop: pytest.ExceptionInfo[Syste
 
 REFUSALS = [
     (("--fp8_base", "--int8_base"), 2, "--fp8_base and --int8_base select a format for the same weights"),
+    (("--int8_base", "--nf4_base"), 2, "--int8_base and --nf4_base select a format for the same weights"),
     (("--int8_base", "--int8_fast"), 5, "--int8_fast needs a CUDA device with int8 units, not cpu"),
     (("--fp8_base", "--fp8_fast"), 5, "--fp8_fast needs a CUDA device with float8 units, not cpu"),
 ]
@@ -212,22 +216,29 @@ def test_what_cannot_be_is_refused_before_anything_loads(
     assert message in found[1]
 
 
-def test_training_and_generation_run_in_int8(tiny_models: Path, tmp_path: Path) -> None:
+def test_training_and_generation_run_in_few_bits(tiny_models: Path, tmp_path: Path) -> None:
     dit = tiny_models / "model" / "tiny.safetensors"
     dataset = write_dataset(tmp_path)
     losses = {}
-    for name, words in (("plain", ()), ("int8", ("--int8_base",))):
+    for name, words in (("plain", ()), ("int8", ("--int8_base",)), ("nf4", ("--nf4_base",))):
         given = ("--override_dit", "{}", "--mixed_precision", "bf16", "--max_train_steps", 2, *words)
         train(dit, dataset, tmp_path / name, *given)
         losses[name] = [record["loss"] for record in metrics(tmp_path / name, "step")]
     assert losses["int8"] != losses["plain"]
     assert losses["int8"] == pytest.approx(losses["plain"], rel=2e-2)
+    assert losses["nf4"] != losses["int8"]
+    assert losses["nf4"] == pytest.approx(losses["plain"], rel=0.1)
     lora = tmp_path / "int8" / "lora.safetensors"
     metadata = read_tensors(lora)[1]
     assert (metadata["ss_int8_base"], metadata["ss_fp8_base"]) == ("True", "False")
 
     latents = {}
-    for name, words in (("plain", ()), ("int8", ("--int8_base",)), ("fp8", ("--fp8_base",))):
+    for name, words in (
+        ("plain", ()),
+        ("int8", ("--int8_base",)),
+        ("fp8", ("--fp8_base",)),
+        ("nf4", ("--nf4_base",)),
+    ):
         output = tmp_path / f"{name}.safetensors"
         models = (
             *("--dit", dit, "--vae", tiny_models / "vae", "--lora_weight", lora),
@@ -237,9 +248,9 @@ def test_training_and_generation_run_in_int8(tiny_models: Path, tmp_path: Path) 
         given = ("--task", "k5-tiny-t2v", *models, "--prompt", "a cat", *SMALL, *words)
         generate([str(word) for word in (*given, "--output_type", "latent", "--output", output)])
         latents[name] = latents_of(output)
-        assert ("int8 weights" in read_tensors(output)[1]["dtype"]) is (name == "int8")
-    errors = [(latents[name] - latents["plain"]).norm() for name in ("int8", "fp8")]
-    assert 0 < errors[0] < errors[1]
+        assert (f"{name} weights" in read_tensors(output)[1]["dtype"]) is (name != "plain")
+    errors = [(latents[name] - latents["plain"]).norm() for name in ("int8", "fp8", "nf4")]
+    assert 0 < errors[0] < errors[1] < errors[2]
 
 
 @pytest.mark.parametrize(("flag", "how"), [("--quantized_qwen", "nf4"), ("--fp8_llm", "fp8")])

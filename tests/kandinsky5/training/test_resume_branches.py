@@ -134,7 +134,7 @@ def test_a_run_of_an_earlier_version_does_not_go_on_with_rotated_weights(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It multiplied in int8 without a rotation, and its state says nothing of one."""
-    monkeypatch.setattr(preparation, "check_fast_products", lambda *_: None)  # there is no CUDA here
+    monkeypatch.setattr(preparation, "check_weight_format", lambda *_: None)  # there is no CUDA here
     fast = ("--int8_base", "--int8_fast", "--max_train_steps", 2, "--save_every_n_steps", 1, "--save_state")
     train(dit, dataset, tmp_path, *fast, "--no_int8_rotation")
     whole = lora_bytes(tmp_path / "lora.safetensors")
