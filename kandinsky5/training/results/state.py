@@ -89,6 +89,8 @@ class TrainingState:
         return self.step // self.steps_per_epoch
 
 
+_COUNTS = ("total_steps", "steps_per_epoch", "gradient_accumulation_steps", "num_processes")
+"""Of which every run has one at least."""
 _NUMBER = (int, float)
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "str": str,
@@ -276,6 +278,8 @@ def _read_run(path: Path) -> TrainingState:
         for name, value in known.items():
             if isinstance(value, bool) or not isinstance(value, kinds[name]):
                 raise TypeError(f"{name} is {str(value)[:40]}")
+            if name in _COUNTS and value < 1:
+                raise ValueError(f"{name} is {value}")
         return TrainingState(**known)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelFileError(f"{path}: not written by this program ({error})") from error

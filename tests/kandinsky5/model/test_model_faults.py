@@ -93,7 +93,7 @@ def test_text_encoders_are_never_read_from_pickles(
 
 def test_a_training_state_is_read_without_running_code(tmp_path: Path) -> None:
     """Whole by its manifest, as a stranger's would be."""
-    empty = {"int": 0, "float": 0.0, "str": "", "tuple": [], "Mapping": {}}
+    empty = {"int": 1, "float": 0.0, "str": "", "tuple": [], "Mapping": {}}
     values: dict[str, Any] = {
         field.name: next((value for kind, value in empty.items() if str(field.type).startswith(kind)), None)
         for field in fields(TrainingState)
