@@ -1,27 +1,21 @@
-"""Files of training samples: names, frames, and one growing grid image per prompt."""
+"""Files of training samples: their names, and what is written for each."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from dataset.geometry import FPS
 from kandinsky5.sampling.video_files import write_png, write_video
-from modules.files import atomic_writer
+from kandinsky5.training.sample_pictures import read_small, write_grid, write_steps_video
 from modules.logs import get_logger
 
 log = get_logger(__name__)
-
-_GRID_HEIGHT = 192
-_GRID_GAP = 4
-_LABEL_HEIGHT = 16
-_FONT_SIZE = 13
-_MAX_COLUMNS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +32,15 @@ class SampleNames:
         return f"{self.output_name}_{when}_{prompt.number:02d}_{time.strftime('%Y%m%d%H%M%S')}_{prompt.seed}"
 
     def grid(self, prompt: int) -> Path:
+        """The picture of a prompt's samples over the steps."""
         return self.folder / f"{self.output_name}_grid_{prompt:02d}.png"
 
-    def first_frames(self, prompt: int) -> Iterator[tuple[int, Path]]:
-        """(step, picture) of what this run has made of a prompt, in the order of the names."""
+    def steps_video(self, prompt: int) -> Path:
+        """The video of a prompt's samples over the steps."""
+        return self.folder / f"{self.output_name}_steps_{prompt:02d}.mp4"
+
+    def samples(self, prompt: int) -> Iterator[tuple[int, Path]]:
+        """(step, file) of what this run has made of a prompt, in the order of the names."""
         for path in sorted(self.folder.iterdir()):
             # Not a glob: an output name may hold its special characters.
             is_candidate = path.name.startswith(f"{self.output_name}_") and f"_{prompt:02d}_" in path.name
@@ -49,7 +48,8 @@ class SampleNames:
                 continue
             settings = _png_texts(path)
             if settings.get("run") == self.run_id and settings.get("prompt_number") == str(prompt):
-                yield int(settings["step"]), path
+                clip = path.with_suffix(".mp4")
+                yield int(settings["step"]), clip if clip.is_file() else path
 
 
 def _png_texts(path: Path) -> dict[str, str]:
@@ -100,42 +100,24 @@ def write_sample(
         path = names.folder / f"{stem}.mp4"
         write_video(path, frames, fps=FPS, metadata=settings)
         write_png(names.folder / f"{stem}.png", frames[0], settings)
-    write_grid(names, prompt.number, last_step=step)
+    write_pictures(names, prompt, last_step=step)
     return path
 
 
-def write_grid(names: SampleNames, prompt_number: int, *, last_step: int) -> None:
-    """Put the first frames of a prompt's samples side by side, one column per step.
+def write_pictures(names: SampleNames, prompt: SampledPrompt, *, last_step: int) -> None:
+    """Renew the grid and the video of a prompt's samples over the steps.
 
     What lies after `last_step` belongs to a part of the run that a resumed run has left.
     """
-    columns = {step: path for step, path in names.first_frames(prompt_number) if step <= last_step}
-    steps = _spread(sorted(columns), _MAX_COLUMNS)
-    pictures = [_thumbnail(columns[step]) for step in steps]
-    width = sum(picture.width + _GRID_GAP for picture in pictures) - _GRID_GAP
-    grid = Image.new("RGB", (width, _LABEL_HEIGHT + _GRID_HEIGHT), "white")
-    draw = ImageDraw.Draw(grid)
-    font = ImageFont.load_default(_FONT_SIZE)
-    left = 0
-    for step, picture in zip(steps, pictures, strict=True):
-        label = f"step {step}"
-        if font.getlength(label) > picture.width - 4:  # a narrow picture: only the number is sure to fit
-            label = str(step)
-        draw.text((left + 2, _LABEL_HEIGHT / 2), label, "black", font, anchor="lm")
-        grid.paste(picture, (left, _LABEL_HEIGHT))
-        left += picture.width + _GRID_GAP
-    with atomic_writer(names.grid(prompt_number)) as stream:
-        grid.save(stream, format="png")
+    files = {step: path for step, path in names.samples(prompt.number) if step <= last_step}
+    write_pictures_of(names, prompt, files)
 
 
-def _spread(values: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the values, evenly chosen, the first and the last among them."""
-    if len(values) <= count:
-        return list(values)
-    return [values[index * (len(values) - 1) // (count - 1)] for index in range(count)]
-
-
-def _thumbnail(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        width = max(1, round(image.width * _GRID_HEIGHT / image.height))
-        return image.convert("RGB").resize((width, _GRID_HEIGHT))
+def write_pictures_of(names: SampleNames, prompt: SampledPrompt, files: Mapping[int, Path]) -> None:
+    """The same from given files, step -> .mp4 or .png."""
+    clips = read_small(files)
+    if not clips:
+        return
+    write_grid(names.grid(prompt.number), clips, prompt.text)
+    if any(len(clip.frames) > 1 for clip in clips):
+        write_steps_video(names.steps_video(prompt.number), clips, prompt.text)

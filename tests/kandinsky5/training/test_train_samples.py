@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from kandinsky5.training import control
 from kandinsky5.training import samples as train_samples
 from kandinsky5.training.effects import EffectReporter
 from kandinsky5.training.evaluation import Evaluation
-from kandinsky5.training.sample_files import SampledPrompt, SampleNames, write_grid, write_sample
+from kandinsky5.training.sample_files import SampledPrompt, SampleNames, write_pictures, write_sample
 from kandinsky5.training.tracking.metrics import Metrics
 from kandinsky5.training.training_log import TrainingLog
 from modules.errors import DivergedError, ResourceError
@@ -61,7 +62,10 @@ def prompt_file(folder: Path, *lines: str) -> Path:
 
 
 def names_in(output: Path, suffix: str) -> list[str]:
-    return sorted(path.name for path in (output / "sample").iterdir() if path.suffix == suffix)
+    """Of the samples; not of the pictures that show them over the steps."""
+    pictures = re.compile(r"lora_(grid|steps)_\d\d")
+    names = [path.name for path in (output / "sample").iterdir() if path.suffix == suffix]
+    return sorted(name for name in names if not pictures.match(name))
 
 
 def test_a_run_with_samples_and_one_without_end_in_the_same_bytes(
@@ -92,8 +96,9 @@ def test_a_run_with_samples_and_one_without_end_in_the_same_bytes(
     assert sum(name.endswith("_42_000.png") for name in pictures) == 3
     frames = frames_of(tmp_path / "with/sample" / videos[0])
     assert (len(frames), frames[0].shape) == (5, (32, 32, 3))
-    with Image.open(tmp_path / "with/sample/lora_grid_00.png") as grid:
-        assert grid.size == (3 * 192 + 2 * 4, 16 + 192)
+    assert rows_of(tmp_path / "with/sample/lora_grid_00.png") == 3
+    assert frames_of(tmp_path / "with/sample/lora_steps_00.mp4")[0].shape == (20 + 192, 3 * 192 + 2 * 4, 3)
+    assert not (tmp_path / "with/sample/lora_steps_01.mp4").exists()  # an image
     records = metrics(tmp_path / "with", "sample")
     assert [(r["step"], r["prompt"]) for r in records] == [(s, p) for s in (0, 4, 5) for p in (0, 1)]
     curves = EventAccumulator(str(next((tmp_path / "logs").iterdir()))).Reload()
@@ -122,8 +127,7 @@ def test_a_resumed_run_goes_on_with_its_grid_and_ends_in_the_same_bytes(
     train(dit, dataset, tmp_path / "parts", *words, "--resume", "auto")
     assert [record["step"] for record in metrics(tmp_path / "parts", "sample")] == [1, 2, 3, 4]
     assert lora_bytes(tmp_path / "parts/lora.safetensors") == lora_bytes(tmp_path / "whole/lora.safetensors")
-    with Image.open(tmp_path / "parts/sample/lora_grid_00.png") as grid:
-        assert grid.size == (4 * 192 + 3 * 4, 208)
+    assert rows_of(tmp_path / "parts/sample/lora_grid_00.png") == 4
 
 
 def test_samples_show_the_lora_and_a_strength_of_zero_the_base_model(
@@ -314,7 +318,8 @@ def test_the_word_stop_interrupts_samples_and_the_resumed_run_makes_them(
     train(dit, dataset, tmp_path / "out", *words, "--resume", "auto")
     made = [(record["step"], record["prompt"]) for record in metrics(tmp_path / "out", "sample")]
     assert made == [(2, 0), (2, 1), (4, 0), (4, 1)]
-    assert len(names_in(tmp_path / "out", ".png")) == 4 + 2  # with two grids
+    assert len(names_in(tmp_path / "out", ".png")) == 4
+    assert [rows_of(tmp_path / f"out/sample/lora_grid_{number:02d}.png") for number in (0, 1)] == [2, 2]
 
 
 def test_the_word_sample_in_the_control_file_makes_samples(
@@ -394,7 +399,43 @@ def test_the_grid_grows_by_steps_and_knows_its_own_run(tmp_path: Path) -> None:
     for run, step in (("b", 0), ("a", 10), ("a", 5), ("a", 20), ("a", 10)):
         names = SampleNames(tmp_path, "my [lora]", run)
         write_sample(names, picture + step, SampledPrompt(1, "x", 42), step=step, epoch=None)
-    write_grid(names, 1, last_step=10)
+    write_pictures(names, SampledPrompt(1, "x", 42), last_step=10)
+    assert rows_of(names.grid(1)) == 2
     with Image.open(names.grid(1)) as grid:
-        assert grid.size == (2 * 384 + 4, 208)
-        assert [grid.getpixel((x, 100)) for x in (100, 500)] == [(5, 5, 5), (10, 10, 10)]
+        assert [grid.getpixel((300, y)) for y in (100, 300)] == [(5, 5, 5), (10, 10, 10)]
+
+
+def test_pictures_over_the_steps_show_each_clip_from_its_first_to_its_last_frame(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    """Grid: four frames of every step. Video: all frames of every step, a shorter clip stays at its last.
+
+    A clip of another size, one that is damaged, and a prompt of many lines are part of a user's week.
+    """
+    names = SampleNames(tmp_path, "lora", "a")
+    prompt = SampledPrompt(0, "走る兎と кот, " * 60, 42)
+    sizes = {0: (9, 32, 48), 10: (5, 32, 32), 20: (9, 32, 32), 30: (9, 32, 32)}
+    for step, (count, height, width) in sizes.items():
+        frames = np.broadcast_to(np.arange(count)[:, None, None, None] * 25, (count, height, width, 3))
+        path = write_sample(names, frames.astype(np.uint8), prompt, step=step, epoch=None)
+        if step == 20:
+            path.write_bytes(path.read_bytes()[:200])
+    write_pictures(names, prompt, last_step=30)
+    assert "cannot be read and is left out" in said.text
+    with Image.open(names.grid(0)) as grid:
+        lefts = [grid.width - 16 - (4 - number) * (288 + 4) + 4 for number in range(4)]
+        row = [grid.getpixel((left + 100, grid.height - 16 - 3 * 196 + 100))[0] for left in lefts]
+        assert grid.getpixel((8, 8)) == (255, 255, 255)
+    assert row == pytest.approx([0, 50, 125, 200], abs=4)
+    assert rows_of(names.grid(0)) == 3
+    video = frames_of(names.steps_video(0))
+    assert (len(video), video[0].shape) == (9, (20 + 192, 288 + 2 * 192 + 2 * 4, 3))
+    assert [int(video[8][100, x, 0]) for x in (100, 400, 600)] == pytest.approx([200, 100, 200], abs=4)
+
+
+def rows_of(path: Path) -> int:
+    """The steps that a grid shows: rows of 192 pixels with gaps between, below the prompt."""
+    with Image.open(path) as grid:
+        pixels = np.asarray(grid.convert("L"))
+    column = "".join("#" if value < 250 else " " for value in pixels[:, 150])  # across the first frames
+    return sum(len(run) > 150 for run in column.split())

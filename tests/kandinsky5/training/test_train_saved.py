@@ -140,7 +140,7 @@ def test_the_longest_output_name_leaves_room_for_every_file_of_a_run(tmp_path: P
     paths.append(tmp_path / f".k5old-4294967295-{outputs.state('step', step).name}")
     stem = samples.stem(0, step, SampledPrompt(999, "x", 2**63))
     paths.append(tmp_path / f"{stem}.mp4")
-    paths.append(samples.grid(999))
+    paths += [samples.grid(999), samples.steps_video(999)]
     too_long = [path.name for path in paths if len(path.name.encode()) > MAX_NAME_BYTES]
     assert not too_long
 
