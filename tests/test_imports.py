@@ -21,7 +21,7 @@ PACKAGE_ORDER = {
         ("sampling",),
         ("memory",),
         ("caching", "generation", "training"),
-        ("tiny_models", "prompt_templates", "gpu_check", "quantise"),
+        ("tiny_models", "prompt_templates", "gpu_check", "quantise", "report"),
         ("small_world",),
     ),
     "kandinsky5/training": (("loss", "results"), ("tracking",), ("validation",), ("*",)),

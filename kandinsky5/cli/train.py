@@ -133,6 +133,12 @@ def build_parser() -> Parser:
     return parser
 
 
+def default_options() -> dict[str, Any]:
+    """The defaults of all options, by name, as a saved configuration holds them."""
+    parser = build_parser()
+    return file_values(parser, parser.parse_args([]))
+
+
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig | ShowTimestepsConfig:
     """Read the command line and its `--config_file`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -41,6 +42,19 @@ def fit_budget(config: TrainConfig, data: CachedDataset, accelerator: Accelerato
         log.info("%s", budget_report(choice, budget))
     chosen = {name: getattr(choice.options, name) for name in CHOSEN_OPTIONS}
     return replace(config, model=choice.options, options={**config.options, **chosen})
+
+
+def memory_record(planner: TrainingPlanner, data: CachedDataset, device: torch.device) -> dict[str, Any]:
+    """The plan of the largest batch, for metrics.jsonl; only a GPU reports a peak to compare it with."""
+    if device.type != "cuda":
+        return {"device": device.type}
+    plan = planner.plan(planner.given, batches_of(data, planner.text_tokens)[0])
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "batch": plan.label,
+        "planned_bytes": plan.peak,
+        "parts": {name: size for name, size in plan.usage.device.items() if size > 0},
+    }
 
 
 def warn_of_host_memory(planner: TrainingPlanner, data: CachedDataset, device: torch.device) -> None:

@@ -36,7 +36,7 @@ from kandinsky5.training.result_writer import ResultWriter
 from kandinsky5.training.results.hub import HubUploads
 from kandinsky5.training.results.names import ResultNames
 from kandinsky5.training.results.state import TrainingState, how_to_continue
-from kandinsky5.training.step_values import LocalStep, StepReport, gather_step
+from kandinsky5.training.step_values import LocalLosses, LocalStep, StepReport, gather_step
 from kandinsky5.training.training_log import TrainingLog
 from kandinsky5.training.validation.prediction_change import PredictionChange
 from modules.errors import DivergedError, ResourceError, UserError
@@ -106,7 +106,7 @@ class Trainer:
         names = ResultNames(config.saving.output_dir, config.saving.output_name)
         makes_samples = config.samples.sample_prompts is not None
         self.control = TrainingControl(stop, names, accelerator, makes_samples=makes_samples)
-        self.run_log = TrainingLog(config, run.trackers, self.progress)
+        self.run_log = TrainingLog(run, self.progress, model.device)
         self.evaluation = Evaluation(run, model, self.progress, self.control, self.run_log)
         if self.is_main:
             change = PredictionChange(run.data, model.objective(is_local=True), model.network)
@@ -120,7 +120,8 @@ class Trainer:
         if self.is_main:
             if self.starts_branch:
                 self.output.begin_branch(self.run_state())
-            self.run_log.open()
+            memory = train_memory.memory_record(self.planner, self.data, self.model.device)
+            self.run_log.open(memory)
             self.output.delete_expired(self.progress.step, self.progress.ended_epoch)
         length, index, start = self.progress.length, self.accelerator.process_index, self.progress.step
         plans = PlanSequence(self.data, length, index)
@@ -166,7 +167,8 @@ class Trainer:
 
     def train_step(self, plan: StepPlan, batches: Iterator[CachedBatch]) -> int:
         """One optimizer step; returns the stop code of all processes."""
-        losses, sigmas = self.accumulate(plan, batches)
+        self.run_log.begin_step()
+        losses = self.accumulate(plan, batches)
         grad_norm = self.clip_gradients()
         word = self.control.take_word()
         local = LocalStep(
@@ -179,7 +181,7 @@ class Trainer:
         values = gather_step(local, self.accelerator)
         self.evaluation.are_samples_requested = values.wants_samples
         self.run_log.write_layer_norms(self.norm_limit.take(values.layer_norms))
-        report = StepReport(plan, values, sigmas, learning_rates(self.model.optimizer))
+        report = StepReport(plan, values, losses.sigmas, learning_rates(self.model.optimizer))
         if values.is_finite:
             self.update()
         else:
@@ -190,17 +192,15 @@ class Trainer:
             self.output.save_step(self.run_state())
         return values.stop_code
 
-    def accumulate(self, plan: StepPlan, batches: Iterator[CachedBatch]) -> tuple[Tensor, list[float]]:
-        """Forward and backward passes of all micro-batches.
-
-        Returns:
-            [2] on the device, this process's share of the loss and of the prior term in it; and its sigmas.
-        """
+    def accumulate(self, plan: StepPlan, batches: Iterator[CachedBatch]) -> LocalLosses:
+        """Forward and backward passes of all micro-batches."""
         totals = torch.zeros(2, device=self.model.device)
+        clip_losses: list[Tensor] = []
         sigmas: list[float] = []
         for micro in plan.micro_batches:
             batch = next(batches)
             draw = self.objective.draw(batch, plan.step)
+            of_batch = torch.zeros(len(batch.item_keys), device=self.model.device)
             for is_prior in (passes := prior.passes(batch)):
                 losses = self.prior.losses if is_prior else self.objective.training_losses
                 key = (plan.step, micro.position, *([1] if is_prior else []))
@@ -208,14 +208,16 @@ class Trainer:
                 # Gradients are exchanged once per step, after its last pass.
                 is_last = micro.is_last and is_prior == passes[-1]
                 with nullcontext() if is_last else self.accelerator.no_sync(self.model.runner):
-                    share = losses(batch, draw).sum() / plan.num_items
-                    if micro.is_filler:
-                        share = share * 0.0
+                    per_clip = losses(batch, draw)
+                    share = per_clip.sum() / plan.num_items * (0.0 if micro.is_filler else 1.0)
                     # Processes average their gradients, the objective sums over their clips.
                     (share * self.accelerator.num_processes).backward()
                 totals += torch.stack([share.detach(), share.detach() * is_prior])
-            sigmas += [] if micro.is_filler else draw.sigma.tolist()
-        return totals, sigmas
+                of_batch += per_clip.detach()
+            if not micro.is_filler:
+                clip_losses.append(of_batch)
+                sigmas += draw.sigma.tolist()
+        return LocalLosses(totals, torch.cat([totals[:0], *clip_losses]), sigmas)
 
     def clip_gradients(self) -> Tensor:
         """Limit the norm of the gradients to `--max_grad_norm`; returns the norm before, [] on the device."""

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-from kandinsky5.configs.train import SavingConfig, TrainConfig
+import torch
+
+from dataset.cache.cached_dataset import CachedDataset
+from kandinsky5.configs.train import SavingConfig
+from kandinsky5.training.preparation import PreparedRun
 from kandinsky5.training.progress import Progress
+from kandinsky5.training.report.write import report_run
 from kandinsky5.training.samples import KIND, Sample
 from kandinsky5.training.step_bar import StepBar
-from kandinsky5.training.step_values import StepReport, item_keys
+from kandinsky5.training.step_values import StepMeter, StepReport, item_keys
 from kandinsky5.training.tracking.metrics import Metrics
-from kandinsky5.training.tracking.trackers import ShownSample, Tracker
+from kandinsky5.training.tracking.trackers import ShownSample
 from modules.logs import get_logger
 from modules.messages import counted, duration_text
 
@@ -20,21 +26,50 @@ log = get_logger(__name__)
 SHORTEST_ESTIMATE = 60.0
 """Seconds; a shorter rest of the run is not worth a line."""
 
+_MAX_SKIPPED = 100
+"""Names of skipped items that a line of metrics.jsonl holds for each dataset."""
+
+
+def _dataset_records(data: CachedDataset, validation: CachedDataset | None) -> list[dict[str, Any]]:
+    """What is trained and validated on, as parts of a line of metrics.jsonl; without folders and captions."""
+    return [
+        {
+            "index": summary.index,
+            "use": use,
+            "content": summary.content,
+            **{key: getattr(summary, key) for key in ("found", "used", "clips", "batches")},
+            "num_skipped": len(summary.skipped),
+            "skipped": [str(item) for item in summary.skipped[:_MAX_SKIPPED]],
+            "buckets": dict(summary.buckets),
+        }
+        for use, part in (("training", data), ("validation", validation))
+        if part is not None
+        for summary in part.summaries
+        if summary.clips or summary.skipped
+    ]
+
 
 class TrainingLog:
     """The log of a run; until it is opened, and on all but the main process, it writes nothing."""
 
-    def __init__(self, config: TrainConfig, trackers: Sequence[Tracker], progress: Progress) -> None:
-        self._config, self._trackers, self._progress = config, trackers, progress
+    def __init__(self, run: PreparedRun, progress: Progress, device: torch.device) -> None:
+        self._run, self._config, self._progress = run, run.config, progress
+        self._meter = StepMeter(device)
         self._bar: StepBar | None = None
         self.metrics: Metrics | None = None
 
-    def open(self) -> None:
-        """Open metrics.jsonl, and drop lines of an abandoned part of the run after the current step."""
+    def open(self, memory: Mapping[str, Any]) -> None:
+        """Open metrics.jsonl, and drop lines of an abandoned part of the run after the current step.
+
+        Args:
+            memory: of the plan, for the report of the run.
+        """
         saving = self._config.saving
         self.metrics = Metrics(
-            saving.output_dir, saving.output_name, start_step=self._progress.step, trackers=self._trackers
+            saving.output_dir, saving.output_name, start_step=self._progress.step, trackers=self._run.trackers
         )
+        datasets = _dataset_records(self._run.data, self._run.validation_data)
+        self.metrics.write("start", self._progress.step, {"datasets": datasets, "memory": memory})
 
     def start_bar(self) -> None:
         """Show the progress bar."""
@@ -44,6 +79,10 @@ class TrainingLog:
     def paused_bar(self) -> AbstractContextManager[None]:
         """Saving, samples and validation within the block are no part of the time of a step."""
         return nullcontext() if self._bar is None else self._bar.paused()
+
+    def begin_step(self) -> None:
+        """Begin to measure a step; samples, validation and saving between steps are not in its time."""
+        self._meter.start()
 
     def write_step(self, report: StepReport) -> None:
         """One optimizer step, which `progress` has counted."""
@@ -62,7 +101,9 @@ class TrainingLog:
             **{name: rate for name, rate in report.rates.items() if name.startswith("lr/d*lr/")},
             "grad_norm": values.grad_norm,
             "sigma": list(report.sigmas),
+            "losses": list(values.clip_losses),
             "items": item_keys(report.plan),
+            **self._meter.read(),
         }
         curves = {
             "loss/current": values.loss,
@@ -117,11 +158,12 @@ class TrainingLog:
             self.metrics.flush()
 
     def close(self, *, is_failed: bool) -> None:
-        """Finish bar and curves; `is_failed`: the run ends with an error."""
+        """Finish bar and curves, and write the report; `is_failed`: the run ends with an error."""
         if self._bar is not None:
             self._bar.close()
         if self.metrics is not None:
             self.metrics.close(is_failed=is_failed)
+            report_run(self._config.saving)
 
 
 def _lora_interval(saving: SavingConfig) -> str:

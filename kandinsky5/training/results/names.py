@@ -59,6 +59,11 @@ class ResultNames:
         """The losses of all checks of the run as a picture."""
         return self.output_dir / f"{self.output_name}_validation.png"
 
+    @property
+    def report(self) -> Path:
+        """The report of the run as one HTML page."""
+        return self.output_dir / f"{self.output_name}_report.html"
+
     def _stem(self, unit: Unit, number: int) -> str:
         middle = f"{number:06d}" if unit == "epoch" else f"step{number:08d}"
         return f"{self.output_name}-{middle}"

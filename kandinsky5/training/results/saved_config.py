@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kandinsky5.configs.train import TrainConfig
 from modules.files import last_part, write_text
+from modules.parsing import parse_toml
 
 _HEAD = """\
 # The options of a run, defaults included; --config_file reads this file.
 # Files and folders stand here by their own name only, as comments: give them on the command line.
 """
+_PLACE = re.compile(r"^# ([A-Za-z0-9_]+ = )")
+"""The beginning of a file or folder."""
 
 
 def write_config(path: Path, config: TrainConfig, resolved: Mapping[str, Any]) -> None:
@@ -26,6 +30,16 @@ def write_config(path: Path, config: TrainConfig, resolved: Mapping[str, Any]) -
     values = {**config.options, **resolved}
     lines = [_line(name, values[name]) for name in sorted(values)]
     write_text(path, _HEAD + "\n".join(lines) + "\n")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options that `write_config` wrote, files and folders by their own names.
+
+    Raises:
+        OSError, UnicodeDecodeError, ParseError: it cannot be read.
+    """
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return parse_toml("\n".join(_PLACE.sub(r"\1", line) for line in lines))
 
 
 def shareable_options(config: TrainConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Numbers of a run: one JSON line each in metrics.jsonl, and curves in the trackers.
 
 metrics.jsonl lies in the output folder and may be shared by several runs; every line has its `run` (output
-name) and its `kind` (step, epoch, validation, sample, lora) it is.
+name) and its `kind` (start, step, epoch, norms, validation, sample, lora).
 """
 
 from __future__ import annotations
@@ -39,6 +39,24 @@ def read_records(path: Path, run: str, kind: str) -> list[dict[str, Any]]:
         if record.get("run") == run and record.get("kind") == kind:
             found.append(record)
     return found
+
+
+def read_all_records(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of all runs, oldest first, and the numbers (from 1) of those that cannot be read.
+
+    Raises:
+        OSError: there is a file and it cannot be read.
+    """
+    found, damaged = [], []
+    for number, line in enumerate(_lines(path) if path.is_file() else (), start=1):
+        if not line.strip():
+            continue
+        record = _record(line)
+        if record:
+            found.append(record)
+        else:
+            damaged.append(number)
+    return found, damaged
 
 
 def _record(line: str) -> dict[str, Any]:

@@ -84,7 +84,8 @@ def test_with_all_of_them_a_resumed_run_equals_an_uninterrupted_one(
     train(dit, dataset, tmp_path / "parts", *options, task=task)
     monkeypatch.undo()
     train(dit, dataset, tmp_path / "parts", *options, "--resume", "auto", task=task)
-    assert metrics(tmp_path / "parts", "step") == metrics(tmp_path / "whole", "step")
+    parts, whole = (metrics(tmp_path / name, "step") for name in ("parts", "whole"))
+    assert [{**step, "seconds": 0} for step in parts] == [{**step, "seconds": 0} for step in whole]
     assert lora_bytes(tmp_path / "parts/lora.safetensors") == lora_bytes(tmp_path / "whole/lora.safetensors")
 
 
