@@ -154,6 +154,11 @@ class Task:
         return self.frames or self.seconds * FPS + 1
 
     @property
+    def has_built_in_guidance(self) -> bool:
+        """Whether it is sampled without guidance, which its checkpoint was distilled to do without."""
+        return self.guidance == 1.0
+
+    @property
     def image_size_divisor(self) -> int:
         """The sides of an image-to-video clip are multiples of this."""
         return size_step(uses_nabla=self.resolution >= 1024 or self.nabla is not None)
@@ -344,6 +349,28 @@ _TASKS = (
     _tiny_task("k5-tiny-nabla", nabla=NablaParams(wT=3, wH=1, wW=1)),
 )
 TASKS = {task.name: task for task in _TASKS}
+
+
+def distilled_task(task: Task, dit: Path) -> Task | None:
+    """The preset whose distilled checkpoint is used, by the name of the file; None for an undistilled one.
+
+    A file that no preset names is taken for what the task's own checkpoint is.
+    """
+    named = [other for other in TASKS.values() if other.checkpoint == dit.name]
+    if not all(other.has_built_in_guidance for other in named or [task]):
+        return None
+    return task if task in named or not named else named[0]
+
+
+def undistilled_tasks(task: Task) -> list[Task]:
+    """The tasks of the same model, size and length with checkpoints that are not distilled."""
+
+    def kind(preset: Task) -> tuple[object, ...]:
+        return preset.dit_params, preset.is_i2v, preset.resolution, preset.seconds
+
+    return [
+        other for other in TASKS.values() if kind(other) == kind(task) and not other.has_built_in_guidance
+    ]
 
 
 def get_task(name: str) -> Task:

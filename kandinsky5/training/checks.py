@@ -16,7 +16,7 @@ from kandinsky5.configs.train import ModelConfig, OptimizerConfig, TrainConfig
 from kandinsky5.model.checkpoints import check_dit_file, file_name_warning
 from kandinsky5.model.compilation import check_compile_backend
 from kandinsky5.model.offload import max_blocks_to_swap
-from kandinsky5.tasks import TASKS, Task
+from kandinsky5.tasks import TASKS, Task, distilled_task, undistilled_tasks
 from kandinsky5.training.results.names import ResultNames
 from kandinsky5.training.results.ownership import delete_result, find_results, maker
 from kandinsky5.training.results.state import list_states
@@ -258,6 +258,28 @@ def log_notes(config: TrainConfig, num_processes: int, device: torch.device) -> 
     """Log the options that have no effect beside the others, and on this machine."""
     for note in (*config.notes, *machine_notes(config, num_processes, device)):
         log.info("%s", note)
+    warning = distillation_warning(config.model)
+    if warning is not None:
+        log.warning("%s", warning)
+
+
+def distillation_warning(model: ModelConfig) -> str | None:
+    """A warning of training on a distilled checkpoint; None for others.
+
+    Source: found with another flow model, https://huggingface.co/ostris/zimage_turbo_training_adapter
+    """
+    distilled = distilled_task(model.task, model.dit)
+    if distilled is None:
+        return None
+    others = undistilled_tasks(distilled)
+    is_fast = any(distilled.steps < other.steps for other in others)
+    built_in = f"guidance and sampling in {distilled.steps} steps are" if is_fast else "guidance is"
+    tasks = " or ".join(f"--task {other.name}" for other in others)
+    return (
+        f"{model.dit.name}: {built_in} built into this checkpoint by distillation; others found that "
+        f"training with the plain objective undoes it. Train with {tasks} and its checkpoint, and use the "
+        "LoRA with this one: the layers are the same"
+    )
 
 
 def machine_notes(config: TrainConfig, num_processes: int, device: torch.device) -> Iterator[str]:

@@ -19,7 +19,7 @@ from kandinsky5.cli.without_effect import (
     WEIGHT_RULES,
 )
 from kandinsky5.configs.train import ShowTimestepsConfig, TrainConfig
-from kandinsky5.training.checks import machine_notes
+from kandinsky5.training.checks import log_notes, machine_notes
 from kandinsky5.training.results.saved_config import write_config
 from kandinsky5_train_network import main
 from tests.kandinsky5.training.training_runs import SMALLER, exit_code, train, write_word_while_loading
@@ -320,3 +320,28 @@ def test_a_schedule_nobody_knows_is_refused_beside_an_optimizer_that_needs_none(
 ) -> None:
     words = ("--optimizer_type", "AdaFactor", "--lr_scheduler", "foo")
     assert exit_code(dit, dataset, tmp_path, *words) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "words"),
+    [
+        ("k5-lite-t2v-5s-nocfg-sd", None, ("guidance is built", "5s-sd or --task k5-lite-t2v-5s-pretrain")),
+        ("k5-lite-t2v-5s-distil-sd", None, ("sampling in 16 steps are", "--task k5-lite-t2v-5s-sd or")),
+        ("k5-lite-t2v-10s-distil-sd", "my_copy.safetensors", ("my_copy", "--task k5-lite-t2v-10s-sd or")),
+        ("k5-lite-t2v-5s-sd", "kandinsky5lite_t2v_distilled16steps_5s.safetensors", ("16 steps",)),
+        ("k5-lite-t2v-10s-nocfg-sd", None, ()),  # whose preset names the SFT file
+        ("k5-lite-t2v-10s-nocfg-sd", "kandinsky5lite_t2v_nocfg_10s.safetensors", ("guidance is built",)),
+        ("k5-lite-t2v-5s-distil-sd", "kandinsky5lite_t2v_pretrain_5s.safetensors", ()),
+        ("k5-pro-t2v-5s-sd", None, ()),
+        ("k5-lite-t2v-5s-pretrain-sd", None, ()),
+        ("k5-small-t2v", None, ()),
+    ],
+)  # fmt: skip
+def test_training_on_a_distilled_checkpoint_begins_with_a_warning(
+    task: str, file: str | None, words: tuple[str, ...], said: pytest.LogCaptureFixture
+) -> None:
+    config = parse("--task", task, *(() if file is None else ("--dit", file)))
+    log_notes(config, 1, torch.device("cpu"))
+    warnings = [record.getMessage() for record in said.records if record.levelname == "WARNING"]
+    assert len(warnings) == bool(words)
+    assert all(word in warnings[0] for word in words)
