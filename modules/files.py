@@ -209,6 +209,24 @@ def write_text(path: Path, text: str, *, makes_folder: bool = True) -> None:
         stream.write(text.encode("utf-8"))
 
 
+def write_new_text(path: Path, text: str) -> bool:
+    """Write UTF-8 text as one whole file unless something has that name; returns whether it was written."""
+    temporary = path.parent / temporary_name(TEMPORARY_PREFIX)
+    write_text(temporary, text)
+    try:
+        os.link(temporary, path)  # unlike a rename, this never replaces
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            return False
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
 def write_json(path: Path, value: Any, *, makes_folder: bool = True) -> None:
     """Write a JSON file whose bytes depend on the value alone."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

@@ -173,6 +173,7 @@ def options_of(script: str) -> set[str]:
 def known_options() -> frozenset[str]:
     """Every option of the four scripts (hidden spellings too), of the tools, and of quickstart.py."""
     sources = [*(ROOT / "networks").glob("*.py"), *(ROOT / "kandinsky5").glob("*.py"), ROOT / "quickstart.py"]
+    sources.append(ROOT / "dataset" / "caption.py")
     sources += (ROOT / "kandinsky5" / "cli").glob("*.py")
     sources += (ROOT / "kandinsky5" / "small_world").glob("*.py")
     written = {name for path in sources for name in _OPTION.findall(path.read_text(encoding="utf-8"))}

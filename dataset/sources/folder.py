@@ -144,7 +144,7 @@ class _Folder:
         self._dataset = dataset
         self._extension = dataset.caption_extension
         self._read_elsewhere = read_elsewhere
-        self._captions = _CaptionFiles(entries, self._extension)
+        self._captions = CaptionFiles(entries, self._extension)
         self._others = [path for path in entries if path not in self._captions]
         self._stems = {
             composed_name(path.stem)
@@ -250,7 +250,7 @@ def _shown(path: Path) -> str:
     return path.name.encode("utf-8", "backslashreplace").decode()
 
 
-class _CaptionFiles:
+class CaptionFiles:
     """The caption files of a folder, by the names of the media they belong to."""
 
     def __init__(self, entries: Sequence[Path], extension: str) -> None:
