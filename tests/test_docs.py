@@ -51,7 +51,8 @@ FOREIGN_OPTIONS = {
     "--num_cpu_threads_per_process", "--multi_gpu", "--num_processes", "--num_machines", "--cpu",
     "--write", "--seed", "--output", "--step", "--memory", "--config", "--shape", "--text", "--rounds",
     "--warmup", "--nproc_per_node", "--index-url", "--local-dir", "--format", "--check",
-    "--budget", "--only", "--estimate", "--rehearse",
+    "--budget", "--only", "--estimate", "--rehearse", "--name", "--clips", "--teach", "--card", "--weights",
+    "--trigger", "--yes",
 }  # fmt: skip
 # Settings inside a prompt line.
 PROMPT_OPTIONS = {f"--{name}" for name in ("w", "h", "f", "d", "s", "g", "l", "fs", "n", "i", "ei", "m")}

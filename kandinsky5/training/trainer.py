@@ -120,8 +120,7 @@ class Trainer:
         if self.is_main:
             if self.starts_branch:
                 self.output.begin_branch(self.run_state())
-            memory = train_memory.memory_record(self.planner, self.data, self.model.device)
-            self.run_log.open(memory)
+            self.run_log.open(train_memory.memory_record(self.planner, self.data, self.model.device))
             self.output.delete_expired(self.progress.step, self.progress.ended_epoch)
         length, index, start = self.progress.length, self.accelerator.process_index, self.progress.step
         plans = PlanSequence(self.data, length, index)
@@ -195,8 +194,7 @@ class Trainer:
     def accumulate(self, plan: StepPlan, batches: Iterator[CachedBatch]) -> LocalLosses:
         """Forward and backward passes of all micro-batches."""
         totals = torch.zeros(2, device=self.model.device)
-        clip_losses: list[Tensor] = []
-        sigmas: list[float] = []
+        clip_losses, sigmas = [totals[:0]], list[float]()
         for micro in plan.micro_batches:
             batch = next(batches)
             draw = self.objective.draw(batch, plan.step)
@@ -217,7 +215,7 @@ class Trainer:
             if not micro.is_filler:
                 clip_losses.append(of_batch)
                 sigmas += draw.sigma.tolist()
-        return LocalLosses(totals, torch.cat([totals[:0], *clip_losses]), sigmas)
+        return LocalLosses(totals, torch.cat(clip_losses), sigmas)
 
     def clip_gradients(self) -> Tensor:
         """Limit the norm of the gradients to `--max_grad_norm`; returns the norm before, [] on the device."""

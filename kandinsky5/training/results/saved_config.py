@@ -56,12 +56,12 @@ def _share(value: Any) -> Any:
 def _line(name: str, value: Any) -> str:
     items = value if isinstance(value, list) else [value]
     is_place = any(isinstance(item, Path) for item in items)
-    return f"{'# ' if is_place else ''}{name} = {_toml(_share(value))}"
+    return f"{'# ' if is_place else ''}{name} = {toml_value(_share(value))}"
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
     if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, str):
         # JSON's escapes are TOML's; TOML wants the delete character escaped too, and no half of a pair.
         whole = value.encode("utf-8", "replace").decode("utf-8")
