@@ -198,7 +198,9 @@ def remove_replaced(config: TrainConfig, *, is_resuming: bool) -> None:
     log.info("--overwrite: removing %d results of earlier runs named %s", len(existing), saving.output_name)
     for path in existing:
         delete_result(path, saving.output_name)
-    ResultNames(saving.output_dir, saving.output_name).validation_plot.unlink(missing_ok=True)
+    names = ResultNames(saving.output_dir, saving.output_name)
+    for picture in (names.validation_plot, names.report):
+        picture.unlink(missing_ok=True)
 
 
 def check_sizes(config: TrainConfig, data: CachedDataset) -> None:

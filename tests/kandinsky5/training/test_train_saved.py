@@ -133,7 +133,7 @@ def test_the_longest_output_name_leaves_room_for_every_file_of_a_run(tmp_path: P
     outputs = ResultNames(tmp_path, name)
     samples = SampleNames(tmp_path, name, "id")
     step = 10**9  # one digit more than the pattern has
-    paths = [outputs.config, outputs.validation_plot, outputs.control, outputs.lock]
+    paths = [outputs.config, outputs.validation_plot, outputs.report, outputs.control, outputs.lock]
     for lora in (outputs.lora("step", step), outputs.lora("epoch", step)):
         for file in (lora, average_path(lora)):
             paths += [file, effect_path(file), lora_config_path(file)]
