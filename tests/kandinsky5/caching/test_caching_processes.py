@@ -115,6 +115,26 @@ def test_the_shares_are_together_what_one_process_writes(
     assert sum(map(len, shares)) == len(expected)  # nothing is written twice
 
 
+def test_what_one_process_did_before_another_died_is_finished_by_the_next_run(
+    project: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(project, tiny_models)
+    for path in (project / "cache").iterdir():
+        path.unlink()
+
+    @contextmanager
+    def joined() -> Iterator[Processes]:
+        yield Lonely(1, 2)  # the first one is dead: no index, and only half of the caches
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caching, "joined_processes", joined)
+        half = run(project, tiny_models)
+    assert 0 < len(half) < len(expected) - 2
+    kandinsky5_cache_latents.main([*words(project, tiny_models, "latents"), "--skip_existing"])
+    kandinsky5_cache_text_encoder_outputs.main([*words(project, tiny_models, "text"), "--skip_existing"])
+    assert contents(project) == expected
+
+
 @pytest.mark.slow
 def test_two_processes_of_a_launcher_write_what_one_writes(
     project: Path, tiny_models: Path, root: Path
