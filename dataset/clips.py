@@ -398,7 +398,7 @@ def load_clip(clip: PlannedClip) -> np.ndarray:
     Raises:
         MediaError: the source is damaged or has changed since planning.
     """
-    return _stacked(clip, _load_frames((clip,)))
+    return _load_frames((clip,)).clip(clip)
 
 
 def load_batches(
@@ -434,6 +434,28 @@ _Segment = tuple[PlannedClip, ...]
 _Load = Callable[[], "np.ndarray | SkippedItem"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """The pixels that one pass over a source gave."""
+
+    numbers: np.ndarray
+    """[N], ascending."""
+    pixels: np.ndarray
+    """uint8 [N, H_px, W_px, 3]."""
+
+    def clip(self, clip: PlannedClip) -> np.ndarray:
+        """The frames of a clip: a view where they follow each other, else a copy.
+
+        Raises:
+            MediaError: there is no memory for the copy.
+        """
+        places = np.searchsorted(self.numbers, clip.frame_numbers)
+        if places[-1] - places[0] == len(places) - 1:
+            return self.pixels[places[0] : places[-1] + 1]
+        with memory_errors(clip.item.path):
+            return self.pixels[places]
+
+
 def _segments(clips: Iterable[PlannedClip], most_bytes: int) -> Iterator[_Segment]:
     """Runs of clips that one pass over one source serves without holding more than `most_bytes` of pixels."""
     run: list[PlannedClip] = []
@@ -454,7 +476,7 @@ def _segments(clips: Iterable[PlannedClip], most_bytes: int) -> Iterator[_Segmen
 def _in_order(segments: Iterator[_Segment], num_workers: int) -> Iterator[_Load]:
     """One loader per clip, in order, with the decoding under way in threads."""
     with ThreadPoolExecutor(num_workers) as pool:
-        waiting: deque[tuple[_Segment, Future[dict[int, Frame] | MediaError]]] = deque()
+        waiting: deque[tuple[_Segment, Future[_Pass | MediaError]]] = deque()
         try:
             # One segment more than threads: all of them work while the caller uses the oldest.
             for segment in itertools.islice(segments, num_workers + 1):
@@ -472,47 +494,46 @@ def _in_order(segments: Iterator[_Segment], num_workers: int) -> Iterator[_Load]
                 future.cancel()
 
 
-def _clip_loader(clip: PlannedClip, frames: dict[int, Frame] | MediaError) -> _Load:
+def _clip_loader(clip: PlannedClip, frames: _Pass | MediaError) -> _Load:
     def load() -> np.ndarray | SkippedItem:
         if isinstance(frames, MediaError):
             return _damaged(clip.item, frames)
         try:
-            return _stacked(clip, frames)
+            return frames.clip(clip)
         except MediaError as error:
             return _damaged(clip.item, error)
 
     return load
 
 
-def _stacked(clip: PlannedClip, frames: dict[int, Frame]) -> np.ndarray:
-    with memory_errors(clip.item.path):
-        return np.stack([frames[number] for number in clip.frame_numbers])
-
-
-def _try_load(segment: _Segment) -> dict[int, Frame] | MediaError:
+def _try_load(segment: _Segment) -> _Pass | MediaError:
     try:
         return _load_frames(segment)
     except MediaError as error:
         return error
 
 
-def _load_frames(clips: _Segment) -> dict[int, Frame]:
-    """All frames that these clips of one source need, at their pixel size, by frame number."""
+def _load_frames(clips: _Segment) -> _Pass:
+    """All frames that these clips of one source need, at their pixel size."""
     first = clips[0]
-    numbers = sorted({number for clip in clips for number in clip.frame_numbers})
+    numbers = np.array(sorted({number for clip in clips for number in clip.frame_numbers}))
     path = first.item.path
     with memory_errors(path):
-        frames = {n: resize_and_crop(frame, first.crop) for n, frame in _source_frames(first, numbers)}
+        width, height = first.crop
+        pixels = np.empty((len(numbers), height, width, 3), np.uint8)
+        for place, frame in enumerate(_source_frames(first, numbers.tolist())):
+            pixels[place] = resize_and_crop(frame, first.crop)
     is_folder = first.item.is_frame_folder
     fingerprint = frames_fingerprint(frame_paths(path)) if is_folder else source_fingerprint(path)
     if fingerprint + first.treatment != first.source_fingerprint:
         raise MediaError(first.item.path, CHANGED, "start again when it is complete")
-    return frames
+    return _Pass(numbers, pixels)
 
 
-def _source_frames(clip: PlannedClip, numbers: Sequence[int]) -> Iterator[tuple[int, Frame]]:
+def _source_frames(clip: PlannedClip, numbers: Sequence[int]) -> Iterator[Frame]:
+    """The frames of these numbers, in order; all of them, or an error."""
     if clip.video is not None:
-        yield from read_frames(clip.item.path, clip.video, numbers, clip.crop)
+        yield from (frame for _, frame in read_frames(clip.item.path, clip.video, numbers, clip.crop))
         return
     paths = frame_paths(clip.item.path) if clip.item.is_frame_folder else [clip.item.path]
     if len(paths) <= numbers[-1]:
@@ -525,4 +546,4 @@ def _source_frames(clip: PlannedClip, numbers: Sequence[int]) -> Iterator[tuple[
             reason = MIXED_SIZES if is_mixed else CHANGED
             detail = f"{paths[number].name} is {found}, {paths[0].name if is_mixed else 'it was'} {expected}"
             raise MediaError(clip.item.path, reason, detail)
-        yield number, frame
+        yield frame

@@ -166,11 +166,15 @@ def yuv_to_rgb(planes: Floats, matrix: int, colour: Colour, *, is_full_range: bo
     Args:
         planes: numbers of `depth` bits shifted up to 16, where the limited range is that of 8 bits times 256.
     """
+    return _transformed(planes, yuv_matrix(matrix, colour, is_full_range=is_full_range, depth=depth))
+
+
+def yuv_matrix(matrix: int, colour: Colour, *, is_full_range: bool, depth: int) -> NDArray[np.floating]:
+    """[3, 4]: what `yuv_to_rgb` multiplies by; the last column is added."""
     lowest = 0 if is_full_range else 16 * 256
     luma, chroma = (full_scale(depth),) * 2 if is_full_range else (219 * 256, 224 * 256)
     rows = _yuv_rows(matrix, colour.primaries) / [luma, chroma, chroma]
-    offset = -rows @ [lowest, 128 * 256, 128 * 256]
-    return _transformed(planes, np.column_stack([rows, offset]))
+    return np.column_stack([rows, -rows @ [lowest, 128 * 256, 128 * 256]])
 
 
 def _transformed(values: Floats, matrix: NDArray[np.floating]) -> Floats:

@@ -1,17 +1,22 @@
-"""Turns decoded video frames into upright 8-bit sRGB at the size that is trained on, in one pass of swscale.
+"""Turns decoded video frames into upright 8-bit sRGB at the size that is trained on.
 
-swscale shrinks by area averaging while it converts, which is much faster than one after the other on RGB. It
-knows matrices and ranges only: frames whose transfer function or primaries are not the target's, and layouts
-that it takes for another range than they have, are shrunk as 16-bit planes and converted by `colour.py`.
+Frames are shrunk before they are converted, plane by plane: luma by swscale's area filter, chroma by
+OpenCV's, and then one matrix makes RGB. That is several times as fast as converting whole frames first, and
+gives the same levels. Layouts other than planar YCbCr of 8 bits are shrunk and converted by swscale in one
+pass. It knows matrices and ranges only, so frames whose transfer function or primaries are not the target's,
+and layouts that it takes for another range than they have, come from it as 16-bit planes for `colour.py`.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Any
 
+import cv2
 import numpy as np
 from av.video.frame import VideoFrame
+from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from PIL import Image
 
@@ -27,6 +32,7 @@ from dataset.media.colour import (
     full_range,
     matrix_of,
     to_srgb,
+    yuv_matrix,
     yuv_to_rgb,
 )
 from dataset.media.media import Frame, over_white, resize
@@ -38,6 +44,11 @@ _SWSCALE_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
 """H.273's matrix -> FFmpeg's SWS_CS constant."""
 _PLAIN = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND  # without them levels are up to 3 off
 _AREA = Interpolation.AREA | _PLAIN
+_PLANAR_LAYOUTS = {
+    *("yuv420p", "yuv422p", "yuv440p", "yuv444p", "yuv411p", "yuv410p"),
+    *("yuvj420p", "yuvj422p", "yuvj440p", "yuvj444p", "yuvj411p"),
+}
+"""YCbCr of 8 bits, one plane each."""
 _LIMITED_GREY_CODECS = {"h264", "hevc", "vvc", "av1", "libdav1d", "vp9", "mpeg1video", "mpeg2video", "mpeg4"}
 """Codecs whose grey pictures are luma of limited range unless they say otherwise."""
 
@@ -165,6 +176,8 @@ class FrameConverter:
         self.size: Size = _swapped(resized) if is_lying else resized
         self.enlarges = self.size[0] > stored[0] or self.size[1] > stored[1]
         self._reformatter = VideoReformatter()
+        to_rgb = yuv_matrix(colour.matrix, colour.colour, is_full_range=colour.is_full_range, depth=8)
+        self._matrix = to_rgb * ([256] * 3 + [1]) * 255
 
     def convert(self, frame: VideoFrame) -> Frame:
         """RGB [H, W, 3] of a decoded frame.
@@ -185,6 +198,8 @@ class FrameConverter:
         return np.ascontiguousarray(pixels)
 
     def _srgb(self, frame: VideoFrame) -> Frame:
+        if frame.format.name in _PLANAR_LAYOUTS and self.colour.colour.is_target:
+            return self._srgb_of_8_bits(frame)
         if not self._needs_planes(frame):
             layout = "rgba" if has_alpha(frame) else "rgb24"
             pixels = (
@@ -192,6 +207,22 @@ class FrameConverter:
             )
             return opaque(pixels) if layout == "rgba" else pixels
         return self._srgb_of_planes(frame)
+
+    def _srgb_of_8_bits(self, frame: VideoFrame) -> Frame:
+        size = width, height = self.stored if self.enlarges else self.size
+        luma = _plane(frame.planes[0], np.uint8)
+        if size != self.stored:
+            # A frame of its own: from YCbCr to grey swscale changes levels by the tags of the frame.
+            alone = VideoFrame.from_ndarray(np.ascontiguousarray(luma), format="gray")
+            luma = self._reformatter.reformat(
+                alone, width, height, "gray", interpolation=_AREA, threads=1
+            ).to_ndarray()
+        # From a smaller plane this filter weighs what each chroma sample covers, as between equal neighbours.
+        chroma = (
+            cv2.resize(_plane(plane, np.uint8), size, interpolation=cv2.INTER_AREA)
+            for plane in frame.planes[1:3]
+        )
+        return cv2.transform(cv2.merge([luma, *chroma]), self._matrix).astype(np.uint8, copy=False)
 
     def _needs_planes(self, frame: VideoFrame) -> bool:
         """Whether swscale alone would give other colours."""
@@ -259,7 +290,10 @@ def opaque(rgba: np.ndarray) -> Frame:
 def _planes(frame: VideoFrame) -> list[np.ndarray]:
     """The planes of a planar frame as float32 [H, W]."""
     dtype = np.dtype("<u2") if frame.format.name.endswith("16le") else np.dtype(np.uint8)
-    return [
-        np.frombuffer(bytes(plane), dtype).reshape(plane.height, -1)[:, : plane.width].astype(np.float32)
-        for plane in frame.planes
-    ]
+    return [_plane(plane, dtype).astype(np.float32) for plane in frame.planes]
+
+
+def _plane(plane: VideoPlane, dtype: type[np.uint8] | np.dtype) -> np.ndarray:
+    """A view of the samples, [H, W]."""
+    buffer: Any = plane
+    return np.frombuffer(buffer, dtype).reshape(plane.height, -1)[:, : plane.width]
