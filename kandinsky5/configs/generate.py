@@ -226,7 +226,7 @@ class GenerateConfig:
     latent_path: Path | None = option(None, "decode a saved latent instead of sampling", Path)
     dry_run: bool = option(False, "check everything, print memory and FLOPs of each prompt, then stop")
     vram_budget: float | None = vram_budget_option(
-        "GiB of device memory: add --fp8_base and as many --blocks_to_swap as sampling needs to fit"
+        "GiB of device memory: add the base that suits the card, and --blocks_to_swap as far as needed"
     )
     """GiB of device memory available to sampling."""
     device: str | None = option(

@@ -31,6 +31,7 @@ from kandinsky5.generation.settings import (
     used_multipliers,
 )
 from kandinsky5.memory.advice import memory_advice
+from kandinsky5.memory.bases import base_for
 from kandinsky5.memory.budget import choose
 from kandinsky5.memory.report import budget_report, plan_report
 from kandinsky5.model.magcache import MagCache
@@ -84,7 +85,7 @@ class GenerationSession:
         if self.config.vram_budget is None:
             return
         budget = int(self.config.vram_budget * GIB)
-        choice = choose(self.planner(), largest_request(requests), budget)
+        choice = choose(self.planner(), largest_request(requests), budget, base_for(self.device))
         log.info("%s", budget_report(choice, budget))
         self.config = replace(self.config, dit=choice.options)
         self.loader = ModelLoader(self.config, self.loader.loras, self.device, self.templates)

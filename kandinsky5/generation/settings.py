@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from kandinsky5.cli.generate import repeat_argv
 from kandinsky5.configs.generate import DitConfig, GenerateConfig
+from kandinsky5.memory.bases import BASE_OPTIONS
 from kandinsky5.sampling.pipeline import full_prompt
 from kandinsky5.sampling.requests import VideoRequest, full_multipliers
 from modules.files import last_part
@@ -91,7 +92,8 @@ def repeat_command(config: GenerateConfig, request: VideoRequest) -> str:
         "image": request.image,
         "image_last": request.image_last,
         "lora_multiplier": list(used_multipliers(config, request)),
-        "fp8_base": config.dit.fp8_base,  # --vram_budget may have added these two
+        # --vram_budget may have added these.
+        **{name: getattr(config.dit, name) for name in BASE_OPTIONS},
         "blocks_to_swap": config.dit.blocks_to_swap,
     }
     words = ["python", SCRIPT, *repeat_argv(options)]

@@ -22,7 +22,7 @@ from modules.logs import format_table, print_report
 def report(machine: Machine, device: torch.device) -> str:
     """All of it as text."""
     with ThreadPoolExecutor(1) as planning:  # beside the checks, which wait for the device
-        options = planning.submit(memory_options, machine.memory)
+        options = planning.submit(memory_options, machine.memory, machine.capability)
         checked = list(run_checks(list(CHECKS), device))
         rows = options.result()
     return "\n".join([

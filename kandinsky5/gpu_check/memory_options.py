@@ -8,6 +8,7 @@ from dataset.geometry import PIXELS_PER_LATENT, latent_frame_count
 from kandinsky5.cli.train import parse_train
 from kandinsky5.configs.train import TrainConfig
 from kandinsky5.memory.activations import META, BatchShape
+from kandinsky5.memory.bases import suitable_base
 from kandinsky5.memory.budget import choose, with_reserve
 from kandinsky5.memory.plan import TrainingPlanner
 from kandinsky5.model.drawn_weights import DrawnWeights
@@ -21,8 +22,9 @@ CLIPS = ((17, 512, 512), (121, 512, 768))
 """Frames, height, width in pixels."""
 
 
-def memory_options(memory: int) -> list[tuple[str, ...]]:
+def memory_options(memory: int, capability: tuple[int, int]) -> list[tuple[str, ...]]:
     """What `--vram_budget` would add on a card of so many bytes, for both models and two sizes of clips."""
+    base = suitable_base(capability)
     rows = []
     for name, task in MODELS:
         config = parse_train([
@@ -40,14 +42,16 @@ def memory_options(memory: int) -> list[tuple[str, ...]]:
                 latent_width=width // PIXELS_PER_LATENT,
                 text_tokens=planner.text_tokens,
             )
-            rows.append((name, batch.size, *_fitting(planner, batch, memory)))
+            rows.append((name, batch.size, *_fitting(planner, batch, memory, base)))
     return rows
 
 
-def _fitting(planner: TrainingPlanner, batch: BatchShape, memory: int) -> tuple[str, str, str]:
+def _fitting(
+    planner: TrainingPlanner, batch: BatchShape, memory: int, base: tuple[str, ...]
+) -> tuple[str, str, str]:
     """(options, device memory with reserve, host memory)."""
     try:
-        choice = choose(planner, batch, memory)
+        choice = choose(planner, batch, memory, base)
     except ConfigError as error:
         least = error.problems[0].partition("; ")[2].partition(".\n")[0]
         return f"does not fit: {least}", "", ""

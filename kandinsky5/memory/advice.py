@@ -11,6 +11,7 @@ import torch
 from dataset.geometry import pixel_size
 from kandinsky5.configs.train import ModelConfig
 from kandinsky5.memory.activations import BatchShape
+from kandinsky5.memory.bases import base_for, with_base
 from kandinsky5.memory.plan import TrainingPlanner
 from kandinsky5.model.offload import max_blocks_to_swap
 from modules.byte_sizes import size_text
@@ -72,7 +73,10 @@ def helping_options(planner: TrainingPlanner, batch: BatchShape) -> list[tuple[s
     """The three unused options that reduce the peak of a step the most, with the savings in bytes."""
     given = planner.given
     peak = planner.plan(given, batch).peak
-    found = [(words, peak - planner.plan(model, batch).peak) for words, model in _unused_options(given)]
+    found = [
+        (words, peak - planner.plan(model, batch).peak)
+        for words, model in _unused_options(given, planner.device)
+    ]
     if batch.clips > 1:
         alone = planner.plan(given, replace(batch, clips=1))
         found.append(("batch_size = 1 in the dataset file", peak - alone.peak))
@@ -80,14 +84,15 @@ def helping_options(planner: TrainingPlanner, batch: BatchShape) -> list[tuple[s
     return helping[:_SHOWN]
 
 
-def _unused_options(given: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
+def _unused_options(given: ModelConfig, device: torch.device) -> Iterator[tuple[str, ModelConfig]]:
     """(words of the command line, the model's settings with them)."""
     needed = "" if given.gradient_checkpointing else "--gradient_checkpointing "
     checkpointed = replace(given, gradient_checkpointing=True)
     if needed:
         yield needed.strip(), checkpointed
     if not given.is_quantised:
-        yield "--fp8_base", replace(given, fp8_base=True)
+        base = base_for(device)
+        yield " ".join(f"--{name}" for name in base), with_base(given, base)
     if not given.gradient_checkpointing_cpu_offload:
         words = f"{needed}--gradient_checkpointing_cpu_offload"
         yield words, replace(checkpointed, gradient_checkpointing_cpu_offload=True)

@@ -3,15 +3,17 @@
 Options are tried in the order of what they cost in time:
 
 1. what the user typed, nothing added;
-2. `--fp8_base`: every product widens its weight once, a few per cent of a step;
+2. the base in 8 bits that suits the card (`kandinsky5.memory.bases`): a few per cent of a step, or less than
+   nothing where products run in int8;
 3. `--gradient_checkpointing`: one more forward pass per step, a quarter to a third of it;
 4. both;
 5. with both, whichever moves fewer bytes to and from the host in a step: `--blocks_to_swap N`, with the
    smallest N that fits, or `--gradient_checkpointing_cpu_offload`, or the two together. They run beside the
-   computation and cost nothing where that is long enough, but they need host memory. Without `--fp8_base`
-   they are tried only if it cannot be added.
+   computation and cost nothing where that is long enough, but they need host memory. Without a base in
+   8 bits they are tried only if it cannot be added;
+6. 4 and 5 once more with `--nf4_base`, where bitsandbytes is installed.
 
-An option that was given is kept as it is. A base that is stored in 8 bits another way is left so.
+An option that was given is kept as it is, and so is a base.
 """
 
 from __future__ import annotations
@@ -22,18 +24,19 @@ from typing import Generic
 
 from kandinsky5.configs.train import ModelConfig
 from kandinsky5.configs.weights import WeightsConfig
+from kandinsky5.memory.bases import BASE_OPTIONS, last_resort, with_base
 from kandinsky5.memory.plan import Job, MemoryPlan, Options, Planner
 from kandinsky5.model.offload import max_blocks_to_swap
 from modules.byte_sizes import GIB
 from modules.errors import ConfigError
 
 CHOSEN_OPTIONS = (
-    "fp8_base",
+    *BASE_OPTIONS,
     "gradient_checkpointing",
     "gradient_checkpointing_cpu_offload",
     "blocks_to_swap",
 )
-"""The memory options to choose from; generation has the first and the last."""
+"""The memory options to choose from; generation has no gradients."""
 
 CONTEXT_BYTES = GIB // 2
 """Assumed for a CUDA context and the workspaces of its libraries."""
@@ -56,14 +59,16 @@ def with_reserve(planned: int) -> int:
     return CONTEXT_BYTES + int(planned * (1 + FRAGMENTATION))
 
 
-def choose(planner: Planner[Options, Job], job: Job, budget: int) -> Choice[Options]:
+def choose(planner: Planner[Options, Job], job: Job, budget: int, base: tuple[str, ...]) -> Choice[Options]:
     """The cheapest options under which `job` fits into `budget` bytes with the reserve.
 
+    Args:
+        base: the options of the base in 8 bits that suits the card.
     Raises:
         ConfigError: none do; the message gives the smallest peak and what helps.
     """
     smallest: Choice[Options] | None = None
-    for options in _candidates(planner, job, budget):
+    for options in _candidates(planner, job, budget, base):
         plan = planner.plan(options, job)
         choice = Choice(options, plan, added_options(planner.given, options))
         if with_reserve(plan.peak) <= budget:
@@ -103,21 +108,29 @@ def added_options(given: WeightsConfig, chosen: WeightsConfig) -> tuple[str, ...
     return tuple(words)
 
 
-def _candidates(planner: Planner[Options, Job], job: Job, budget: int) -> Iterator[Options]:
+def _candidates(
+    planner: Planner[Options, Job], job: Job, budget: int, base: tuple[str, ...]
+) -> Iterator[Options]:
     given = planner.given
     yield given
-    base = given
+    eight_bits = given if given.is_quantised else with_base(given, base)
     if not given.is_quantised:
-        base = replace(given, fp8_base=True)
-        yield base
+        yield eight_bits
     if isinstance(given, ModelConfig):
-        checkpointed = replace(given, gradient_checkpointing=True)
         if not given.gradient_checkpointing:
-            yield checkpointed
-        base = replace(base, gradient_checkpointing=True)
+            yield replace(given, gradient_checkpointing=True)
+        eight_bits = replace(eight_bits, gradient_checkpointing=True)
         if not given.is_quantised:
-            yield base
-    yield from _with_transfers(planner, base, job, budget)
+            yield eight_bits
+    yield from _with_transfers(planner, eight_bits, job, budget)
+    smallest = last_resort(planner.device)
+    if smallest is None or given.is_quantised:
+        return
+    four_bits = with_base(given, smallest)
+    if isinstance(four_bits, ModelConfig):
+        four_bits = replace(four_bits, gradient_checkpointing=True)
+    yield four_bits
+    yield from _with_transfers(planner, four_bits, job, budget)
 
 
 def _with_transfers(

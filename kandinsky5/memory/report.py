@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kandinsky5.memory.bases import describe_error
 from kandinsky5.memory.budget import CONTEXT_BYTES, FRAGMENTATION, Choice, with_reserve
 from kandinsky5.memory.plan import NABLA_DENSITY, MemoryPlan, MemoryUsage, Options
 from modules.byte_sizes import GIB, ByteUnit, size_text, unit_for
@@ -68,6 +69,9 @@ def budget_report(choice: Choice[Options], budget: int) -> str:
         f"--vram_budget {budget / GIB:g}: {added} (largest {plan.label}: {sizes}; "
         f"{size_text(plan.usage.host_bytes)} of host memory)"
     )
+    error = describe_error(choice.options)
+    if error:
+        line += f"; {error}"
     decoding = plan.decoding.device_bytes
     if with_reserve(decoding) > budget:
         line += (

@@ -281,7 +281,8 @@ def load_dit(
         info = _check_tensors(path, files, opened, params)
         dit = build_meta_dit(params, compute_dtype)
         reader = _WeightReader(opened, info, device, check_finite=not weights.no_weight_check)
-        _report_stored_weights(path, info, weights, has_loras=bool(loras))
+        if device.type != "meta":
+            _report_stored_weights(path, info, weights, has_loras=bool(loras))
         stored: dict[str, StoredLinear] = {}
         # In file order: a hard disk then reads straight through.
         for key in sorted(info.tensors, key=lambda key: info.tensors[key].start):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,8 @@ from accelerate import Accelerator
 
 from dataset.cache.cached_dataset import CachedDataset
 from kandinsky5.configs.train import TrainConfig
-from kandinsky5.memory.budget import CHOSEN_OPTIONS, choose
+from kandinsky5.memory.bases import base_for, with_base_of
+from kandinsky5.memory.budget import CHOSEN_OPTIONS, added_options, choose
 from kandinsky5.memory.plan import TrainingPlanner, batches_of
 from kandinsky5.memory.report import budget_report, host_memory_shortage, plan_report
 from kandinsky5.training import setup as train_setup
@@ -27,8 +29,13 @@ def planner_for(config: TrainConfig, accelerator: Accelerator) -> TrainingPlanne
     return TrainingPlanner(config, device, dtype, num_processes=accelerator.num_processes)
 
 
-def fit_budget(config: TrainConfig, data: CachedDataset, accelerator: Accelerator) -> TrainConfig:
+def fit_budget(
+    config: TrainConfig, data: CachedDataset, accelerator: Accelerator, earlier: Mapping[str, Any]
+) -> TrainConfig:
     """The config with the options that `--vram_budget` adds; unchanged without that option.
+
+    Args:
+        earlier: the options of the run that is resumed; the base that was chosen for it stays.
 
     Raises:
         ConfigError: nothing fits.
@@ -36,8 +43,13 @@ def fit_budget(config: TrainConfig, data: CachedDataset, accelerator: Accelerato
     if config.run.vram_budget is None:
         return config
     budget = int(config.run.vram_budget * GIB)
+    given = config.model
+    if earlier.get("vram_budget") is not None:
+        config = replace(config, model=with_base_of(given, earlier))
     planner = planner_for(config, accelerator)
-    choice = choose(planner, batches_of(data, planner.text_tokens)[0], budget)
+    base = base_for(accelerator.device)
+    choice = choose(planner, batches_of(data, planner.text_tokens)[0], budget, base)
+    choice = replace(choice, added=added_options(given, choice.options))
     if accelerator.is_main_process:
         log.info("%s", budget_report(choice, budget))
     chosen = {name: getattr(choice.options, name) for name in CHOSEN_OPTIONS}

@@ -94,7 +94,7 @@ def prepare_run(config: TrainConfig, held: ExitStack, stop: StopRequest) -> Prep
     accelerator.wait_for_everyone()
     seed = train_setup.shared_seed(config.run, saved.run.seed if saved else None)
     datasets, data, validation_data = _open_data(config, seed)
-    config = train_memory.fit_budget(config, data, accelerator)
+    config = train_memory.fit_budget(config, data, accelerator, saved.run.options if saved else {})
     length = _run_length(config, data, accelerator.num_processes, saved)
     branch = branch_of(config, saved)
     contents = {**cache_contents(data), **model_contents(config.model)}

@@ -58,8 +58,11 @@ RUNS = {
         torch.bfloat16,
         {"int8_base": True, "int8_fast": True, "no_int8_rotation": True},
     ),
+    "nf4_base": (torch.bfloat16, {"nf4_base": True}),
 }
-COLOURS = dict(zip(RUNS, ["#000000", "#787878", "#1f77b4", "#d62728", "#17becf", "#ff7f0e", "#9467bd"]))
+COLOURS = dict(
+    zip(RUNS, ["#000000", "#787878", "#1f77b4", "#d62728", "#17becf", "#ff7f0e", "#9467bd", "#2ca02c"])
+)
 
 
 def parse():
@@ -72,6 +75,9 @@ def parse():
     p.add_argument("--tokens", type=int, default=256, help="of the parts norm and linear")
     p.add_argument(
         "--models", nargs="*", default=["lite", "pro"], choices=("lite", "pro"), help="of the part linear"
+    )
+    p.add_argument(
+        "--rows", type=int, default=1 << 20, help="of the part linear: outputs taken of each layer"
     )
     p.add_argument("--steps", type=int, default=200, help="of the part training")
     p.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS))
@@ -251,9 +257,10 @@ def bench_linear(args):
     rows = []
     for out_features, in_features in (size for name in args.models for size in layer_sizes(C.CONFIGS[name])):
         gen = torch.Generator().manual_seed(0)
-        weight = torch.randn(out_features, in_features, generator=gen).bfloat16()
+        rows_taken = min(out_features, args.rows)
+        weight = torch.randn(rows_taken, in_features, generator=gen).bfloat16()
         inputs = with_loud_channels(torch.randn(args.tokens, in_features, generator=gen).bfloat16())
-        grad = torch.randn(args.tokens, out_features, generator=gen).bfloat16()
+        grad = torch.randn(args.tokens, rows_taken, generator=gen).bfloat16()
         name = f"{in_features} -> {out_features}"
         exact = [v.double() @ weight.double().t() for v in inputs]
         exact_grad = grad.double() @ weight.double()

@@ -9,6 +9,7 @@ import torch
 from gpu_cases import CAPS_GIB, Case
 
 from kandinsky5.memory.activations import META, sampling_activations
+from kandinsky5.memory.bases import suitable_base
 from kandinsky5.memory.budget import CONTEXT_BYTES, choose
 from kandinsky5.memory.plan import TrainingPlanner
 from kandinsky5.model.conditioning import VelocityModel
@@ -81,7 +82,8 @@ class Plans:
         planner = self._planner(case)
         options, added = planner.given, ()
         if case.card:
-            choice = choose(planner, case.batch, int(CAPS_GIB[case.card] * GIB) + CONTEXT_BYTES)
+            budget = int(CAPS_GIB[case.card] * GIB) + CONTEXT_BYTES
+            choice = choose(planner, case.batch, budget, suitable_base(None))
             options, added = choice.options, choice.added
         plan = planner.plan(options, case.batch)
         return Planned(

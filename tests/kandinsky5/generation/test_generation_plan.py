@@ -12,6 +12,7 @@ from kandinsky5.configs.generate import GenerateConfig
 from kandinsky5.generation.models import ModelLoader
 from kandinsky5.generation.plan import GenerationPlanner
 from kandinsky5.memory.activations import BatchShape, make_inputs
+from kandinsky5.memory.bases import suitable_base
 from kandinsky5.memory.budget import choose, with_reserve
 from kandinsky5.model.conditioning import VelocityModel
 from kandinsky5.model.modulation_table import ModulationTable
@@ -125,11 +126,11 @@ def test_the_budget_of_a_generation_quantises_before_it_swaps(tmp_path: Path) ->
     config = parse_generate([*words, "--dtype", "bfloat16"])
     planner = GenerationPlanner(config, (), torch.device("cuda"))
     wanted = request(512, 512, 17)
-    assert choose(planner, wanted, 48 * GIB).added == ()
-    assert choose(planner, wanted, 24 * GIB).added == ("--fp8_base",)
-    chosen = choose(planner, wanted, 12 * GIB).options
+    assert choose(planner, wanted, 48 * GIB, suitable_base(None)).added == ()
+    assert choose(planner, wanted, 24 * GIB, suitable_base(None)).added == ("--fp8_base",)
+    chosen = choose(planner, wanted, 12 * GIB, suitable_base(None)).options
     assert chosen.fp8_base
     assert chosen.blocks_to_swap > 0
     assert with_reserve(planner.plan(chosen, wanted).peak) <= 12 * GIB
     with pytest.raises(ConfigError, match=r"the least it needs is \d+\.\d GiB"):
-        choose(planner, wanted, GIB)
+        choose(planner, wanted, GIB, suitable_base(None))

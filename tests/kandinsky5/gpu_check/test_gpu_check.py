@@ -57,10 +57,10 @@ def test_the_report_names_the_machine_every_check_and_the_options(monkeypatch: p
     """Checks stand in too: each is run by a test of its own."""
     asked = []
     rows = [("Pro", "512x512x17", "--fp8_base", "21 GiB", "5 GiB")]
-    monkeypatch.setattr(command, "memory_options", lambda memory: asked.append(memory) or rows)
+    monkeypatch.setattr(command, "memory_options", lambda *given: asked.append(given) or rows)
     monkeypatch.setattr(command, "run_checks", lambda names, _: [(name, "works", "0.1") for name in names])
     text = command.report(machine.read_machine(), CPU)
-    assert asked == [CARD.total_memory]
+    assert asked == [(CARD.total_memory, (8, 9))]
     first, libraries, system, *_ = text.splitlines()
     assert first == (
         "card: NVIDIA GeForce RTX 4090, 24.00 GiB, 22.00 GiB free, compute capability 8.9, driver 570.00"
@@ -122,13 +122,13 @@ def test_a_check_that_ends_its_process_is_a_line_and_the_next_one_runs() -> None
 def test_a_large_card_needs_no_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "MODELS", (("Lite", "k5-lite-t2v-5s-sd"),))
     monkeypatch.setattr(options, "CLIPS", ((17, 512, 512),))
-    assert options.memory_options(141 * GIB)[0][:3] == ("Lite", "512x512x17", "nothing")
+    assert options.memory_options(141 * GIB, (9, 0))[0][:3] == ("Lite", "512x512x17", "nothing")
 
 
 @pytest.mark.slow
 def test_options_follow_from_the_size_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "MODELS", (("Lite", "k5-lite-t2v-5s-sd"),))
-    (_, _, tight, device, host), (_, _, too_tight, *_) = options.memory_options(int(3.5 * GIB))
+    (_, _, tight, device, host), (_, _, too_tight, *_) = options.memory_options(int(3.5 * GIB), (8, 9))
     assert tight.startswith("--fp8_base --gradient_checkpointing --blocks_to_swap")
     assert device
     assert host
@@ -137,7 +137,7 @@ def test_options_follow_from_the_size_of_the_card(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_pro_is_planned_too() -> None:
-    rows = options.memory_options(24 * GIB)
+    rows = options.memory_options(24 * GIB, (8, 9))
     assert [row[:2] for row in rows[:2]] == [("Pro", "512x512x17"), ("Pro", "768x512x121")]
     assert rows[0][2] == "--fp8_base --gradient_checkpointing"
     assert "--gradient_checkpointing_cpu_offload" in rows[1][2]

@@ -19,6 +19,7 @@ from kandinsky5.configs.train import ModelConfig, TrainConfig
 from kandinsky5.memory import report
 from kandinsky5.memory.activations import BatchShape
 from kandinsky5.memory.advice import helping_options
+from kandinsky5.memory.bases import suitable_base
 from kandinsky5.memory.budget import Choice, added_options, choose, with_reserve
 from kandinsky5.memory.plan import MemoryPlan, MemoryUsage, TrainingPlanner
 from kandinsky5.model import assembly
@@ -33,6 +34,7 @@ from networks.lora import LoRANetwork
 from tests.kandinsky5.training.training_runs import lora_bytes, train, write_dataset, write_dit
 from tests.sparse_models import write_sparse_dit
 
+FLOAT8 = suitable_base(None)
 SHORT = BatchShape(clips=1, latent_frames=5, latent_height=64, latent_width=64, text_tokens=256)
 
 
@@ -116,7 +118,7 @@ def test_a_resumed_run_compares_what_its_budget_chose(
     said: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def chosen(planner: TrainingPlanner, batch: BatchShape, budget: int) -> Choice:
+    def chosen(planner: TrainingPlanner, batch: BatchShape, budget: int, _: tuple[str, ...]) -> Choice:
         given = planner.config.model
         model = replace(given, fp8_base=budget < 16 * GIB)
         return Choice(model, planner.plan(model, batch), added_options(given, model))
@@ -146,7 +148,7 @@ def test_a_resumed_run_compares_what_its_budget_chose(
 def test_the_budget_adds_the_cheapest_options_that_fit(
     pro: TrainingPlanner, budget: int, wanted: tuple[str, ...]
 ) -> None:
-    choice = choose(pro, SHORT, budget * GIB)
+    choice = choose(pro, SHORT, budget * GIB, FLOAT8)
     assert with_reserve(choice.plan.peak) <= budget * GIB
     words = " ".join(choice.added).split()
     assert [word for word in words if word.startswith("--")][: len(wanted)] == list(wanted)
@@ -161,7 +163,7 @@ def test_the_budget_keeps_what_was_given(pro: TrainingPlanner) -> None:
 
     given = replace(pro.config.model, gradient_checkpointing=True, blocks_to_swap=40)
     planner = TrainingPlanner(replace(pro.config, model=given), pro.device, pro.dtype)
-    choice = choose(planner, SHORT, 24 * GIB)
+    choice = choose(planner, SHORT, 24 * GIB, FLOAT8)
     assert choice.options.blocks_to_swap == 40
     assert not any("blocks_to_swap" in words for words in choice.added)
 
@@ -179,14 +181,14 @@ def test_of_two_ways_to_fit_the_budget_takes_the_one_that_moves_less(pro: Traini
             )
             return MemoryPlan(shape=job, usage=usage, flops=0, video_tokens=1)
 
-    choice = choose(Planned(pro.config, pro.device, pro.dtype), SHORT, 24 * GIB)
+    choice = choose(Planned(pro.config, pro.device, pro.dtype), SHORT, 24 * GIB, FLOAT8)
     assert choice.added == ("--fp8_base", "--gradient_checkpointing", "--blocks_to_swap 1")
 
 
 @pytest.mark.slow
 def test_a_budget_nothing_fits_into_is_refused_with_the_smallest_peak(pro: TrainingPlanner) -> None:
     with pytest.raises(ConfigError) as caught:
-        choose(pro, SHORT, 4 * GIB)
+        choose(pro, SHORT, 4 * GIB, FLOAT8)
     message = str(caught.value)
     most = max_blocks_to_swap(PRO_PARAMS)
     assert f"--blocks_to_swap {most}" in message

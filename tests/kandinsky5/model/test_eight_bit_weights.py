@@ -145,7 +145,7 @@ def test_the_backward_pass_keeps_the_frozen_weights_themselves_and_no_copies(
     assert held_bytes == size * (1 if held else 2)
 
 
-@pytest.mark.parametrize("held", [*HELD, pytest.param({"nf4_base": True}, id="nf4")])
+@pytest.mark.parametrize("held", [*HELD, pytest.param({"nf4_base": True}, id="nf4", marks=pytest.mark.slow)])
 def test_gradients_with_and_without_checkpointing_are_equal_to_the_bit(
     wide_file: Path, held: dict[str, bool]
 ) -> None:
@@ -237,7 +237,6 @@ def test_training_and_generation_run_in_few_bits(tiny_models: Path, tmp_path: Pa
         ("plain", ()),
         ("int8", ("--int8_base",)),
         ("fp8", ("--fp8_base",)),
-        ("nf4", ("--nf4_base",)),
     ):
         output = tmp_path / f"{name}.safetensors"
         models = (
@@ -249,8 +248,8 @@ def test_training_and_generation_run_in_few_bits(tiny_models: Path, tmp_path: Pa
         generate([str(word) for word in (*given, "--output_type", "latent", "--output", output)])
         latents[name] = latents_of(output)
         assert (f"{name} weights" in read_tensors(output)[1]["dtype"]) is (name != "plain")
-    errors = [(latents[name] - latents["plain"]).norm() for name in ("int8", "fp8", "nf4")]
-    assert 0 < errors[0] < errors[1] < errors[2]
+    errors = [(latents[name] - latents["plain"]).norm() for name in ("int8", "fp8")]
+    assert 0 < errors[0] < errors[1]
 
 
 @pytest.mark.parametrize(("flag", "how"), [("--quantized_qwen", "nf4"), ("--fp8_llm", "fp8")])
