@@ -14,17 +14,11 @@ from modules.errors import ConfigError
 from modules.files import disk_errors
 from modules.logs import get_logger
 from modules.tensor_files import write_tensors
-from networks.lora_files import (
-    PARTIAL_HELP,
-    LoadedLora,
-    foldable,
-    kohya_suffix,
-    read_lora,
-    save_folded,
-    with_hashes,
-)
+from networks.dora import foldable
+from networks.lora_files import PARTIAL_HELP, LoadedLora, read_lora
 from networks.lora_kandinsky import known_layer_names
 from networks.lora_keys import underscored
+from networks.lora_saving import kohya_suffix, save_folded, with_hashes
 from networks.lora_scales import FOLDED_MARK
 
 log = get_logger(__name__)

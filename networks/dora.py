@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from modules.quantised_linear import StoredLinear
 from networks.factors import LayerFactors, factors_from_roles
-from networks.lora import Adapter, frozen_layer, frozen_weight, initial_down
+from networks.lora import Adapter, LoraFactors, frozen_layer, frozen_weight, initial_down
 from networks.lora_types import MAGNITUDE
 
 
@@ -78,6 +78,13 @@ class DoraFactors(LayerFactors):
         if problem is None and tuple(self.magnitude.shape) not in expected:
             return f"its magnitudes are {list(self.magnitude.shape)} instead of {list(expected[0])}"
         return problem
+
+
+def foldable(layer: LayerFactors) -> bool:
+    """Whether the scale can be put into lora_up, so that every reader needs the factors alone."""
+    return isinstance(layer, LoraFactors) or (
+        isinstance(layer, DoraFactors) and layer.is_per_row and isinstance(layer.direction, LoraFactors)
+    )
 
 
 class DoraAdapter(Adapter):

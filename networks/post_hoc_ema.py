@@ -20,8 +20,9 @@ from modules.files import disk_errors
 from modules.logs import get_logger
 from modules.options import float_between
 from modules.tensor_files import write_tensors
-from networks.lora_files import lora_file, read_adapter_tensors, with_hashes
+from networks.lora_files import lora_file, read_adapter_tensors
 from networks.lora_keys import parse_key
+from networks.lora_saving import with_hashes
 from networks.lora_scales import PEFT_METADATA, UNSCALED, PeftSettings, find_settings
 from networks.lora_types import MAGNITUDE
 

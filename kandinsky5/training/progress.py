@@ -13,7 +13,7 @@ from kandinsky5.training.results.saved_config import shareable_options
 from kandinsky5.training.results.state import SavedState, TrainingState
 from kandinsky5.training.resume import library_versions, network_identity
 from modules.optimizers import describe_optimizer
-from networks.lora_files import alpha_settings
+from networks.lora_saving import alpha_settings
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from modules.errors import DivergedError
 from modules.files import disk_errors
 from modules.logs import get_logger
 from modules.optimizers import describe_optimizer
-from networks.lora_files import save_lora
+from networks.lora_saving import save_lora
 
 log = get_logger(__name__)
 

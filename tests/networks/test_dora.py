@@ -20,8 +20,9 @@ from networks.factors import factors_from_roles
 from networks.inspect_lora import report
 from networks.lora import LoRANetwork, frozen_weight, inject
 from networks.lora_effect import measure_effect, weight_norms
-from networks.lora_files import load_weights, read_lora, save_lora
+from networks.lora_files import load_weights, read_lora
 from networks.lora_kandinsky import create_network, create_network_from_weights, linear_layer_sizes
+from networks.lora_saving import save_lora
 from networks.merging import add_deltas
 from tests.lora_strengths import LAYERS, magnitudes, small_model
 from tests.tiny import tiny_dit

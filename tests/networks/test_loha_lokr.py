@@ -13,8 +13,9 @@ from modules.tensor_files import write_tensors
 from networks.loha import LohaFactors
 from networks.lokr import LokrAdapter, LokrFactors, split_size
 from networks.lora import LoRANetwork
-from networks.lora_files import load_weights, read_lora, save_lora
+from networks.lora_files import load_weights, read_lora
 from networks.lora_kandinsky import create_network, linear_layer_sizes
+from networks.lora_saving import save_lora
 from networks.merging import add_deltas
 from tests.tiny import tiny_dit
 

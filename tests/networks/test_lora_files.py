@@ -18,8 +18,9 @@ from kandinsky5.model.dit import DiffusionTransformer3D
 from modules.errors import ConfigError, ModelFileError
 from modules.tensor_files import read_tensors, write_tensors
 from networks.lora import LoRANetwork
-from networks.lora_files import load_weights, read_lora, save_lora
+from networks.lora_files import load_weights, read_lora
 from networks.lora_kandinsky import create_network, linear_layer_sizes
+from networks.lora_saving import save_lora
 from tests.tiny import tiny_dit
 
 TARGET = "visual_transformer_blocks.1.cross_attention.to_key"

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from kandinsky5.tasks import TINY_PARAMS
 from networks.convert_lora import main as convert
-from networks.lora_files import save_lora
 from networks.lora_kandinsky import create_network
+from networks.lora_saving import save_lora
 from tests.tiny import tiny_dit
 
 

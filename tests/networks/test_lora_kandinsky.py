@@ -11,7 +11,7 @@ from torch import nn
 from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.tasks import LITE_PARAMS, PRO_PARAMS, DitParams
 from modules.errors import ConfigError
-from networks.lora_files import read_lora, save_lora
+from networks.lora_files import read_lora
 from networks.lora_kandinsky import (
     create_network,
     create_network_from_weights,
@@ -19,6 +19,7 @@ from networks.lora_kandinsky import (
     linear_layer_sizes,
     target_module_names,
 )
+from networks.lora_saving import save_lora
 from tests.tiny import tiny_dit
 
 

@@ -16,9 +16,10 @@ from modules.tensor_files import read_tensors, write_tensors
 from networks import convert_lora, inspect_lora, merge_lora, merging, post_hoc_ema
 from networks.convert_lora import TARGETS
 from networks.lora import LoRANetwork
-from networks.lora_files import read_lora, save_lora, with_hashes
+from networks.lora_files import read_lora
 from networks.lora_kandinsky import create_network, known_layer_names
 from networks.lora_keys import LayerNames, layout_of
+from networks.lora_saving import save_lora, with_hashes
 from networks.post_hoc_ema import decay_rates, power_of_sigma_rel
 from tests.tiny import tiny_dit
 

@@ -30,13 +30,14 @@ from modules.int8 import Int8Linear, RotatedInt8Linear
 from modules.nf4 import Nf4Linear
 from modules.quantised_linear import StoredLinear, dequantise
 from modules.tensor_files import read_tensors, write_tensors
-from networks.lora_files import LoadedLora, read_lora, save_lora
+from networks.lora_files import LoadedLora, read_lora
 from networks.lora_kandinsky import (
     create_network,
     create_network_from_weights,
     is_target_name,
     linear_layer_sizes,
 )
+from networks.lora_saving import save_lora
 
 PARAMS = replace(TINY_PARAMS, num_text_blocks=1, num_visual_blocks=2)
 CPU = torch.device("cpu")

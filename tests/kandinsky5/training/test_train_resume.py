@@ -29,8 +29,9 @@ from modules import files
 from modules.errors import DataError, ModelFileError
 from modules.leftovers import machine_mark
 from networks.lora import inject
-from networks.lora_files import read_lora, save_lora
+from networks.lora_files import read_lora
 from networks.lora_kandinsky import known_layer_names
+from networks.lora_saving import save_lora
 from tests.kandinsky5.training.training_runs import SMALLER, exit_code, lora_bytes, metrics, train
 from tests.tiny import tiny_dit
 
