@@ -17,6 +17,7 @@ from dataset.media.masks import latent_mask
 from dataset.sources.items import MISSING_FILE
 from dataset.sources.listing import list_items
 from modules.errors import ConfigError, DataError
+from tests.dataset.media.icc import grey_profile
 from tests.dataset.media_tools import write_video
 
 
@@ -75,6 +76,20 @@ def test_white_is_exactly_one_and_a_still_masks_every_frame(tmp_path: Path) -> N
     Image.new("L", (100, 60), 255).save(tmp_path / "masks" / "a.png")
     for clip in clips_of(dataset):
         assert torch.equal(weights_of(clip), torch.ones((clip.num_frames + 3) // 4, 6, 8))
+
+
+def test_a_mask_is_read_by_its_range_and_profile(tmp_path: Path) -> None:
+    """Limited range white is 1, and half the light by a linear profile is sRGB's level 188."""
+    dataset = make_dataset(tmp_path)
+    for name in ("a", "b"):
+        add_clip(tmp_path, name, gradients(9))
+    Image.new("L", (100, 60), 128).save(tmp_path / "masks" / "a.png", icc_profile=grey_profile(lambda x: x))
+    write_video(tmp_path / "masks" / "b.mp4", [np.full((60, 100, 3), 255, np.uint8)] * 9)
+    for clip in clips_of(dataset):
+        expected = 188 / 255 if clip.item.base_name == "a" else 1.0
+        torch.testing.assert_close(
+            weights_of(clip), torch.full(((clip.num_frames + 3) // 4, 6, 8), expected), rtol=0, atol=1e-6
+        )
 
 
 def test_a_folder_of_frames_masks_frame_by_frame(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 from collections.abc import Callable
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from dataset.clips import load_clip, plan_clips
+from dataset.config.config import load_dataset_config
 from dataset.media.media import probe_image, read_image
+from dataset.sources.listing import list_items
 from tests.dataset.media.icc import cmyk_profile, grey_profile, rgb_profile
 
 Colours = np.ndarray
@@ -251,3 +255,24 @@ def test_a_profile_that_cannot_be_used_is_named_and_the_picture_read(
     (unknown,) = probe_image(path).colour.unknown
     assert words in unknown
     assert_close(path, PATCHES, 0)
+
+
+def test_frames_and_images_whose_colours_change_are_cached_again(tmp_path: Path) -> None:
+    """The conversion is part of the fingerprint, so that caches of the unconverted colours no longer fit."""
+    for content, extra in (("image", ""), ("video", "target_frames = [5]\n")):
+        (tmp_path / content).mkdir()
+        media = "image/a.png" if content == "image" else "video"
+        names = ["a"] if content == "image" else [f"{number}" for number in range(5)]
+        for name in names:
+            picture(P3_PATCHES).save(tmp_path / content / f"{name}.png", icc_profile=P3)
+        line = json.dumps({f"{content}_path": str(tmp_path / media), "caption": "c"})
+        (tmp_path / f"{content}.jsonl").write_text(line, encoding="utf-8")
+        (tmp_path / "d.toml").write_text(
+            f"[[datasets]]\n{content}_jsonl_file = '{(tmp_path / content).as_posix()}.jsonl'\n"
+            f"cache_directory = '{tmp_path.as_posix()}'\nresolution = [96, 16]\n{extra}",
+            encoding="utf-8",
+        )
+        (dataset,) = load_dataset_config(tmp_path / "d.toml").datasets
+        (clip,) = plan_clips(dataset, list_items(dataset), nabla_resize=False).clips
+        assert clip.source_fingerprint.endswith("-to-srgb")
+        assert np.abs(load_clip(clip)[:, 8, 8::16].astype(int) - PATCHES).max() <= 3

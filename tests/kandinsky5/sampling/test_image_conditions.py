@@ -11,6 +11,7 @@ from PIL import Image
 
 from kandinsky5.sampling.images import image_clip_size, image_pixels
 from modules.errors import DataError
+from tests.dataset.media.test_profiles import P3, P3_PATCHES, PATCHES, picture
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,11 @@ def test_a_broken_image_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "p.png").write_bytes(b"not a picture")
     with pytest.raises(DataError, match=r"p\.png"):
         image_pixels(tmp_path / "p.png", 32, 32, crop=True)
+
+
+def test_the_profile_of_an_image_is_used(tmp_path: Path) -> None:
+    """What --image and --image_last read; the colours are those of the dataset's tests."""
+    picture(P3_PATCHES).save(tmp_path / "p3.png", icc_profile=P3)
+    width = 16 * len(PATCHES)
+    levels = (image_pixels(tmp_path / "p3.png", 16, width, crop=True) + 1) * 127.5  # [1, 3, 1, 16, width]
+    assert np.abs(levels[0, :, 0, 8, 8::16].T.numpy() - PATCHES).max() <= 3
