@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 import stat
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from modules.file_names import MAX_NAME_BYTES
 Kind = Literal["file", "folder", "missing", "special", "unreachable"]
 """`special`: a pipe, a socket or a device, whose opening or reading may never end."""
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""A model of the Hugging Face hub, where no folder has this name."""
 _MAX_PATH_CHARACTERS = 4095
 _IS_IT_TEXT = "Is this a caption or a prompt in the place of a path?"
 _SPECIAL = {

@@ -201,7 +201,7 @@ MISTAKES = (
         "prompts without the VAE",
         "train",
         f"{CACHED} --sample_prompts p.txt --sample_at_first",
-        ("VAE", "--text_encoder_qwen", "--text_encoder_clip"),
+        ("--vae", "--text_encoder_qwen", "--text_encoder_clip"),
         4,
         files=(("p.txt", "a cat --w 64\n"),),
     ),

@@ -64,6 +64,7 @@ from modules.options import (
     read_options,
 )
 from modules.parsing import ParseError, parse_json
+from modules.path_kinds import HUB_ID
 from networks.lora_types import NETWORK_MODULES, lora_type
 
 IGNORED = {
@@ -179,6 +180,13 @@ def check_train_paths(config: TrainConfig) -> None:
         # A state has its own weights.
         ("--network_weights", network.network_weights if config.run.resume is None else None),
     ]
+    if samples.sample_prompts is not None:
+        encoders = [
+            ("--text_encoder_qwen", samples.text_encoder_qwen),
+            ("--text_encoder_clip", samples.text_encoder_clip),
+        ]
+        models += [("--vae", samples.vae)]
+        models += [(flag, Path(name)) for flag, name in encoders if not HUB_ID.fullmatch(name)]
     check_paths(files, models)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from modules.errors import ModelFileError, ResourceError
 from modules.fp8 import Fp8Linear, quantise_rows
 from modules.logs import get_logger
 from modules.parsing import parse_json
+from modules.path_kinds import HUB_ID
 from modules.tensor_files import TensorFile, TensorInfo, read_header
 
 log = get_logger(__name__)
@@ -38,7 +38,6 @@ _MODEL_TYPES = {"qwen": ("qwen2_5_vl", "qwen2_5_vl_text"), "clip": ("clip", "cli
 # Where diffusers' folders keep the tokenizer of the encoder beside it.
 _TOKENIZER_SIBLINGS = {"qwen": "tokenizer", "clip": "tokenizer_2"}
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
 _INDEX = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
@@ -153,7 +152,7 @@ def _local_folder(name: str, kind: EncoderKind) -> Path | None:
     hint = f"give a folder with config.json, weights and tokenizer, or a hub id such as {_EXAMPLES[kind]}"
     if path.exists():
         raise ModelFileError(f"{_FLAGS[kind]} {name}: is a file; {hint}")
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise ModelFileError(f"{_FLAGS[kind]} {name}: no such folder; {hint}")
     return None
 

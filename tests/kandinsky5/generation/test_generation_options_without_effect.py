@@ -54,6 +54,7 @@ EXAMPLES = [
             "--dtype float32",
             "--fp8_base",
             "--int8_base",
+            "--nf4_base",
             "--blocks_to_swap 1",
             "--disable_numpy_memmap",
             "--no_weight_check",

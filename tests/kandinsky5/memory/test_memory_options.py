@@ -91,7 +91,7 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(
         (("--gradient_checkpointing", "--blocks_to_swap", 9), tmp_path / "a", 2, "at most 0"),
         ((), tmp_path, 2, "lora.safetensors has no metadata"),
         ((), tmp_path / "file" / "out", 5, "is a file; name a folder"),
-        (("--network_weights", tmp_path / "none"), tmp_path / "b", 4, "no such LoRA file"),
+        (("--network_weights", tmp_path / "none"), tmp_path / "b", 4, "no such file or folder"),
         (("--vram_budget", 2000), tmp_path / "c", 2, "must lie within 1 .. 1024"),
     ):
         with pytest.raises(SystemExit) as stop:

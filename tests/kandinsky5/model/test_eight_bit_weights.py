@@ -198,8 +198,9 @@ def test_what_cannot_be_is_refused_before_anything_loads(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "empty.toml").touch()
     with pytest.raises(SystemExit) as stop:
-        train(small_dit, tmp_path / "missing.toml", tmp_path / "out", *words)
+        train(small_dit, tmp_path / "empty.toml", tmp_path / "out", *words)
     found = refused(capsys, stop)
     assert found[0] == code
     assert message in found[1]
