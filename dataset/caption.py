@@ -157,7 +157,7 @@ def load_captioner(name: str, options: CaptionOptions, device: str, bits: Bits |
     except Exception as error:  # tokenizers raises Exception itself, transformers whatever its code meets
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelFileError(f"--text_encoder_qwen {name}: cannot be loaded: {reason}") from error
-    vision = model.config.vision_config
+    vision: Any = model.config.vision_config
     processor = Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
@@ -165,7 +165,7 @@ def load_captioner(name: str, options: CaptionOptions, device: str, bits: Bits |
         size={"shortest_edge": 56 * 56, "longest_edge": _MAX_PIXELS},
     )
     if bits is None:
-        model = model.to(device)
+        torch.nn.Module.to(model, device)
     return Captioner(model.eval(), tokenizer, processor, options)
 
 
@@ -193,7 +193,7 @@ def media_without_captions(folder: Path, extension: str) -> list[tuple[Path, Con
     found: list[tuple[Path, Content]] = []
     for path in entries:
         kind = media_kind(path, "video")
-        if kind in get_args(Content) and path not in captions and captions.find(path) is None:
+        if kind in ("image", "video") and path not in captions and captions.find(path) is None:
             found.append((path, kind))
     return found
 

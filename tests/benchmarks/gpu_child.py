@@ -24,7 +24,7 @@ from kandinsky5.model.conditioning import VelocityModel
 from kandinsky5.model.dit import DiffusionTransformer3D
 from kandinsky5.model.drawn_weights import DrawnWeights
 from kandinsky5.model.nabla import BLOCK, NablaPlan, select_blocks
-from kandinsky5.model.precision import check_fast_products
+from kandinsky5.model.precision import check_weight_format
 from kandinsky5.tasks import TASKS, DitParams, NablaParams
 from kandinsky5.tiny_models import VAE_CONFIG
 from kandinsky5.training import setup
@@ -118,7 +118,7 @@ def build(case: Case, chosen: tuple[str, ...], device: torch.device) -> Workload
         return sparse_attention(case, device)
     config = case.config(chosen)
     if device.type == "cuda":
-        check_fast_products(config.model, device)
+        check_weight_format(config.model, device)
     run = lora_step(config, case, device) if case.kind == "step" else forward_pass(config, case, device)
     floor = None if case.beside is None else lambda: floor_of(config.model.dit_params, case, device)
     return Workload(run, floor)

@@ -179,7 +179,7 @@ def _memory(run: RunRecords) -> str:
     if peaks:
         rows.append(["highest peak of a step", size_text(max(peaks)), _percent(max(peaks) / max(planned, 1))])
     parts = plan.get("parts")
-    lines = [
+    lines: list[list[Cell]] = [
         [f"of this: {part}", size_text(size), ""]
         for part, value in (parts.items() if isinstance(parts, Mapping) else ())
         if (size := as_number(value))

@@ -190,7 +190,7 @@ def _read_samples(run: RunRecords, records: Sequence[Record]) -> None:
         if record.get("kind") != "sample":
             continue
         step, prompt, file = (record.get(key) for key in ("step", "prompt", "file"))
-        if not (_is_count(step) and _is_count(prompt) and _is_sample(run, file)):
+        if not (_is_count(step) and _is_count(prompt) and _is_sample(file, run)):
             foreign += 1
         elif (folder / file).is_file():
             files.setdefault(prompt, {})[step] = Path(file)
@@ -210,7 +210,7 @@ def _read_samples(run: RunRecords, records: Sequence[Record]) -> None:
         run.samples.append(PromptSamples(prompt, found, text))
 
 
-def _is_sample(run: RunRecords, file: object) -> TypeGuard[str]:
+def _is_sample(file: object, run: RunRecords) -> TypeGuard[str]:
     """Whether a name is that of a sample of this run: the record may be anybody's text."""
     if not isinstance(file, str):
         return False
