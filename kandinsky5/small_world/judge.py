@@ -64,7 +64,7 @@ class Verdict:
     found: float
     """Share of the frames with one compact saturated shape."""
     iou: float
-    """Overlap of the shape with its best template, mean over first, middle and last frame."""
+    """Overlap of the shape with its best template, mean over first, middle and last frame by area."""
     travel: tuple[float, float]
     """How far the centroid moves right and down, in 64ths of the frame's shorter side."""
     growth: float
@@ -199,7 +199,10 @@ def _turn(blobs: _Blobs, shape: str, frames: Sequence[int]) -> float:
 
 
 def _mean_overlap(blobs: _Blobs, shape: str, frames: Sequence[int]) -> float:
-    return sum(_overlap(blobs, shape, frame) for frame in frames) / len(frames)
+    """The mean over `frames`, weighted by area: a VAE that blurs keeps little of a small shape's outline."""
+    overlaps = torch.tensor([_overlap(blobs, shape, frame) for frame in frames])
+    weights = blobs.area[list(frames)]
+    return float((overlaps * weights).sum() / weights.sum())
 
 
 def _overlap(blobs: _Blobs, shape: str, frame: int) -> float:

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from kandinsky5.configs.text_encoders import TextEncodersConfig
 from kandinsky5.model.checkpoints import load_dit
-from kandinsky5.model.conditioning import ImageMode, VelocityModel, condition_frames, pad_text
+from kandinsky5.model.conditioning import (
+    FrameConditioning,
+    ImageMode,
+    VelocityModel,
+    condition_frames,
+    pad_text,
+)
 from kandinsky5.model.flow_matching import flow_matching_loss
 from kandinsky5.sampling.sampler import (
     GuidedVelocity,
@@ -113,9 +119,7 @@ def sample(
     negative = base.encoders.encode([base.encoders.templates.negative_prompt], content) * len(scenes)
     frames = None
     if images is not None:
-        ends = [base.vae.encode_moments(images[:, :, i : i + 1])[:, :16] for i in (0, 1)]
-        latents = torch.cat(ends, dim=2) * base.vae.scaling_factor
-        frames = condition_frames(latents, how.latent_frames, mode=image_mode)
+        frames = _given_frames(base, images, how.latent_frames, image_mode)
     velocity = GuidedVelocity(
         VelocityModel(base.dit, TASK.scale_factor),
         pad_text(captions, device="cpu", dtype=torch.float32),
@@ -129,21 +133,43 @@ def sample(
     return torch.cat([base.vae.decode(part) for part in sampled.split(8)]).clamp(-1, 1)
 
 
+def _given_frames(base: SmallBase, images: Tensor, latent_frames: int, mode: ImageMode) -> FrameConditioning:
+    """images [B, 3, 2, 64, 64], first and last -> what the model is given of them."""
+    ends = [base.vae.encode_moments(images[:, :, i : i + 1])[:, :16] for i in (0, 1)]
+    latents = torch.cat(ends, dim=2) * base.vae.scaling_factor
+    return condition_frames(latents, latent_frames, mode=mode)
+
+
 def shares(scenes: Sequence[Scene], clips: Tensor) -> Shares:
     """The shares of clips that show their scene."""
     return Shares.of_verdicts(scenes, [judge(clip) for clip in clips])
 
 
+@cache
+def _drawn_clips() -> tuple[Tensor, Tensor]:
+    """A clip of each of `PROMPTS`, and their latents."""
+    clips, vae = draw(PROMPTS, torch.Generator().manual_seed(0)), small_base().vae
+    return clips, vae.encode_moments(clips)[:, :16] * vae.scaling_factor
+
+
 @torch.no_grad()
-def velocity_error(base: SmallBase, *, sigma: float = 0.9) -> float:
-    """The mean loss over drawn clips of `PROMPTS` on fixed noise, where the caption decides much."""
-    clips = draw(PROMPTS, torch.Generator().manual_seed(0))
-    latents = base.vae.encode_moments(clips)[:, :16] * base.vae.scaling_factor
+def velocity_error(base: SmallBase, *, sigma: float = 0.9, with_image: bool = False) -> float:
+    """The mean loss over drawn clips of `PROMPTS` on fixed noise, where the caption decides much.
+
+    Args:
+        with_image: with the first frame given.
+    """
+    clips, latents = _drawn_clips()
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     captions = base.encoders.encode([scene.caption() for scene in PROMPTS], "video")
     text = pad_text(captions, device="cpu", dtype=torch.float32)
+    frames = _given_frames(base, clips[:, :, [0, -1]], latents.shape[2], "first") if with_image else None
     model = VelocityModel(base.dit, TASK.scale_factor)
     losses = flow_matching_loss(
-        lambda noisy, levels: model(noisy, levels, text), latents, noise, torch.full((len(PROMPTS),), sigma)
+        lambda noisy, levels: model(noisy, levels, text, frames),
+        latents,
+        noise,
+        torch.full((len(PROMPTS),), sigma),
+        None if frames is None else frames.predicted_frames(),
     )
     return float(losses.mean())
