@@ -25,8 +25,9 @@ SEEN_BY_THE_JUDGE = (
     "velocity with the wrong sign",
     "timestep in units of sigma",
     "rows and columns exchanged",
+    "rotary positions 0, 0, 1, 2 ...",
 )
-"""The base makes up for the others: its clips are right all the same, and only its error grows."""
+"""The base makes up for most of the others: its clips are right all the same, and only its error grows."""
 LEAST_RATIO = 1.1
 UNSEEN_IN_THE_ERROR = (
     "timestep of the next step",
