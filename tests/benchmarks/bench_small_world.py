@@ -1,8 +1,8 @@
 """Scores on the small world: what a LoRA teaches, guidance and steps, faults. JSON lines; 2 s of one core for 4 clips.
 
     python bench_small_world.py lora --concept star [--seeds 20] [-- --lora_weight star.safetensors --fp8_base]
-    python bench_small_world.py sampling [--seeds 2]
-    python bench_small_world.py faults [--seeds 2]
+    python bench_small_world.py sampling [--seeds 1]
+    python bench_small_world.py faults [--seeds 1]
 
 What follows `--` are options of the generation script, which chooses and loads the model by them. The prompts of
 `lora` are neither among those of quickstart.py nor, with its settings, among the captions that a LoRA is trained on;
@@ -149,7 +149,7 @@ def parse(argv=None):
     for name, run in (("lora", score_lora), ("sampling", score_sampling), ("faults", score_faults)):
         command = commands.add_parser(name)
         command.set_defaults(run=run)
-        command.add_argument("--seeds", type=int, default=2)
+        command.add_argument("--seeds", type=int, default=1)
         if run is score_lora:
             command.add_argument("--concept", choices=CONCEPTS, default="star")
             command.add_argument("--tuning", action="store_true")
