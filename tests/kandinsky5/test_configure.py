@@ -19,6 +19,11 @@ from kandinsky5.configs.train import TrainConfig
 from kandinsky5.configure import main
 from kandinsky5.prompts import read_prompt_file
 from kandinsky5.recipes import RECIPES, recipe_text
+from kandinsky5.small_world.clips import main as draw_clips
+from kandinsky5_cache_latents import main as cache_latents
+from kandinsky5_cache_text_encoder_outputs import main as cache_text
+from kandinsky5_generate_video import main as generate
+from kandinsky5_train_network import main as train
 
 FILES = ("dataset.toml", "prompts.txt", "run.toml")
 
@@ -146,3 +151,22 @@ def test_the_dataset_is_checked_and_the_trigger_word_is_looked_for(
 def test_the_recipes_of_the_guide_are_those_of_the_program(name: str, root: Path) -> None:
     path = root / "docs" / "recipes" / f"{name}.toml"
     assert path.read_text(encoding="utf-8") == recipe_text(RECIPES[name])
+
+
+@pytest.mark.slow
+def test_the_four_commands_run_on_the_small_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From drawn clips to the report and a video with the LoRA, as printed."""
+    draw_clips([str(tmp_path / "clips"), "--shape", "star", "--clips", "2"])
+    words = ["--clips", str(tmp_path / "clips"), "--teach", "motion", "--task", "k5-small-t2v"]
+    main([str(tmp_path / "run"), *words, "--trigger", "star", "--steps", "2", "--yes"])
+    monkeypatch.chdir(tmp_path)
+    scripts = (cache_latents, cache_text, train, generate)
+    for script, (_, *options) in zip(scripts, commands(capsys.readouterr().out), strict=True):
+        script(options)
+    assert (tmp_path / "run/star.mp4").is_file()
+    report = (tmp_path / "run/output/star_report.html").read_text(encoding="utf-8")
+    assert "This report is incomplete" not in report
+    assert report.count("<video") == 1
+    assert str(tmp_path) not in report

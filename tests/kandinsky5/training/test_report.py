@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from kandinsky5.cli.train import default_options
 from kandinsky5.report import main
+from kandinsky5.training import memory as train_memory
 from kandinsky5.training.report import page as page_module
 from kandinsky5.training.report.charts import averaged, loss_picture, rate_picture
 from kandinsky5.training.report.page import report_page, without_places
@@ -23,6 +25,7 @@ from kandinsky5.training.results.names import ResultNames
 from kandinsky5.training.results.output_files import FILE_KINDS, kind_of, sample_kind
 from kandinsky5.training.sample_files import SampledPrompt, SampleNames, write_sample
 from kandinsky5.training.tracking.metrics import FILE_NAME, Metrics
+from modules.byte_sizes import size_text
 from tests.kandinsky5.training.training_runs import metrics, train, write_dataset
 
 PROMPT = "<script>alert('k5')</script> a 兎 & a \"cup\""
@@ -130,6 +133,32 @@ def test_the_loss_of_a_step_is_the_mean_of_its_clips(output: Path) -> None:
 def test_a_run_ends_with_its_report(dit: Path, dataset: Path, tmp_path: Path, with_report: None) -> None:
     train(dit, dataset, tmp_path, "--max_train_steps", 1)
     assert "<h1>lora</h1>" in (tmp_path / "lora_report.html").read_text(encoding="utf-8")
+
+
+def test_on_a_card_the_plan_stands_against_the_highest_peak_of_a_step(
+    dit: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan is that of the real run; the card and its peaks are made up."""
+    plain = train_memory.memory_record
+    card = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "A card <1>")
+    monkeypatch.setattr(train_memory, "memory_record", lambda planner, data, _: plain(planner, data, card))
+    train(dit, dataset, tmp_path, "--max_train_steps", 2)
+    (start,) = metrics(tmp_path, "start")
+    planned = start["memory"]["planned_bytes"]
+    assert planned == sum(start["memory"]["parts"].values())
+    assert start["memory"]["batch"] == "1 x 64x16x9"
+    records = metrics(tmp_path)
+    for record in records:
+        if record["kind"] == "step":
+            record["peak_bytes"] = planned // (2 * record["step"])
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / FILE_NAME).write_text(lines, encoding="utf-8")
+    text = " ".join(Page(report_page(read_run(tmp_path, "lora"), default_options(), {})).text)
+    words = " ".join(text.split())
+    assert "memory of A card <1>" in words
+    assert f"planned for 1 x 64x16x9 {size_text(planned)}" in words
+    assert f"highest peak of a step {size_text(planned // 2)} 50 %" in words
 
 
 def damaged(output: Path, folder: Path) -> Path:
