@@ -176,6 +176,7 @@ class FrameConverter:
         self.size: Size = _swapped(resized) if is_lying else resized
         self.enlarges = self.size[0] > stored[0] or self.size[1] > stored[1]
         self._reformatter = VideoReformatter()
+        self._tiles: tuple[Size, Any] | None = None
         to_rgb = yuv_matrix(colour.matrix, colour.colour, is_full_range=colour.is_full_range, depth=8)
         self._matrix = to_rgb * ([256] * 3 + [1]) * 255
 
@@ -217,12 +218,24 @@ class FrameConverter:
             luma = self._reformatter.reformat(
                 alone, width, height, "gray", interpolation=_AREA, threads=1
             ).to_ndarray()
-        # From a smaller plane this filter weighs what each chroma sample covers, as between equal neighbours.
-        chroma = (
-            cv2.resize(_plane(plane, np.uint8), size, interpolation=cv2.INTER_AREA)
-            for plane in frame.planes[1:3]
-        )
-        return cv2.transform(cv2.merge([luma, *chroma]), self._matrix).astype(np.uint8, copy=False)
+        chroma = self._chroma(cv2.merge([_plane(plane, np.uint8) for plane in frame.planes[1:3]]), size)
+        return cv2.transform(cv2.merge([luma, *cv2.split(chroma)]), self._matrix).astype(np.uint8, copy=False)
+
+    def _chroma(self, chroma: np.ndarray, size: Size) -> np.ndarray:
+        """[H, W, 2] at another size: the mean of what each pixel covers, as if samples were square tiles."""
+        height, width = chroma.shape[:2]
+        smaller = min(width, size[0]), min(height, size[1])
+        if smaller != (width, height):
+            chroma = cv2.resize(chroma, smaller, interpolation=cv2.INTER_AREA)
+        if smaller == size:
+            return chroma
+        # OpenCV's own area filter takes a wrong neighbour where borders of pixels and samples meet.
+        if self._tiles is None or self._tiles[0] != smaller:
+            columns, rows = _tile_positions(smaller[0], size[0]), _tile_positions(smaller[1], size[1])
+            maps = cv2.convertMaps(*np.meshgrid(columns, rows), cv2.CV_16SC2)
+            self._tiles = smaller, maps
+        places, shares = self._tiles[1]
+        return cv2.remap(chroma, places, shares, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
     def _needs_planes(self, frame: VideoFrame) -> bool:
         """Whether swscale alone would give other colours."""
@@ -276,6 +289,14 @@ class FrameConverter:
             return pixels
         opacity = full_range(alpha[0], is_full_range=True, depth=depth)
         return opaque(np.dstack([pixels, np.clip(opacity * 255 + 0.5, 0, 255).astype(np.uint8)]))
+
+
+def _tile_positions(source: int, target: int) -> np.ndarray:
+    """[target] float32: where linear interpolation weighs samples by what a larger picture's pixels cover."""
+    first = np.arange(target) * source // target
+    # A pixel covers source / target of a sample; `inside` of target parts belong to the first one.
+    inside = (first + 1) * target - np.arange(target) * source
+    return (first + np.clip(1 - inside / source, 0, 1)).astype(np.float32)
 
 
 def _swapped(size: Size) -> Size:
