@@ -65,8 +65,8 @@ def lora_hash(path: Path) -> str:
 
 
 def results(folder: Path) -> list[str]:
-    """Names of what a run leaves; reports of a file's effect are made last of all and may be cut off."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.endswith("_effect.txt"))
+    """Names of what a run leaves; the reports are made last of all and may be cut off."""
+    return sorted(p.name for p in folder.iterdir() if not p.name.endswith(("_effect.txt", "_report.html")))
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -110,6 +110,7 @@ def import_as_on_windows() -> types.ModuleType:
 
 
 @needs_proc
+@pytest.mark.usefixtures("with_report")
 def test_a_run_that_saves_replaces_and_resumes_keeps_windows_rules(
     dit: Path, dataset: Path, tmp_path: Path
 ) -> None:
