@@ -52,7 +52,7 @@ FOREIGN_OPTIONS = {
     "--write", "--seed", "--output", "--step", "--memory", "--config", "--shape", "--text", "--rounds",
     "--warmup", "--nproc_per_node", "--index-url", "--local-dir", "--format", "--check",
     "--budget", "--only", "--estimate", "--rehearse", "--name", "--clips", "--teach", "--card", "--weights",
-    "--trigger", "--yes",
+    "--trigger", "--yes", "--part", "--tokens", "--rows", "--bases",
 }  # fmt: skip
 # Settings inside a prompt line.
 PROMPT_OPTIONS = {f"--{name}" for name in ("w", "h", "f", "d", "s", "g", "l", "fs", "n", "i", "ei", "m")}
