@@ -38,8 +38,8 @@ def scene_starts(frames: Iterable[Frame]) -> tuple[int, ...]:
     `ContentDetector` with its own threshold, without its least length of a scene, which may be as short as a
     cut. Of neighbouring frames that all differ, as in a whip pan, the first counts.
     """
-    from scenedetect.common import FrameTimecode
-    from scenedetect.detectors import ContentDetector
+    from scenedetect.common import FrameTimecode  # pyright: ignore[reportMissingImports] - optional
+    from scenedetect.detectors import ContentDetector  # pyright: ignore[reportMissingImports]
 
     detector = ContentDetector(min_scene_len=0)
     starts: list[int] = []
