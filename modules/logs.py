@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-from tqdm import tqdm
-
 from modules.messages import visible
 
 _LOG = logging.getLogger("k5")
@@ -25,6 +23,8 @@ class BarAwareHandler(logging.StreamHandler[TextIO]):
     """Writes lines above progress bars, which are drawn again below them."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # imported late: --help needs the standard library alone
+
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
 

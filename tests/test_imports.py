@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
+
 LAYERS = {"scripts": 3, "kandinsky5": 2, "dataset": 1, "networks": 1, "modules": 0}
 
 PACKAGE_ORDER = {
@@ -106,3 +108,11 @@ def test_a_foreign_dataset_package_does_not_get_in_the_way(root: Path, tmp_path:
         assert result.returncode == 0, result.stderr
     code = f"import sys; sys.path.insert(1, {str(tmp_path)!r}); import dataset; assert dataset.FOREIGN"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("kandinsky5_*.py")))
+def test_help_needs_the_standard_library_alone(script: str) -> None:
+    command = [sys.executable, "-S", script, "--help"]  # -S: without installed packages
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--task" in done.stdout or "--dataset_config" in done.stdout
